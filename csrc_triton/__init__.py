@@ -1,0 +1,9 @@
+"""Triton kernels of lwadamw. Device code only: they know tables and addresses, no optimizer and no model."""
+
+from . import layout
+from .adamw import adamw_kernel
+from .coefficients import coefficients_kernel
+from .grad_norm import grad_norm_kernel, total_kernel
+from .norms import norms_kernel
+
+__all__ = ["adamw_kernel", "coefficients_kernel", "grad_norm_kernel", "layout", "norms_kernel", "total_kernel"]

@@ -1,0 +1,72 @@
+"""Global gradient norm for clipping: a sum of squares per chunk, then one sum over all chunks.
+
+Bytes per element, fp32: read g (4). This is the whole cost of clipping: the update multiplies by the clip factor
+as it reads g again, and no gradient is rewritten.
+
+The sum over chunks does not depend on their order, so that regrouping parameters cannot change one bit of a
+clipped step: the fp32 partial sums are turned into integers on a common power-of-two scale, and integer addition
+is exact.
+"""
+
+import triton
+import triton.language as tl
+
+from .layout import K_GRAD_BLOCK, K_PARTIALS, K_TAIL
+from .storage import load, pointer_to
+
+
+@triton.jit
+def square_blocks(g_address, begin, end, GRAD: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    g = pointer_to(g_address, GRAD, not MASKED)
+    total = tl.zeros([SIZE], tl.float32)
+    lanes = tl.arange(0, SIZE)
+    for i in range(begin, end, SIZE):
+        offsets = i + lanes
+        b_g = load(g, offsets, offsets < end, MASKED)
+        total = tl.fma(b_g, b_g, total)
+    return tl.sum(total)
+
+
+@triton.jit
+def grad_norm_kernel(
+    chunk_row,  # int32[n_chunks]
+    chunk_start,  # int64[n_chunks]
+    chunk_count,  # int32[n_chunks]
+    gradients,  # int64[n_rows]  addresses, 0 where there is no gradient
+    squares,  # float32[n_chunks]  out
+    GRAD: tl.constexpr,
+):
+    i_chunk = tl.program_id(0).to(tl.int64)
+    g_address = tl.load(gradients + tl.load(chunk_row + i_chunk))
+    count = tl.where(g_address != 0, tl.load(chunk_count + i_chunk), 0)
+    g_address += tl.load(chunk_start + i_chunk) * (GRAD.primitive_bitwidth // 8)
+    full = tl.where((g_address & 15) == 0, count // K_GRAD_BLOCK * K_GRAD_BLOCK, 0)
+    total = square_blocks(g_address, 0, full, GRAD, K_GRAD_BLOCK, False)
+    total += square_blocks(g_address, full, count, GRAD, K_TAIL, True)
+    tl.store(squares + i_chunk, total)
+
+
+@triton.jit
+def total_kernel(
+    squares,  # float32[n_chunks]
+    total,  # float64[1]  out: their sum; inf or NaN if any of them is
+    n_chunks,
+    BITS: tl.constexpr,  # n_chunks << BITS fits into an int64
+):
+    lanes = tl.arange(0, K_PARTIALS)
+    largest = tl.zeros([K_PARTIALS], tl.float32)
+    for i in range(0, n_chunks, K_PARTIALS):
+        b = tl.load(squares + i + lanes, mask=i + lanes < n_chunks, other=0.0)
+        largest = tl.maximum(largest, b, propagate_nan=tl.PropagateNan.ALL)
+    # Without the sign bit floats order as integers do, NaN above inf.
+    top = tl.max(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    exponent = (top >> 23) - 126
+    # 2^(BITS - exponent) by its bits: every square times it is below 2^BITS.
+    scale = ((BITS - exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    units = tl.zeros([K_PARTIALS], tl.int64)
+    for i in range(0, n_chunks, K_PARTIALS):
+        b = tl.load(squares + i + lanes, mask=i + lanes < n_chunks, other=0.0)
+        b = tl.where(top < 0x7F800000, b, 0.0)
+        units += (b.to(tl.float64) * scale).to(tl.int64)
+    result = tl.sum(units).to(tl.float64) / scale
+    tl.store(total, tl.where(top < 0x7F800000, result, top.to(tl.float32, bitcast=True).to(tl.float64)))

@@ -1,0 +1,62 @@
+"""Layout of the device tables that the kernels and the plan share, and the launch constants.
+
+Everything here is a number that one measured run may change; nothing else in the package repeats any of them.
+"""
+
+import triton.language as tl
+
+# Elements per iteration of the aligned path: 16 bytes per thread and array at 256 threads.
+BLOCK = 1024
+# Elements per iteration of the masked path (a chunk's last elements, unaligned tensors). Small, because its
+# per-element addresses and masks would otherwise set the register count of the whole kernel.
+TAIL = 256
+# Threads per program divided by the width of a warp, by backend; 256 threads on both.
+WARPS = {"cuda": 8, "hip": 4}
+# Elements per iteration of the gradient norm's aligned path: it reads one array, so it keeps more of it on its way.
+GRAD_BLOCK = 2 * BLOCK
+# A chunk has MIN_CHUNK to MAX_CHUNK elements, as few as still make TARGET_CHUNKS chunks of all of them.
+MIN_CHUNK = GRAD_BLOCK
+MAX_CHUNK = 16 * BLOCK
+TARGET_CHUNKS = 2048
+# Rows of coefficients computed by one program.
+ROWS = 128
+# Partial sums read per iteration by the reductions.
+PARTIALS = 1024
+
+# Coefficients of one parameter, fp32[COEFFICIENTS]: 1 - beta1, 1 - beta2, lr*wd, lr*sqrt(1 - beta2^t)/(1 - beta1^t),
+# eps*sqrt(1 - beta2^t), factor of the gradient (sign, clipping, unscaling), 1 if the step happens else 0, unused.
+COEFFICIENTS = 8
+
+# Statistics of one chunk or segment: sums of squares of weight, update, gradient, and <weight before, update>.
+STATISTICS = 4
+
+# The dynamic table, int64 words; float64 values are stored by their bits.
+#   HEADER words:     0 max_grad_norm   1 address of grad_scale or 0   2 address of found_inf or 0   3 unused
+#   one word per row: address of the gradient, 0 where there is none
+#   GROUP words per group:
+#     0..4   lr, beta1, beta2, eps, weight_decay
+#     5..7   width multipliers of lr, weight_decay, eps
+#     8      sign of the gradient: 1, or -1 to maximize
+#     9..13  address of the device scalar that replaces value 0..4, or 0
+#     14     bit i set: that scalar is float64, else float32
+HEADER = 4
+GROUP = 16
+GROUP_MULTIPLIERS = 5
+GROUP_SIGN = 8
+GROUP_ADDRESSES = 9
+GROUP_KINDS = 14
+
+# The same numbers for device code.
+K_BLOCK = tl.constexpr(BLOCK)
+K_GRAD_BLOCK = tl.constexpr(GRAD_BLOCK)
+K_TAIL = tl.constexpr(TAIL)
+K_ROWS = tl.constexpr(ROWS)
+K_PARTIALS = tl.constexpr(PARTIALS)
+K_COEFFICIENTS = tl.constexpr(COEFFICIENTS)
+K_STATISTICS = tl.constexpr(STATISTICS)
+K_HEADER = tl.constexpr(HEADER)
+K_GROUP = tl.constexpr(GROUP)
+K_GROUP_MULTIPLIERS = tl.constexpr(GROUP_MULTIPLIERS)
+K_GROUP_SIGN = tl.constexpr(GROUP_SIGN)
+K_GROUP_ADDRESSES = tl.constexpr(GROUP_ADDRESSES)
+K_GROUP_KINDS = tl.constexpr(GROUP_KINDS)

@@ -1,0 +1,32 @@
+"""Norm reduction: from sums per chunk to sums per segment, only when somebody reads them.
+
+Each segment's chunks are added in order, in fp64, by one program: no atomics, so the same step gives the same
+bits. Sums, not roots, so that shards can be added before the root is taken.
+"""
+
+import triton
+import triton.language as tl
+
+from .layout import K_COEFFICIENTS, K_PARTIALS, K_STATISTICS
+
+
+@triton.jit
+def norms_kernel(
+    partials,  # float32[n_chunks, STATISTICS]
+    segment_chunk,  # int64[n_segments + 1]  first chunk of each segment, then n_chunks
+    segment_row,  # int32[n_segments]  the parameter each segment belongs to
+    coefficients,  # float32[n_rows, COEFFICIENTS]
+    sums,  # float64[n_segments, STATISTICS]  out; a parameter the last step left alone moved by 0 with gradient 0
+):
+    i_segment = tl.program_id(0).to(tl.int64)
+    first = tl.load(segment_chunk + i_segment)
+    last = tl.load(segment_chunk + i_segment + 1)
+    active = tl.load(coefficients + tl.load(segment_row + i_segment) * K_COEFFICIENTS + 6) != 0.0
+    lanes = tl.arange(0, K_PARTIALS)
+    columns = tl.arange(0, K_STATISTICS)
+    total = tl.zeros([K_PARTIALS, K_STATISTICS], tl.float64)
+    for i in range(first, last, K_PARTIALS):
+        chunks = i + lanes[:, None]
+        total += tl.load(partials + chunks * K_STATISTICS + columns[None, :], mask=chunks < last, other=0.0)
+    row = tl.where(columns < tl.where(active, K_STATISTICS, 1), tl.sum(total, 0), 0.0)
+    tl.store(sums + i_segment * K_STATISTICS + columns, row)

@@ -1,0 +1,44 @@
+"""Typed loads and stores through raw addresses: the only file that knows how a tensor is stored.
+
+Every kernel computes in fp32 and reaches memory through the pairs below, so another storage type is another
+pair (or another `TYPE`), never another kernel.
+
+Names, here and in every kernel file:
+    *_address  int64 scalar, the byte address of a segment's first element
+    i_*        index of a program, chunk, segment or block
+    n_*        a count
+    b_*        a block of values in registers, fp32 unless said otherwise
+    UPPER      compile-time constants
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """`address` as a pointer to `TYPE`; `ALIGNED` promises 16-byte alignment, which makes accesses 16 bytes wide."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load(pointer, offsets, mask, MASKED: tl.constexpr):
+    """A block of any float type, as fp32; elements outside the mask read as 0."""
+    if MASKED:
+        block = tl.load(pointer + offsets, mask=mask, other=0.0)
+    else:
+        block = tl.load(pointer + offsets)
+    return block.to(tl.float32)
+
+
+@triton.jit
+def store(pointer, offsets, block, mask, MASKED: tl.constexpr):
+    """Round an fp32 block to nearest in the pointer's type and write it."""
+    block = block.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + offsets, block, mask=mask)
+    else:
+        tl.store(pointer + offsets, block)
