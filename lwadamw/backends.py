@@ -1,0 +1,163 @@
+"""Which backend updates a parameter, and the effective hyperparameters both of them use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS: Final = (None, "triton", "torch")
+WIDTH_KEYS: Final = ("width_lr_mult", "width_wd_mult", "width_eps_mult")
+MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class Member(NamedTuple):
+    """A parameter where it stands in the optimizer."""
+
+    param: Tensor
+    name: str
+    group: dict[str, Any]
+    group_index: int
+    order: int  # among all parameters of all groups
+    segments: tuple[int, ...]  # elements of each segment in memory order; (): one segment
+
+    def segment_names(self) -> list[str]:
+        return [f"{self.name}[{i}]" for i in range(len(self.segments))] or [self.name]
+
+
+class Effective(NamedTuple):
+    """Hyperparameters of a group with its width multipliers applied."""
+
+    lr: float | Tensor
+    weight_decay: float | Tensor
+    eps: float | Tensor
+
+
+def effective(group: Mapping[str, Any]) -> Effective:
+    """What the step uses of a group: base values times width multipliers (1 where a group has none).
+
+    >>> effective({"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8, "width_lr_mult": 0.25, "width_wd_mult": 2.0})
+    Effective(lr=0.00025, weight_decay=0.2, eps=1e-08)
+    """
+
+    def scaled(key: str, multiplier: float) -> float | Tensor:
+        value: float | Tensor = group[key]
+        return value if multiplier == 1 else value * multiplier
+
+    lr_mult, wd_mult, eps_mult = (group.get(key, 1.0) for key in WIDTH_KEYS)
+    return Effective(scaled("lr", lr_mult), scaled("weight_decay", wd_mult), scaled("eps", eps_mult))
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors; Triton reads this once, as the kernels are first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor this process holds: a DTensor's shard, or the tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold other parts of it."""
+    shard = local(tensor)
+    return shard is not tensor and shard.numel() != tensor.numel()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory without gaps or overlaps, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def triton_refusal(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
+    """Why the Triton backend cannot update `p`, or None if it can."""
+    if not has_triton():
+        return "triton is not installed. Install it, or use backend='torch'"
+    if group["differentiable"]:
+        return "differentiable=True needs autograd through the step. Use backend='torch'"
+    p = local(p)
+    if p.layout != torch.strided:
+        return f"its layout is {p.layout}. Use backend='torch'"
+    if p.device.type == "cpu":
+        if not interpreting():
+            return "it is on the CPU. Move it to a GPU, use backend='torch', or set TRITON_INTERPRET=1 before Python starts"
+    elif p.device.type != "cuda":
+        return f"it is on {p.device}, and the kernels run on CUDA and ROCm devices. Use backend='torch'"
+    elif not torch.version.hip and torch.cuda.get_device_capability(p.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(p.device)} is older than compute capability 8.0. Use backend='torch'"
+    if p.dtype != torch.float32:
+        return f"its dtype is {p.dtype}, and the kernels store float32. Use backend='torch'"
+    grad_dtype = getattr(p, "grad_dtype", None) or p.dtype
+    if grad_dtype != p.dtype:
+        return f"its gradients are {grad_dtype}, and the kernels read float32. Use backend='torch'"
+    for key in MOMENTS:
+        if key in state and state[key].dtype != torch.float32:
+            return f"its {key} is {state[key].dtype}, and the kernels store float32. Use backend='torch'"
+    if not is_dense(p):
+        return f"its strides {tuple(p.stride())} leave gaps or overlap. Use p.contiguous() or backend='torch'"
+    return None
+
+
+def wants_torch(group: Mapping[str, Any]) -> bool:
+    """Whether a group asks for one of torch's own implementations by its flags."""
+    asks_for_loop = group["fused"] is None and group["foreach"] is not None
+    return bool(group["differentiable"] or group["foreach"] or group["fused"] is False or asks_for_loop)
+
+
+def use_triton(member: Member, state: Mapping[str, Any], backend: str | None) -> bool:
+    """Whether the Triton backend updates this parameter.
+
+    Raises:
+        RuntimeError: backend is "triton" and it cannot.
+    """
+    p = member.param
+    if backend == "torch" or (backend is None and (wants_torch(member.group) or local(p).device.type == "cpu")):
+        return False
+    refusal = triton_refusal(p, member.group, state)
+    if refusal is not None and backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot update {member.name!r} {tuple(p.shape)}: {refusal}.")
+    return refusal is None
+
+
+def check_state(member: Member, state: Mapping[str, Any]) -> None:
+    """Raise a RuntimeError if a moment has another shape than its parameter, or lives on another device."""
+    p = member.param
+    for key in MOMENTS:
+        moment = state.get(key)
+        if moment is None:
+            continue
+        if moment.shape != p.shape:
+            raise RuntimeError(
+                f"{key} of {member.name!r} has shape {tuple(moment.shape)}, the parameter {tuple(p.shape)}. "
+                "Delete optimizer.state[p] to start its moments anew, or load a checkpoint of this model."
+            )
+        if moment.device != p.device:
+            raise RuntimeError(
+                f"{key} of {member.name!r} {tuple(p.shape)} is on {moment.device}, the parameter on {p.device}. "
+                "Move the optimizer state back before stepping."
+            )
+
+
+def check_gradient(member: Member, grad: Tensor) -> None:
+    """Raise a RuntimeError if a gradient is sparse."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"AdamW does not support sparse gradients: that of {member.name!r} {tuple(member.param.shape)} is "
+            f"{grad.layout}. Build its module with sparse=False, or give it to torch.optim.SparseAdam."
+        )

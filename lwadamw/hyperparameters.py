@@ -1,0 +1,120 @@
+"""Hyperparameters of all groups as the device reads them: noticing what changed, and writing just that.
+
+A training loop may assign any value of any group between two steps, and a tensor may change without being assigned.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from operator import is_, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backends import WIDTH_KEYS
+from .kernels import layout
+
+_getters = {
+    key: itemgetter(key)
+    for key in ("lr", "betas", "eps", "weight_decay", "maximize", "amsgrad", "foreach", "fused", "differentiable")
+}
+_lr, _weight_decay = _getters["lr"], _getters["weight_decay"]
+_optional: Mapping[str, Any] = {**dict.fromkeys(WIDTH_KEYS, 1.0), "segments": None}
+# What decides which parameters the Triton backend updates, and with which state.
+_FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "segments")
+# The order of the first five words of a group, see kernels/layout.py.
+_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+
+
+class GroupTable:
+    """`words[device]` is int64[n_groups, GROUP], ready for upload."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], devices: Sequence[torch.device]) -> None:
+        self.words = {device: np.zeros((len(groups), layout.GROUP), np.int64) for device in devices}
+        self._columns: dict[str, tuple[Any, ...]] = {}
+        self._n_keys = -1
+        self._flags = self._read_flags(groups)
+        self._referents: list[Any] = []
+        self._has_tensors = False
+        self._volatile = False  # some tensor has to be read, or copied to a device, every step
+        self._copies: list[Tensor] = []
+
+    def is_fresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether `words` is what the groups say."""
+        # Every object that every group refers to, from one C loop.
+        referents = gc.get_referents(*groups)
+        if self._volatile or len(referents) != len(self._referents):
+            return False
+        if self._has_tensors:
+            return all(map(is_, referents, self._referents))
+        # Equality is the faster comparison, but that of a tensor waits for the device. A sum is the fastest way to see
+        # whether there is one.
+        if isinstance(sum(map(_lr, groups)), Tensor) or isinstance(sum(map(_weight_decay, groups)), Tensor):
+            return False
+        return referents == self._referents
+
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Bring `words` up to date; False if some group's flags changed, so that plans have to be made again."""
+        if self._read_flags(groups) != self._flags:
+            return False
+        self._referents = gc.get_referents(*groups)
+        self._copies, self._volatile, self._has_tensors = [], False, False
+        columns = {key: tuple(map(_getters[key], groups)) for key in ("lr", "eps", "weight_decay", "maximize")}
+        columns["beta1"], columns["beta2"] = zip(*map(_getters["betas"], groups), strict=True)
+        for j, key in enumerate(_NUMBERS):
+            self._write_numbers(j, key, columns[key])
+        for j, key in enumerate(WIDTH_KEYS):
+            self._write(layout.GROUP_MULTIPLIERS + j, key, self._optional_column(groups, key))
+        self._write(layout.GROUP_SIGN, "maximize", columns["maximize"], np.where(columns["maximize"], -1.0, 1.0))
+        return True
+
+    def _read_flags(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+        n_keys = sum(map(len, groups))
+        if n_keys != self._n_keys:
+            # Groups gained or lost keys; until they do, what none of them has need not be looked for.
+            self._absent = {key for key in _optional if not any(key in group for group in groups)}
+            self._n_keys = n_keys
+        required = [tuple(map(_getters[key], groups)) for key in _FLAGS if key in _getters]
+        return [*required, self._optional_column(groups, "segments")]
+
+    def _optional_column(self, groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
+        default = _optional[key]
+        if key in self._absent:
+            return (default,) * len(groups)
+        return tuple([group.get(key, default) for group in groups])
+
+    def _write(self, j: int, key: str, column: tuple[Any, ...], values: Any = None) -> None:
+        if self._columns.get(key) != column:
+            self._columns[key] = column
+            for words in self.words.values():
+                words.view(np.float64)[:, j] = column if values is None else values
+
+    def _write_numbers(self, j: int, key: str, column: tuple[Any, ...]) -> None:
+        if not isinstance(sum(column), Tensor):
+            if key not in self._columns:
+                for words in self.words.values():
+                    words[:, layout.GROUP_ADDRESSES + j] = 0
+            self._write(j, key, column)
+            return
+        self._has_tensors = True
+        self._columns.pop(key, None)
+        for device, words in self.words.items():
+            for i, value in enumerate(column):
+                words.view(np.float64)[i, j], words[i, layout.GROUP_ADDRESSES + j], wide = self._scalar(value, device)
+                words[i, layout.GROUP_KINDS] = words[i, layout.GROUP_KINDS] & ~(1 << j) | wide << j
+
+    def _scalar(self, value: float | Tensor, device: torch.device) -> tuple[float, int, int]:
+        """(value, address, whether float64) of a hyperparameter; a tensor already on the device is read there."""
+        if not isinstance(value, Tensor):
+            return value, 0, 0
+        if value.device == device and value.dtype in (torch.float32, torch.float64):
+            return 0.0, value.data_ptr(), int(value.dtype == torch.float64)
+        self._volatile = True
+        if value.device.type == "cpu":
+            return float(value), 0, 0
+        copy = value.to(device, torch.float32, non_blocking=True)
+        self._copies.append(copy)
+        return 0.0, copy.data_ptr(), 0

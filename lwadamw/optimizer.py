@@ -1,0 +1,285 @@
+"""AdamW: torch.optim.AdamW's interface over one fused, width-aware step that measures itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint
+from .backends import BACKENDS, WIDTH_KEYS, effective
+from .engine import Engine
+from .norms import Norms
+
+
+class AdamW(torch.optim.AdamW):
+    r"""AdamW for every parameter group in one fused step, with width scaling, clipping and norms inside it.
+
+    Without the last three arguments and without width multipliers in its groups this is `torch.optim.AdamW`: same
+    arguments, same update, same state, checkpoints that load both ways. Per element, with t the parameter's own step
+    and effective eta, lambda, epsilon = base value x width multiplier:
+
+        m <- beta1 m + (1 - beta1) g                 v <- beta2 v + (1 - beta2) g^2
+        p <- p - eta lambda p - eta (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+
+    As in torch, the decay is multiplied by the learning rate; Loshchilov & Hutter's original is not.
+
+    `group["lr"]`, `group["weight_decay"]` and `group["eps"]` stay the base values tuned at the proxy width.
+    The step multiplies them by `group["width_lr_mult"]`, `group["width_wd_mult"]` and `group["width_eps_mult"]`
+    (`lwadamw.param_groups` sets these), so no scheduler and no loop that assigns `group["lr"]` can undo a rule.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of groups; `lwadamw.param_groups(...)` makes the latter.
+        lr: base learning rate, a float or a one-element tensor. A float32 or float64 tensor on the parameters' device
+            is read there at every step, without a synchronisation.
+        betas: decay rates of the first and second moment, floats or one-element tensors, in [0, 1).
+        eps: base value of the term added to the denominator.
+        weight_decay: base weight decay.
+        amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
+        maximize: ascend instead of descend.
+        foreach, fused: as in torch. `fused=False`, or `foreach` given without `fused=True`, asks for torch's own
+            implementation and so for the torch backend.
+        capturable: allow the step to be captured in a CUDA graph.
+        differentiable: let autograd run through the step; torch backend only.
+        max_grad_norm: clip by the global norm inside the step, as `torch.nn.utils.clip_grad_norm_` before it would,
+            but without rewriting gradients. A step whose norm is not finite does not happen. None: no clipping.
+        norms: measure the norms that `norms()` returns. They cost next to nothing; False saves that too.
+        backend: None takes the Triton kernels for parameters they can update and torch for the rest; "triton" insists
+            on them (on CPU tensors with TRITON_INTERPRET=1 set); "torch" never uses them.
+
+    Raises:
+        ValueError, TypeError: an argument or a group is not valid.
+        RuntimeError: by `step()`, if backend="triton" cannot update some parameter, a gradient is sparse, or state
+            does not fit its parameter. Nothing has been written then.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.norms().weight.shape
+        (2,)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        norms: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is not one of None, 'triton', 'torch'.")
+        if backend == "triton" and (foreach or differentiable or fused is False):
+            asked = "foreach=True" if foreach else "differentiable=True" if differentiable else "fused=False"
+            raise ValueError(
+                f"backend='triton' excludes {asked}, which asks for torch's implementation. Drop one of them."
+            )
+        self._options: dict[str, Any] = {"norms": bool(norms), "backend": backend}
+        self.max_grad_norm = max_grad_norm
+        self._engine = Engine(backend)
+        # What param_groups found out about each parameter, by name, for summary().
+        self._evidence: dict[str, Any] = dict(getattr(params, "evidence", {}))
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._state_was_shared = False
+
+    @property
+    def state(self) -> Any:
+        """Optimizer state by parameter, as in torch: `step`, `exp_avg`, `exp_avg_sq` and, with amsgrad, `max_exp_avg_sq`.
+
+        Whoever has had hold of it may replace or move a tensor at any time, so from then on every step looks whether
+        somebody did.
+        """
+        self._state_was_shared = True
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._state_was_shared = True
+        self.__dict__["state"] = value
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Global norm above which gradients are scaled down; None: no clipping. May be changed at any time."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"max_grad_norm={value} is not positive. Give a norm to clip to, or None for no clipping.")
+        self._max_grad_norm = None if value is None else float(value)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global gradient norm of the last step before clipping, float32[] on the device; None without max_grad_norm.
+
+        It is overwritten by the next step. Reading its value on the host waits for the device.
+        """
+        return self._engine.grad_norm
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; width multipliers left out of a group that has one of them count as 1.
+
+        Raises:
+            ValueError: a width multiplier is not a finite number >= 0, or segments do not fit their parameter.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: re-evaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._engine.step(
+            self.param_groups,
+            self.__dict__["state"],
+            verify_state=self._state_was_shared,
+            max_grad_norm=self._max_grad_norm,
+            norms=self._options["norms"],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        return loss
+
+    def norms(self) -> Norms:
+        """Norms of the last step by parameter name: one copy from the device, which waits for it.
+
+        On the torch backend they are computed now, from weights, state and gradients as they are: read them before
+        gradients are cleared.
+
+        Raises:
+            RuntimeError: the optimizer was built with norms=False, or holds only shards of some parameter.
+        """
+        names, sums = self._sums()
+        sharded = self._engine.sharded_member()
+        if sharded is not None:
+            raise RuntimeError(
+                f"norms(): {sharded.name!r} {tuple(sharded.param.shape)} is sharded over processes, and the norm of a shard "
+                "is not the norm of the matrix. Add norm_sums() up over the processes, then Norms.from_sums(names, sums)."
+            )
+        return Norms.from_sums(names, sums.cpu().numpy())
+
+    def norm_sums(self) -> Tensor:
+        """Sums behind `norms()`, float64[n, 4] on the device: weight, update, gradient squared, <weight before, update>.
+
+        For those who hold shards: rows follow `norm_names()`, and the sums of several shards add up.
+        """
+        return self._sums()[1]
+
+    def norm_names(self) -> list[str]:
+        """Names of the rows of `norm_sums()`: every segment that has taken a step."""
+        return self._sums()[0]
+
+    def _sums(self) -> tuple[list[str], Tensor]:
+        if not self._options["norms"]:
+            raise RuntimeError("this AdamW was built with norms=False. Build it with norms=True to read norms.")
+        return self._engine.norm_sums(self.__dict__["state"])
+
+    def effective(self) -> list[dict[str, float | Tensor]]:
+        """Per group, the lr, weight_decay and eps the step uses: base values times width multipliers."""
+        return [effective(group)._asdict() for group in self.param_groups]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler may leave unscaling and skipping to the step."""
+        fused = bool(self.defaults.get("fused"))
+        return fused or self._engine.uses_triton(self.param_groups)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        pass  # torch's constructor assigns it
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch.optim.AdamW.
+
+        Moments keep the dtype they were saved in. Where checkpoint and optimizer both have parameter names, state is
+        matched by name, whatever the order and grouping; without names, by position, as in torch. Width multipliers
+        the checkpoint lacks stay this optimizer's.
+
+        Raises:
+            ValueError: names, shapes or width multipliers do not match. Nothing has been loaded then.
+        """
+        with checkpoint.loading(self):
+            super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_options": self._options, "_max_grad_norm": self._max_grad_norm, "_evidence": self._evidence}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Not torch.optim.AdamW's, which fails on state that has no step yet.
+        Optimizer.__setstate__(self, state)
+        self.__dict__.setdefault("_options", {"norms": True, "backend": None})
+        self.__dict__.setdefault("_max_grad_norm", None)
+        self.__dict__.setdefault("_evidence", {})
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            group["decoupled_weight_decay"] = True
+            for p in group["params"]:
+                p_state = self.state.get(p, {})
+                if "step" in p_state and not isinstance(p_state["step"], Tensor):
+                    on_device = group["capturable"] or group["fused"]
+                    p_state["step"] = torch.tensor(
+                        float(p_state["step"]), dtype=torch.float32, device=p.device if on_device else "cpu"
+                    )
+        self._engine = Engine(self._options["backend"])
+        self._state_was_shared = True
+
+
+def _check_group(group: dict[str, Any], index: int) -> None:
+    if any(key in group for key in WIDTH_KEYS):
+        for key in WIDTH_KEYS:
+            value = group.setdefault(key, 1.0)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"group {index}: {key}={value!r} is not a finite number >= 0. Leave it out for 1.")
+    for name, rows in (group.get("segments") or {}).items():
+        params = dict(zip(group.get("param_names", ()), group["params"], strict=True))
+        if name not in params:
+            raise ValueError(f"group {index}: segments for {name!r}, which is not a named parameter of this group.")
+        shape = tuple(params[name].shape)
+        if not shape or sum(rows) != shape[0] or min(rows) < 1:
+            raise ValueError(
+                f"group {index}: segments {tuple(rows)} of {name!r} {shape} are not positive row counts that add up to "
+                f"its first dimension."
+            )
