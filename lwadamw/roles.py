@@ -81,6 +81,7 @@ _REGISTERED: dict[type[nn.Module], dict[str, RoleSpec]] = {}
 def register_role(module: type[nn.Module], roles: Mapping[str, RoleSpec]) -> None:
     """Decide the parameters of a module class of your own, by their names within it.
 
+    >>> import torch
     >>> class Experts(torch.nn.Module): ...
     >>> register_role(Experts, {"w1": Matrix(fan_in=-1), "w2": Matrix(fan_in=-1)})
 

@@ -1,0 +1,40 @@
+# make demo   train a small language model at two widths and look at its norms
+# make test   everything CI runs: lint, types, tests
+# make gpu    GPU tests, then benchmarks; needs only python3, torch, triton and numpy
+# make check  lint and types;   make slow  the tests that take minutes;   make bench  what can be measured without a GPU
+# The first two build .venv by themselves. PYTHON=python3.12 chooses the interpreter it is built from.
+
+PYTHON ?= python3
+OUT ?= bench/results
+BIN := .venv/bin
+
+.PHONY: demo test check slow bench gpu clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,dev]"
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/python -m lwadamw demo
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/.installed
+	$(BIN)/python -m bench.codegen
+	$(BIN)/python -m bench.host_cost
+
+gpu:
+	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu --out $(OUT)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,99 @@
+"""The case table: option sets every backend is held to, and the shapes and helpers that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lwadamw import AdamW, reference
+
+# 0-d, empty, one element, odd sizes around the block sizes (256, 1024) and the smallest chunk (2048).
+SHAPES: Sequence[tuple[int, ...]] = ((), (0,), (1,), (63,), (5, 51), (1025,), (41, 50), (2049,))
+
+# Constructor options, most of them away from their defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no_decay": {"weight_decay": 0.0},
+    "decay": {"lr": 0.1, "weight_decay": 1.0},
+    "betas": {"lr": 1e-2, "betas": (0.5, 0.8), "eps": 1e-4},
+    "zero_betas": {"betas": (0.0, 0.0), "eps": 1e-6},
+    "amsgrad": {"amsgrad": True, "weight_decay": 0.1},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "amsgrad_maximize": {"amsgrad": True, "maximize": True, "betas": (0.8, 0.9)},
+    "clip": {"max_grad_norm": 0.5, "lr": 1e-2},
+    "clip_amsgrad": {"max_grad_norm": 3.0, "amsgrad": True},
+    "clip_never": {"max_grad_norm": 1e6},
+    "widths": {
+        "width_lr_mult": 0.25,
+        "width_wd_mult": 2.0,
+        "width_eps_mult": 0.5,
+        "lr": 0.1,
+        "weight_decay": 1.0,
+        "eps": 0.1,
+    },
+}
+GROUP_KEYS = ("width_lr_mult", "width_wd_mult", "width_eps_mult")
+
+
+def make_params(shapes: Sequence[tuple[int, ...]] = SHAPES, device: torch.device | str = "cpu") -> list[Parameter]:
+    return [Parameter(torch.randn(shape, device=device)) for shape in shapes]
+
+
+def clone_params(params: Sequence[Tensor]) -> list[Parameter]:
+    return [Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
+
+
+def set_grads(*copies: Sequence[Tensor], scale: float = 1.0) -> None:
+    """The same fresh gradients for every list of parameters."""
+    for same in zip(*copies, strict=True):
+        grad = torch.randn_like(same[0]) * scale
+        for p in same:
+            p.grad = grad.clone(memory_format=torch.preserve_format)
+
+
+def make_optimizer(params: Sequence[Tensor], options: dict[str, Any], **more: Any) -> AdamW:
+    group = {"params": list(params), **{k: v for k, v in options.items() if k in GROUP_KEYS}}
+    return AdamW([group], **{k: v for k, v in options.items() if k not in GROUP_KEYS}, **more)
+
+
+def make_reference(params: Sequence[Tensor], options: dict[str, Any]) -> list[reference.Parameter]:
+    group = reference.Group(**{k: v for k, v in options.items() if k != "max_grad_norm"})
+    return [reference.Parameter(p.detach().double().cpu().numpy().copy(), group) for p in params]
+
+
+def reference_step(
+    parameters: list[reference.Parameter], params: Sequence[Tensor], options: dict[str, Any], **more: Any
+) -> list[reference.StepNorms | None]:
+    grads = [None if p.grad is None else p.grad.double().cpu().numpy() for p in params]
+    return reference.step(parameters, grads, max_grad_norm=options.get("max_grad_norm"), **more)
+
+
+def assert_matches_reference(optimizer: AdamW, params: Sequence[Tensor], parameters: list[reference.Parameter]) -> None:
+    """Parameters, moments and steps within torch's own fp32 tolerances of float64."""
+    state = optimizer.state
+    for i, (p, r) in enumerate(zip(params, parameters, strict=True)):
+        _close(p, r.value, f"parameter {i} {tuple(p.shape)}")
+        if r.step == 0:
+            assert p not in state or float(state[p]["step"]) == 0
+            continue
+        assert float(state[p]["step"]) == r.step
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            expected = getattr(r, key)
+            assert (expected is not None) == (key in state[p]), key
+            if expected is not None:
+                _close(state[p][key], expected, f"{key} of parameter {i}")
+
+
+def _close(actual: Tensor, expected: np.ndarray, what: str) -> None:
+    torch.testing.assert_close(
+        actual.detach().double().cpu(),
+        torch.as_tensor(expected, dtype=torch.float64),
+        rtol=1.3e-6,
+        atol=1e-5,
+        msg=lambda message: f"{what}: {message}",
+    )
