@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -82,7 +83,8 @@ def across(runs: Sequence[Run]) -> str:
     late = [f"width {r.width}" for r in runs if r.steps_done < r.steady_step]
     doubt = f" It says little: {' and '.join(late)} not steady yet." if late else ""
     rule = target.settings.rule
-    return f"From width {proxy.width} to {target.width} the rule {rule} predicts {'; '.join(parts)}.{doubt}"
+    sentence = f"From width {proxy.width} to {target.width} the rule {rule} predicts {'; '.join(parts)}.{doubt}"
+    return textwrap.fill(sentence, 118)
 
 
 def _relative_update(run: Run) -> Array:

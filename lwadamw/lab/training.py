@@ -34,9 +34,9 @@ class Settings:
     depth: int = 4
     context: int = 128
     batch: int = 8
-    steps: int = 400
+    steps: int = 300
     lr: float = 1e-2  # base value, reached after the warm-up and then constant, so that there is a steady state
-    weight_decay: float = 2.0  # base value
+    weight_decay: float = 2.5  # base value
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     seed: int = 0
