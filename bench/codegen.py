@@ -152,6 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the reports there too")
     arguments = parser.parse_args()
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+        parser.error(f"needs Triton 3.3 or newer, whose ahead-of-time interface it uses; this is {triton.__version__}")
     rows = reports(list(TARGETS))
     print(f"triton {triton.__version__}, block {layout.BLOCK}, tail {layout.TAIL}, warps {layout.WARPS}")
     print(

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .layout import K_BLOCK, K_COEFFICIENTS, K_STATISTICS, K_TAIL
-from .storage import load, pointer_to, store
+from .storage import element_address, load, pointer_to, store
 
 
 @triton.jit
@@ -118,18 +118,17 @@ def adamw_kernel(
     a4 = tl.load(row + 3)
     a5 = tl.load(row + 4)
     a6 = tl.load(row + 5)
-    active = tl.load(row + 6) != 0.0
-    count = tl.where(active, count, 0)
+    active = tl.load(row + 6).to(tl.int32)
+    count *= active
 
-    g_address = tl.load(gradients + i_row) + start * (GRAD.primitive_bitwidth // 8)
-    p_address = tl.load(addresses + i_row) + start * (PARAM.primitive_bitwidth // 8)
-    m_address = tl.load(addresses + n_rows + i_row) + start * (STATE.primitive_bitwidth // 8)
-    v_address = tl.load(addresses + 2 * n_rows + i_row) + start * (STATE.primitive_bitwidth // 8)
-    # Without amsgrad x stands for some valid, aligned address; nothing reads it.
+    g_address = element_address(tl.load(gradients + i_row), start, GRAD)
+    p_address = element_address(tl.load(addresses + i_row), start, PARAM)
+    m_address = element_address(tl.load(addresses + n_rows + i_row), start, STATE)
+    v_address = element_address(tl.load(addresses + 2 * n_rows + i_row), start, STATE)
     x_address = p_address * 0
     if AMSGRAD:
         x_address = tl.load(addresses + 3 * n_rows + i_row)
-        x_address = tl.where(x_address != 0, x_address + start * (STATE.primitive_bitwidth // 8), 0)
+        x_address = tl.where(x_address != 0, element_address(x_address, start, STATE), 0)
     aligned = ((p_address | g_address | m_address | v_address | x_address) & 15) == 0
     full = tl.where(aligned, count // K_BLOCK * K_BLOCK, 0)
 
@@ -143,7 +142,8 @@ def adamw_kernel(
     )  # fmt: skip
     if NORMS:
         out = partials + i_chunk * K_STATISTICS
-        tl.store(out, p_1 + p_2, mask=active)
-        tl.store(out + 1, d_1 + d_2, mask=active)
-        tl.store(out + 2, g_1 + g_2, mask=active)
-        tl.store(out + 3, pd_1 + pd_2, mask=active)
+        if active != 0:
+            tl.store(out, p_1 + p_2)
+            tl.store(out + 1, d_1 + d_2)
+            tl.store(out + 2, g_1 + g_2)
+            tl.store(out + 3, pd_1 + pd_2)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .layout import K_GRAD_BLOCK, K_PARTIALS, K_TAIL
-from .storage import load, pointer_to
+from .storage import element_address, load, pointer_to
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def grad_norm_kernel(
     i_chunk = tl.program_id(0).to(tl.int64)
     g_address = tl.load(gradients + tl.load(chunk_row + i_chunk))
     count = tl.where(g_address != 0, tl.load(chunk_count + i_chunk), 0)
-    g_address += tl.load(chunk_start + i_chunk) * (GRAD.primitive_bitwidth // 8)
+    g_address = element_address(g_address, tl.load(chunk_start + i_chunk), GRAD)
     full = tl.where((g_address & 15) == 0, count // K_GRAD_BLOCK * K_GRAD_BLOCK, 0)
     total = square_blocks(g_address, 0, full, GRAD, K_GRAD_BLOCK, False)
     total += square_blocks(g_address, full, count, GRAD, K_TAIL, True)

@@ -21,12 +21,12 @@ def norms_kernel(
     i_segment = tl.program_id(0).to(tl.int64)
     first = tl.load(segment_chunk + i_segment)
     last = tl.load(segment_chunk + i_segment + 1)
-    active = tl.load(coefficients + tl.load(segment_row + i_segment) * K_COEFFICIENTS + 6) != 0.0
+    active = tl.load(coefficients + tl.load(segment_row + i_segment) * K_COEFFICIENTS + 6).to(tl.int32)
     lanes = tl.arange(0, K_PARTIALS)
     columns = tl.arange(0, K_STATISTICS)
     total = tl.zeros([K_PARTIALS, K_STATISTICS], tl.float64)
     for i in range(first, last, K_PARTIALS):
         chunks = i + lanes[:, None]
         total += tl.load(partials + chunks * K_STATISTICS + columns[None, :], mask=chunks < last, other=0.0)
-    row = tl.where(columns < tl.where(active, K_STATISTICS, 1), tl.sum(total, 0), 0.0)
+    row = tl.where(columns <= active * (K_STATISTICS - 1), tl.sum(total, 0), 0.0)
     tl.store(sums + i_segment * K_STATISTICS + columns, row)

@@ -25,6 +25,15 @@ def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def element_address(address, index, TYPE: tl.constexpr):
+    """Byte address of element `index` of the array of `TYPE` that begins at `address`."""
+    # Through integers: a pointer cast back and forth takes its alignment hints along, or loses them. The type is asked
+    # through a pointer because Triton 3.2 knows no attributes of a constexpr.
+    pointer = address.to(tl.pointer_type(TYPE))
+    return address + index * (pointer.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
 def load(pointer, offsets, mask, MASKED: tl.constexpr):
     """A block of any float type, as fp32; elements outside the mask read as 0."""
     if MASKED:

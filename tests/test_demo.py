@@ -125,6 +125,7 @@ def test_a_short_file_is_refused_with_the_length_it_needs(tmp_path):
 
 
 def test_quick_demo_prints_the_closing_table_and_writes_a_figure(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     out = tmp_path / "demo.png"
     assert main(["demo", "--quick", "--device", "cpu", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -140,6 +141,7 @@ def test_quick_demo_prints_the_closing_table_and_writes_a_figure(tmp_path, capsy
 
 @pytest.mark.parametrize(("batch", "seen"), [(5, 1), (15, 2)], ids=["proxy", "target"])
 def test_an_interrupt_still_shows_what_there_is(batch, seen, text, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
     drawn = 0
 
     def interrupting(*args):
