@@ -27,10 +27,10 @@ def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def element_address(address, index, TYPE: tl.constexpr):
     """Byte address of element `index` of the array of `TYPE` that begins at `address`."""
-    # Through integers: a pointer cast back and forth takes its alignment hints along, or loses them. The type is asked
-    # through a pointer because Triton 3.2 knows no attributes of a constexpr.
-    pointer = address.to(tl.pointer_type(TYPE))
-    return address + index * (pointer.dtype.element_ty.primitive_bitwidth // 8)
+    # In integers, because a pointer cast back and forth loses what is known of its alignment. The size is asked of a
+    # value, because Triton 3.2 knows no attributes of a constexpr.
+    BITS: tl.constexpr = tl.full([], 0, TYPE).dtype.primitive_bitwidth
+    return address + index * (BITS // 8)
 
 
 @triton.jit

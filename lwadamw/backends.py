@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -133,6 +133,21 @@ def use_triton(member: Member, state: Mapping[str, Any], backend: str | None) ->
     if refusal is not None and backend == "triton":
         raise RuntimeError(f"backend='triton' cannot update {member.name!r} {tuple(p.shape)}: {refusal}.")
     return refusal is None
+
+
+def capturing() -> bool:
+    """Whether the current CUDA stream is being captured in a graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def check_capturable(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a RuntimeError, as torch's optimizers do, if some group was not built for capture."""
+    for i, group in enumerate(groups):
+        if not group["capturable"]:
+            raise RuntimeError(
+                f"step() is being captured in a CUDA graph, but group {i} has capturable=False. "
+                "Build the optimizer with capturable=True."
+            )
 
 
 def check_state(member: Member, state: Mapping[str, Any]) -> None:

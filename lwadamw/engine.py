@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from operator import is_
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .backends import Member, is_sharded, local, use_triton
+from .backends import Member, capturing, check_capturable, is_sharded, local, use_triton
+from .compare import same
 from .torch_backend import TorchBackend
 
 if TYPE_CHECKING:
@@ -27,12 +28,11 @@ State = Mapping[Any, dict[str, Any]]
 class Engine:
     def __init__(self, backend: str | None) -> None:
         self._backend = backend
-        self.invalidate()
+        self._forget()
 
-    def invalidate(self) -> None:
-        """Forget what the backends were given; the next step looks at groups and state afresh."""
-        self._params: list[Tensor] = []
-        self._referents: list[Any] = []
+    def _forget(self) -> None:
+        self._params: list[list[Tensor]] | None = None  # of each group
+        self._referents: list[Any] = []  # every object in every parameter's state
         self._triton: TritonBackend | None = None
         self._torch = TorchBackend()
         self._torch_members: list[Member] = []
@@ -57,25 +57,29 @@ class Engine:
 
         verify_state: somebody else has had access to `state` and may have replaced or moved any tensor in it
         """
-        self._prepare(groups, state, verify_state, max_grad_norm, grad_scale, found_inf)
-        fused, others = self._triton, self._torch
-        if max_grad_norm is None:
+        if capturing():
+            check_capturable(groups)
+        # State made in inference mode could not be updated outside of it.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self._prepare(groups, state, verify_state, max_grad_norm, grad_scale, found_inf)
+            fused, others = self._triton, self._torch
+            if max_grad_norm is None:
+                if fused is not None:
+                    fused.run(clip=False, norms=norms)
+                if others.buckets:
+                    others.run(factor=None, grad_scale=grad_scale, found_inf=found_inf)
+                return
+            totals = ([] if fused is None else fused.sum_gradients()) + others.sum_gradients()
             if fused is not None:
-                fused.run(clip=False, norms=norms)
+                if len(totals) > 1:
+                    fused.set_total(totals)
+                fused.run(clip=True, norms=norms)
+                self.grad_norm = fused.grad_norm
             if others.buckets:
-                others.run(factor=None, grad_scale=grad_scale, found_inf=found_inf)
-            return
-        totals = ([] if fused is None else fused.sum_gradients()) + others.sum_gradients()
-        if fused is not None:
-            if len(totals) > 1:
-                fused.set_total(totals)
-            fused.run(clip=True, norms=norms)
-            self.grad_norm = fused.grad_norm
-        if others.buckets:
-            norm, factor, found_inf = _clip_factor(totals, max_grad_norm, grad_scale, found_inf)
-            others.run(factor=factor, grad_scale=None, found_inf=found_inf)
-            if fused is None:
-                self.grad_norm = norm
+                norm, factor, found_inf = _clip_factor(totals, max_grad_norm, grad_scale, found_inf)
+                others.run(factor=factor, grad_scale=None, found_inf=found_inf)
+                if fused is None:
+                    self.grad_norm = norm
 
     def _prepare(
         self,
@@ -86,18 +90,15 @@ class Engine:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        params = [p for group in groups for p in group["params"]]
-        fresh = (
-            len(params) == len(self._params)
-            and all(map(is_, params, self._params))
-            and not (verify_state and self._state_was_replaced(state))
+        fresh = same([group["params"] for group in groups], self._params) and (
+            not verify_state or same(gc.get_referents(*state.values()), self._referents)
         )
         if not fresh:
-            self._sort(groups, state, params)
+            self._sort(groups, state)
         if self._triton is not None:
             arguments = (groups, verify_state, max_grad_norm or 0.0, grad_scale, found_inf)
             if not self._triton.stage(*arguments):
-                self._sort(groups, state, params)
+                self._sort(groups, state)
                 fresh = False
                 if not self._triton.stage(*arguments):
                     raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while step() runs.")
@@ -106,14 +107,14 @@ class Engine:
         if not fresh or self._torch_members:
             self._referents = gc.get_referents(*state.values())
 
-    def _state_was_replaced(self, state: State) -> bool:
-        # Every object that every parameter's state refers to, from one C loop.
-        referents = gc.get_referents(*state.values())
-        return len(referents) != len(self._referents) or not all(map(is_, referents, self._referents))
-
-    def _sort(self, groups: Groups, state: State, params: list[Tensor]) -> None:
+    def _sort(self, groups: Groups, state: State) -> None:
         """Give every parameter to a backend."""
-        self.invalidate()
+        if capturing():
+            raise RuntimeError(
+                "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
+                "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
+            )
+        self._forget()
         members = members_of(groups)
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
         chosen = {id(m.param) for m in for_triton}
@@ -122,7 +123,7 @@ class Engine:
             from .triton_backend import TritonBackend
 
             self._triton = TritonBackend(for_triton, groups, state)
-        self._params = params
+        self._params = [list(group["params"]) for group in groups]
 
     def norm_sums(self, state: State) -> tuple[list[str], Tensor]:
         """Names of all segments that have been updated, and their sums, float64[n, 4] on the first one's device."""

@@ -8,20 +8,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .backends import WIDTH_KEYS
+from .compare import same
 from .kernels import layout
 
 _getters = {
     key: itemgetter(key)
     for key in ("lr", "betas", "eps", "weight_decay", "maximize", "amsgrad", "foreach", "fused", "differentiable")
 }
-_lr, _weight_decay = _getters["lr"], _getters["weight_decay"]
+_lr = _getters["lr"]
 _optional: Mapping[str, Any] = {**dict.fromkeys(WIDTH_KEYS, 1.0), "segments": None}
 # What decides which parameters the Triton backend updates, and with which state.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "segments")
@@ -38,29 +39,25 @@ class GroupTable:
         self._n_keys = -1
         self._flags = self._read_flags(groups)
         self._referents: list[Any] = []
+        self._lr_places = slice(0)
         self._has_tensors = False
         self._volatile = False  # some tensor has to be read, or copied to a device, every step
         self._copies: list[Tensor] = []
 
-    def is_fresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether `words` is what the groups say."""
+    def refresh(self, groups: Sequence[Mapping[str, Any]]) -> Literal["same", "changed", "replan"]:
+        """Bring `words` up to date; "replan" if some group's flags changed, so that plans have to be made again."""
         # Every object that every group refers to, from one C loop.
         referents = gc.get_referents(*groups)
-        if self._volatile or len(referents) != len(self._referents):
-            return False
-        if self._has_tensors:
-            return all(map(is_, referents, self._referents))
-        # Equality is the faster comparison, but that of a tensor waits for the device. A sum is the fastest way to see
-        # whether there is one.
-        if isinstance(sum(map(_lr, groups)), Tensor) or isinstance(sum(map(_weight_decay, groups)), Tensor):
-            return False
-        return referents == self._referents
-
-    def update(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Bring `words` up to date; False if some group's flags changed, so that plans have to be made again."""
+        if not self._volatile:
+            if same(referents, self._referents):
+                return "same"
+            lrs = tuple(map(_lr, groups))
+            if self._only_lr_differs(referents, lrs):
+                self._write(0, "lr", lrs)
+                return "changed"
         if self._read_flags(groups) != self._flags:
-            return False
-        self._referents = gc.get_referents(*groups)
+            return "replan"
+        self._referents = referents
         self._copies, self._volatile, self._has_tensors = [], False, False
         columns = {key: tuple(map(_getters[key], groups)) for key in ("lr", "eps", "weight_decay", "maximize")}
         columns["beta1"], columns["beta2"] = zip(*map(_getters["betas"], groups), strict=True)
@@ -69,7 +66,21 @@ class GroupTable:
         for j, key in enumerate(WIDTH_KEYS):
             self._write(layout.GROUP_MULTIPLIERS + j, key, self._optional_column(groups, key))
         self._write(layout.GROUP_SIGN, "maximize", columns["maximize"], np.where(columns["maximize"], -1.0, 1.0))
-        return True
+        stride = len(referents) // len(groups)
+        first = next(i for i, value in enumerate(referents) if value is columns["lr"][0])
+        self._lr_places = slice(first, None, stride)
+        return "changed"
+
+    def _only_lr_differs(self, referents: list[Any], lrs: tuple[Any, ...]) -> bool:
+        """Whether a schedule assigned learning rates and nothing else happened; notes the new ones if so."""
+        places = self._lr_places
+        if self._has_tensors or len(referents) != len(self._referents) or isinstance(sum(lrs), Tensor):
+            return False
+        # Where groups came to differ in the order of their keys, the places belong to something else.
+        if len(referents[places]) != len(lrs) or not all(map(is_, referents[places], lrs)):
+            return False
+        self._referents[places] = lrs
+        return same(referents, self._referents)
 
     def _read_flags(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
         n_keys = sum(map(len, groups))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import checkpoint
@@ -157,6 +158,8 @@ class AdamW(torch.optim.AdamW):
             self.param_groups.pop()
             raise
 
+    # A compiled training step calls this as it is. Not torch.compiler.disable, which would load the compiler on import.
+    @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step.
 

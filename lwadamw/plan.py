@@ -14,6 +14,7 @@ import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import kernels
+from .backends import capturing
 from .kernels import layout
+from .launch import Launch
 
 _ADDRESS_COLUMNS = 4
 
@@ -56,14 +59,14 @@ class Upload:
 
     def send(self) -> None:
         """Make the device see `words` from the next launch on."""
-        if self.on_host:
-            return
-        if torch.cuda.is_current_stream_capturing():
+        if capturing():
             raise RuntimeError(
                 "lwadamw.AdamW: gradients or hyperparameters changed since the last step, so this step cannot be captured "
                 "in a CUDA graph. Take one uncaptured step on the same gradients first, keep them in place with "
                 "zero_grad(set_to_none=False), and use tensors for hyperparameters that change between replays."
             )
+        if self.on_host:
+            return
         pinned, view, event = self._free_buffer()
         view[:] = self.words
         self.table.copy_(pinned, non_blocking=True)
@@ -140,9 +143,36 @@ class Plan:
         self._coefficients = torch.zeros(len(rows), layout.COEFFICIENTS, dtype=torch.float32, device=device)
         # NaN until a parameter takes its first step: nobody has read its weight yet.
         self._partials = torch.full((n_chunks, layout.STATISTICS), float("nan"), dtype=torch.float32, device=device)
-        self._squares = torch.zeros(n_chunks, dtype=torch.float32, device=device)
-        self._total_bits = total_bits(n_chunks)
-        self._options = {"num_warps": layout.WARPS["hip" if torch.version.hip else "cuda"], "enable_fp_fusion": False}
+        self._prepare_launches()
+
+    def _prepare_launches(self) -> None:
+        def launch(kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> Launch:
+            return Launch(kernel, programs, arguments, constants, _options())
+
+        chunks = (self._chunk_row, self._chunk_start, self._chunk_count)
+        squares = torch.zeros(self.n_chunks, dtype=torch.float32, device=self.device)
+        self._launch_squares = launch(
+            kernels.grad_norm_kernel, self.n_chunks, *chunks, self._gradient_table, squares, GRAD=tl.float32
+        )
+        self._launch_total = launch(
+            kernels.total_kernel, 1, squares, self.total, self.n_chunks, BITS=total_bits(self.n_chunks)
+        )
+        self._launch_coefficients = [
+            launch(
+                kernels.coefficients_kernel, -(-self.n_rows // layout.ROWS),
+                self._upload.table, self._row_group, self.steps, self.total, self._coefficients, self.grad_norm,
+                self.n_rows, CLIP=clip,
+            )
+            for clip in (False, True)
+        ]  # fmt: skip
+        self._launch_update = [
+            launch(
+                kernels.adamw_kernel, self.n_chunks,
+                *chunks, self._addresses, self._gradient_table, self._coefficients, self._partials, self.n_rows,
+                PARAM=tl.float32, GRAD=tl.float32, STATE=tl.float32, AMSGRAD=self.amsgrad, NORMS=norms,
+            )
+            for norms in (False, True)
+        ]  # fmt: skip
 
     def _table(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -182,31 +212,23 @@ class Plan:
 
     def sum_gradients(self) -> None:
         """Write the sum of squares of this plan's gradients to `total`."""
-        if self.n_chunks:
-            kernels.grad_norm_kernel[(self.n_chunks,)](
-                self._chunk_row, self._chunk_start, self._chunk_count, self._gradient_table, self._squares,
-                GRAD=tl.float32, **self._options,
-            )  # fmt: skip
-        kernels.total_kernel[(1,)](self._squares, self.total, self.n_chunks, BITS=self._total_bits, **self._options)
+        self._launch_squares()
+        self._launch_total()
 
     def run(self, *, clip: bool, norms: bool) -> None:
         """Take the step: every chunk of every parameter of every group, in two launches."""
-        kernels.coefficients_kernel[(-(-self.n_rows // layout.ROWS),)](
-            self._upload.table, self._row_group, self.steps, self.total, self._coefficients, self.grad_norm,
-            self.n_rows, CLIP=clip, **self._options,
-        )  # fmt: skip
-        if self.n_chunks:
-            kernels.adamw_kernel[(self.n_chunks,)](
-                self._chunk_row, self._chunk_start, self._chunk_count, self._addresses, self._gradient_table,
-                self._coefficients, self._partials, self.n_rows,
-                PARAM=tl.float32, GRAD=tl.float32, STATE=tl.float32, AMSGRAD=self.amsgrad, NORMS=norms, **self._options,
-            )  # fmt: skip
+        self._launch_coefficients[clip]()
+        self._launch_update[norms]()
 
     def norm_sums(self) -> Tensor:
         """float64[n_segments, 4]: sums of squares of weight, update, gradient, and <weight before, update>."""
         sums = torch.empty(self.n_segments, layout.STATISTICS, dtype=torch.float64, device=self.device)
         with self.on_device():
             kernels.norms_kernel[(self.n_segments,)](
-                self._partials, self._segment_chunk, self._segment_row, self._coefficients, sums, **self._options
+                self._partials, self._segment_chunk, self._segment_row, self._coefficients, sums, **_options()
             )
         return sums
+
+
+def _options() -> dict[str, Any]:
+    return {"num_warps": layout.WARPS["hip" if torch.version.hip else "cuda"], "enable_fp_fusion": False}

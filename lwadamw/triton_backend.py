@@ -136,9 +136,10 @@ class TritonBackend:
         if any(p.grad is not None for p in self._idle) or not all(d.is_fresh(verify_state) for d in self._devices):
             return False
         gradients = [d.gradients() for d in self._devices]
-        if not self._table.is_fresh(groups):
-            if not self._table.update(groups):
-                return False
+        change = self._table.refresh(groups)
+        if change == "replan":
+            return False
+        if change == "changed":
             for d in self._devices:
                 d.plan.set_groups(self._table.words[d.plan.device])
         self._scalars = []

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 import lwadamw.plan
-from lwadamw import AdamW
+from lwadamw import AdamW, kernels
 from lwadamw.kernels import layout
+from lwadamw.launch import Launch
 
 from .cases import make_params, set_grads
-
-KERNELS = ("coefficients_kernel", "adamw_kernel", "grad_norm_kernel", "total_kernel", "norms_kernel")
 
 
 @pytest.fixture
@@ -17,16 +17,13 @@ def launches(monkeypatch):
     """Names of the kernels launched so far."""
     launched = []
 
-    class Counted:
-        def __init__(self, name):
-            self.name, self.kernel = name, getattr(lwadamw.plan.kernels, name)
+    original = Launch.__call__
 
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.kernel[grid]
+    def counted(self):
+        launched.append(self._kernel.fn.__name__)
+        original(self)
 
-    for name in KERNELS:
-        monkeypatch.setattr(lwadamw.plan.kernels, name, Counted(name))
+    monkeypatch.setattr(Launch, "__call__", counted)
     return launched
 
 
@@ -54,9 +51,6 @@ def test_launches_do_not_depend_on_the_number_of_groups(n_groups, clip, launches
         launches.clear()
         optimizer.step()
         assert len(launches) == (2 if clip is None else 4)
-    launches.clear()
-    optimizer.norms()
-    assert launches == ["norms_kernel"]
 
 
 def test_mixed_amsgrad_shares_the_launch(launches, device):
@@ -94,18 +88,12 @@ def test_a_step_never_reads_the_device(replaced, monkeypatch, device):
         for key in ("lr", "weight_decay") if replaced == "both" else (replaced,):
             group[key] = torch.tensor(group[key], dtype=torch.float64, device=device)
     # Interpreted kernels do read their arguments; what counts is what happens before them.
-    for name in KERNELS:
-        monkeypatch.setattr(lwadamw.plan.kernels, name, _Nothing())
+    monkeypatch.setattr(Launch, "__call__", lambda self: None)
     for name in ("item", "cpu", "tolist", "numpy", "__float__", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, name=name: pytest.fail(f"step() called {name}"))
     for _ in range(2):
         set_grads(params)
         optimizer.step()
-
-
-class _Nothing:
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
 
 
 def test_chunks_fill_the_device_or_are_as_long_as_they_get():
@@ -116,3 +104,64 @@ def test_chunks_fill_the_device_or_are_as_long_as_they_get():
         assert layout.MIN_CHUNK <= length <= layout.MAX_CHUNK
         assert length == layout.MIN_CHUNK or elements / length >= layout.TARGET_CHUNKS
         assert length == layout.MAX_CHUNK or elements / (length + layout.MIN_CHUNK) <= layout.TARGET_CHUNKS
+
+
+class _Compiled:
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *values: self.calls.append((grid, values))
+
+
+class _Kernel:
+    """As triton.jit makes them: specialises at each call and returns what it compiled."""
+
+    arg_names = ("table", "n", "SECOND", "FIRST")
+
+    def __init__(self, compiled):
+        self.compiled, self.calls = compiled, []
+
+    def __getitem__(self, grid):
+        def call(*arguments, **options):
+            self.calls.append((grid, arguments, options))
+            return self.compiled
+
+        return call
+
+
+def test_only_the_first_launch_specialises(monkeypatch):
+    direct = []
+    kernel, table = _Kernel(_Compiled(direct)), torch.zeros(3)
+    launch = Launch(kernel, 7, (table, 5), {"FIRST": 1, "SECOND": 2}, {"num_warps": 8})
+    monkeypatch.setattr("lwadamw.launch._TAKES_CONSTANTS", True)
+    for _ in range(3):
+        launch()
+    assert kernel.calls == [((7, 1, 1), (table, 5), {"FIRST": 1, "SECOND": 2, "num_warps": 8})]
+    assert direct == [((7, 1, 1), (table.data_ptr(), 5, 2, 1))] * 2
+
+
+def test_before_triton_3_3_compiled_kernels_take_no_constants(monkeypatch):
+    direct = []
+    launch = Launch(_Kernel(_Compiled(direct)), 7, (torch.zeros(3), 5), {"FIRST": 1, "SECOND": 2}, {})
+    monkeypatch.setattr("lwadamw.launch._TAKES_CONSTANTS", False)
+    launch()
+    launch()
+    assert [len(values) for _, values in direct] == [2]
+
+
+def test_an_interpreted_launch_stays_as_it_is_and_an_empty_one_does_nothing():
+    interpreted, empty = _Kernel(None), _Kernel(None)
+    for kernel, programs in ((interpreted, 7), (empty, 0)):
+        launch = Launch(kernel, programs, (torch.zeros(3), 5), {"FIRST": 1, "SECOND": 2}, {})
+        launch()
+        launch()
+    assert len(interpreted.calls) == 2
+    assert empty.calls == []
+
+
+def test_constants_are_the_last_arguments_of_every_kernel():
+    for name in kernels.__all__:
+        if name.endswith("_kernel"):
+            kinds = [p.is_constexpr for p in JITFunction(getattr(kernels, name).fn).params]
+            assert kinds == sorted(kinds), name
