@@ -43,7 +43,8 @@ class AdamW(torch.optim.AdamW):
         amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
         maximize: ascend instead of descend.
         foreach, fused: as in torch. `fused=False`, or `foreach` given without `fused=True`, asks for torch's own
-            implementation and so for the torch backend.
+            implementation and so for the torch backend. Not asked for anything, that one takes torch's fused kernel on
+            the CPU, where torch itself would loop over a dozen operators.
         capturable: allow the step to be captured in a CUDA graph.
         differentiable: let autograd run through the step; torch backend only.
         max_grad_norm: clip by the global norm inside the step, as `torch.nn.utils.clip_grad_norm_` before it would,

@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 
 from .backends import MOMENTS, Member, check_gradient, check_state, effective, local
 
+_FUSABLE = (torch.float32, torch.float64)
 _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 
@@ -41,29 +42,30 @@ class TorchBackend:
         Raises:
             RuntimeError: sparse gradient, or state that does not fit its parameter; nothing has been written.
         """
-        keys: dict[int, tuple[Any, ...]] = {}
+        keys: dict[tuple[int, bool], tuple[Any, ...]] = {}
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for m in members:
             grad = m.param.grad
             if grad is None:
                 continue
             check_gradient(m, grad)
-            key = keys.get(m.group_index)
+            p_state = state[m.param]
+            check_state(m, p_state)
+            fuses = _fuses_unasked(m, grad, p_state)
+            key = keys.get((m.group_index, fuses))
             if key is None:
-                flags = (m.group[flag] for flag in _FLAGS)
-                key = keys[m.group_index] = (*effective(m.group), *m.group["betas"], *flags)
+                flags = (fuses or m.group[flag] if flag == "fused" else m.group[flag] for flag in _FLAGS)
+                key = keys[m.group_index, fuses] = (*effective(m.group), *m.group["betas"], *flags)
             bucket = buckets.get(key)
             if bucket is None:
                 names = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
                 bucket = buckets[key] = Bucket(dict(zip(names, key, strict=True)))
-            p_state = state[m.param]
-            check_state(m, p_state)
             bucket.members.append(m)
             bucket.states.append(p_state)
             bucket.grads.append(grad)
         for bucket in buckets.values():
             for m, p_state in zip(bucket.members, bucket.states, strict=True):
-                _complete(p_state, m)
+                _complete(p_state, m, on_device=bool(bucket.options["capturable"] or bucket.options["fused"]))
         self.buckets = list(buckets.values())
 
     def sum_gradients(self) -> list[Tensor]:
@@ -110,6 +112,9 @@ class TorchBackend:
                     found_inf=found_inf if fused else None,
                     **options,
                 )
+            if fused and params[0].device.type == "cpu":
+                # That kernel writes behind autograd's back; a backward through the old weights must still be an error.
+                torch._C._increment_version(params)
             # Norms are read later, when a schedule may have moved on.
             for name in ("lr", "beta1", "beta2", "weight_decay", "eps"):
                 if isinstance(options[name], Tensor):
@@ -167,10 +172,26 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=like.device)
 
 
-def _complete(state: dict[str, Any], member: Member) -> None:
+def _fuses_unasked(member: Member, grad: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether torch's fused CPU kernel serves, where torch's own default would be a loop over a dozen operators.
+
+    It takes all tensors for contiguous, without looking, and rounds 16-bit values otherwise than the loop.
+    """
+    p, group = member.param, member.group
+    if p.device.type != "cpu" or p.dtype not in _FUSABLE or local(p) is not p:
+        return False
+    if group["fused"] is not None or group["foreach"] is not None or group["differentiable"] or group["capturable"]:
+        return False
+    hyperparameters = (group["lr"], group["eps"], group["weight_decay"], *group["betas"])
+    if any(isinstance(value, Tensor) for value in hyperparameters):
+        return False
+    tensors = [p, grad, *[state[key] for key in MOMENTS if key in state]]
+    return all(t.dtype == p.dtype and t.is_contiguous() for t in tensors)
+
+
+def _complete(state: dict[str, Any], member: Member, on_device: bool) -> None:
     """Create what is missing of a parameter's state, with `step` where torch's implementation wants it."""
     p, group = member.param, member.group
-    on_device = bool(group["capturable"] or group["fused"])
     step = state.get("step", 0.0)
     if not isinstance(step, Tensor) or (not on_device and step.device.type != "cpu"):
         dtype = torch.float32 if on_device else torch.get_default_dtype()
