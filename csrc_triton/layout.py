@@ -23,6 +23,13 @@ ROWS = 128
 # Partial sums read per iteration by the reductions.
 PARTIALS = 1024
 
+# Cache hints of the aligned path: "", ".ca", ".cg" for loads, "", ".wb", ".cg", ".cs", ".wt" for stores; "", "evict_first",
+# "evict_last". Unset until a measurement asks for one.
+LOAD_CACHE = ""
+LOAD_EVICTION = ""
+STORE_CACHE = ""
+STORE_EVICTION = ""
+
 # Coefficients of one parameter, fp32[COEFFICIENTS]: 1 - beta1, 1 - beta2, lr*wd, lr*sqrt(1 - beta2^t)/(1 - beta1^t),
 # eps*sqrt(1 - beta2^t), factor of the gradient (sign, clipping, unscaling), 1 if the step happens else 0, unused.
 COEFFICIENTS = 8
@@ -60,3 +67,7 @@ K_GROUP_MULTIPLIERS = tl.constexpr(GROUP_MULTIPLIERS)
 K_GROUP_SIGN = tl.constexpr(GROUP_SIGN)
 K_GROUP_ADDRESSES = tl.constexpr(GROUP_ADDRESSES)
 K_GROUP_KINDS = tl.constexpr(GROUP_KINDS)
+K_LOAD_CACHE = tl.constexpr(LOAD_CACHE)
+K_LOAD_EVICTION = tl.constexpr(LOAD_EVICTION)
+K_STORE_CACHE = tl.constexpr(STORE_CACHE)
+K_STORE_EVICTION = tl.constexpr(STORE_EVICTION)

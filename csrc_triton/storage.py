@@ -14,6 +14,8 @@ Names, here and in every kernel file:
 import triton
 import triton.language as tl
 
+from .layout import K_LOAD_CACHE, K_LOAD_EVICTION, K_STORE_CACHE, K_STORE_EVICTION
+
 
 @triton.jit
 def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
@@ -39,7 +41,7 @@ def load(pointer, offsets, mask, MASKED: tl.constexpr):
     if MASKED:
         block = tl.load(pointer + offsets, mask=mask, other=0.0)
     else:
-        block = tl.load(pointer + offsets)
+        block = tl.load(pointer + offsets, cache_modifier=K_LOAD_CACHE, eviction_policy=K_LOAD_EVICTION)
     return block.to(tl.float32)
 
 
@@ -50,4 +52,4 @@ def store(pointer, offsets, block, mask, MASKED: tl.constexpr):
     if MASKED:
         tl.store(pointer + offsets, block, mask=mask)
     else:
-        tl.store(pointer + offsets, block)
+        tl.store(pointer + offsets, block, cache_modifier=K_STORE_CACHE, eviction_policy=K_STORE_EVICTION)

@@ -32,40 +32,72 @@ class Bucket:
     skipped: Tensor | bool = False  # nonzero: the step left them alone
 
 
+@dataclass(slots=True)
+class Entry:
+    """A parameter whose state has been checked."""
+
+    member: Member
+    state: dict[str, Any]
+    address: (
+        int | None
+    )  # if torch's fused CPU kernel can take it, as long as it stays there; gradient and group permitting
+    completed_for: tuple[bool, bool] | None = None  # amsgrad, and whether `step` is on the parameter's device
+
+
 class TorchBackend:
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
+        self._entries: dict[int, Entry] = {}
 
-    def prepare(self, members: Iterable[Member], state: Any) -> None:
+    def prepare(self, members: Iterable[Member], state: Any, fresh: bool) -> None:
         """Collect what this step updates, creating missing state.
+
+        fresh: parameters and state are the objects of the last call; what was checked then is not checked again
 
         Raises:
             RuntimeError: sparse gradient, or state that does not fit its parameter; nothing has been written.
         """
-        keys: dict[tuple[int, bool], tuple[Any, ...]] = {}
+        if not fresh:
+            self._entries = {}
+        entries = self._entries
         buckets: dict[tuple[Any, ...], Bucket] = {}
+        by_group: dict[tuple[int, bool], Bucket] = {}
+        group_fuses: dict[int, bool] = {}
+        used: list[tuple[Entry, Bucket]] = []
         for m in members:
-            grad = m.param.grad
+            p, i_group = m.param, m.group_index
+            grad = p.grad
             if grad is None:
                 continue
-            check_gradient(m, grad)
-            p_state = state[m.param]
-            check_state(m, p_state)
-            fuses = _fuses_unasked(m, grad, p_state)
-            key = keys.get((m.group_index, fuses))
-            if key is None:
-                flags = (fuses or m.group[flag] if flag == "fused" else m.group[flag] for flag in _FLAGS)
-                key = keys[m.group_index, fuses] = (*effective(m.group), *m.group["betas"], *flags)
-            bucket = buckets.get(key)
+            if grad.layout != torch.strided:
+                check_gradient(m, grad)
+            entry = entries.get(m.order)
+            if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
+                check_state(m, state[p])
+                entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if _is_fusable(p, state[p]) else None)
+            fuses = group_fuses.get(i_group)
+            if fuses is None:
+                fuses = group_fuses[i_group] = _fuses_unasked(m.group)
+            if fuses:
+                fuses = (
+                    entry.address is not None and grad.dtype == p.dtype and grad.is_contiguous() and p.is_contiguous()
+                )
+            bucket = by_group.get((i_group, fuses))
             if bucket is None:
+                flags = (fuses or m.group[flag] if flag == "fused" else m.group[flag] for flag in _FLAGS)
+                key = (*effective(m.group), *m.group["betas"], *flags)
                 names = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
-                bucket = buckets[key] = Bucket(dict(zip(names, key, strict=True)))
+                bucket = by_group[i_group, fuses] = buckets.setdefault(key, Bucket(dict(zip(names, key, strict=True))))
             bucket.members.append(m)
-            bucket.states.append(p_state)
+            bucket.states.append(entry.state)
             bucket.grads.append(grad)
-        for bucket in buckets.values():
-            for m, p_state in zip(bucket.members, bucket.states, strict=True):
-                _complete(p_state, m, on_device=bool(bucket.options["capturable"] or bucket.options["fused"]))
+            used.append((entry, bucket))
+        for entry, bucket in used:
+            options = bucket.options
+            needs = (bool(options["amsgrad"]), bool(options["capturable"] or options["fused"]))
+            if entry.completed_for != needs:
+                _complete(entry.state, entry.member.param, *needs)
+                entry.completed_for = needs
         self.buckets = list(buckets.values())
 
     def sum_gradients(self) -> list[Tensor]:
@@ -172,33 +204,30 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=like.device)
 
 
-def _fuses_unasked(member: Member, grad: Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether torch's fused CPU kernel serves, where torch's own default would be a loop over a dozen operators.
-
-    It takes all tensors for contiguous, without looking, and rounds 16-bit values otherwise than the loop.
-    """
-    p, group = member.param, member.group
-    if p.device.type != "cpu" or p.dtype not in _FUSABLE or local(p) is not p:
-        return False
+def _fuses_unasked(group: Mapping[str, Any]) -> bool:
+    """Whether a group may take torch's fused CPU kernel, where torch's own default is a loop over a dozen operators."""
     if group["fused"] is not None or group["foreach"] is not None or group["differentiable"] or group["capturable"]:
         return False
-    hyperparameters = (group["lr"], group["eps"], group["weight_decay"], *group["betas"])
-    if any(isinstance(value, Tensor) for value in hyperparameters):
+    values = (group["lr"], group["eps"], group["weight_decay"], *group["betas"])
+    return not any(isinstance(value, Tensor) for value in values)
+
+
+def _is_fusable(p: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether that kernel is safe: it takes tensors for contiguous without looking, and rounds 16-bit ones its own way."""
+    if p.device.type != "cpu" or p.dtype not in _FUSABLE or local(p) is not p:
         return False
-    tensors = [p, grad, *[state[key] for key in MOMENTS if key in state]]
-    return all(t.dtype == p.dtype and t.is_contiguous() for t in tensors)
+    return all(state[key].dtype == p.dtype and state[key].is_contiguous() for key in MOMENTS if key in state)
 
 
-def _complete(state: dict[str, Any], member: Member, on_device: bool) -> None:
+def _complete(state: dict[str, Any], p: Tensor, amsgrad: bool, on_device: bool) -> None:
     """Create what is missing of a parameter's state, with `step` where torch's implementation wants it."""
-    p, group = member.param, member.group
     step = state.get("step", 0.0)
     if not isinstance(step, Tensor) or (not on_device and step.device.type != "cpu"):
         dtype = torch.float32 if on_device else torch.get_default_dtype()
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")
-    elif on_device and step.device != p.device:
+    elif on_device and (step.device != p.device or step.dtype != torch.float32):
         state["step"] = step.to(p.device, torch.float32)
-    for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
+    for key in MOMENTS if amsgrad else MOMENTS[:2]:
         if key not in state:
             state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)

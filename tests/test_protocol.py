@@ -414,6 +414,18 @@ def test_a_compiled_training_step_contains_the_optimizers(backend, device):
         torch.testing.assert_close(p, q)
 
 
+def test_a_parameter_that_grew_under_its_state_is_refused(backend, device):
+    """The kernels that trust sizes would write past the end of the moments."""
+    p = torch.nn.Parameter(torch.ones(5, device=device))
+    optimizer = AdamW([p], backend=backend)
+    set_grads([p])
+    optimizer.step()
+    p.data, p.grad = torch.ones(5000, device=device), None
+    set_grads([p])
+    with pytest.raises(RuntimeError, match=r"exp_avg of '0.0' has shape \(5,\), the parameter \(5000,\)"):
+        optimizer.step()
+
+
 def test_capture_is_refused_where_it_would_go_wrong(backend, device, monkeypatch):
     params = make_params(SHAPES, device)
     optimizer = AdamW(params, backend=backend)
