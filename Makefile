@@ -1,7 +1,8 @@
 # make demo   train a small language model at two widths and look at its norms
 # make test   everything CI runs: lint, types, tests
 # make gpu    GPU tests, then benchmarks; needs only python3, torch, triton and numpy
-# make check  lint and types;   make slow  the tests that take minutes;   make bench  what can be measured without a GPU
+# make check  lint and types;   make slow  the tests that take minutes
+# make bench  what can be measured without a GPU, and README's figure of it
 # The first two build .venv by themselves. PYTHON=python3.12 chooses the interpreter it is built from.
 
 PYTHON ?= python3
@@ -30,8 +31,12 @@ slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
 bench: .venv/.installed
-	$(BIN)/python -m bench.codegen
-	$(BIN)/python -m bench.host_cost
+	$(BIN)/python -m bench.codegen --json bench/results/codegen.json
+	$(BIN)/python -m bench.host --device cpu --json bench/results/host.json
+	$(BIN)/python -m bench.step --device cpu --json bench/results/cpu_step.json
+	$(BIN)/python -m bench.memory --device cpu --json bench/results/memory.json
+	$(BIN)/python -m bench.train --device cpu --json bench/results/train_cpu.json
+	$(BIN)/python -m bench.report
 
 gpu:
 	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu --out $(OUT)

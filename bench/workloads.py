@@ -1,10 +1,46 @@
-"""Parameter lists by name: the shapes a benchmark steps, with a printed count. Float32 throughout."""
+"""Parameter lists by name, and the numbers of groups each is measured in. Float32 throughout; `python -m bench.workloads`
+prints what each one counts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Parameter
 
 Shapes = list[tuple[int, ...]]
+
+PER_TENSOR = 0  # a number of groups that stands for one group per tensor
+SETTINGS = 28  # distinct learning rates at most, as layerwise decay over 24 layers gives
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    shapes: Shapes
+    groups: tuple[int, ...]  # numbers of groups it is measured in
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.shapes):,} tensors, {self.elements:,} elements"
+
+    def counts(self, override: int | None = None) -> list[int]:
+        """Numbers of groups to measure, each at most the number of tensors; `override` replaces them all."""
+        wanted = self.groups if override is None else (override,)
+        return list(dict.fromkeys(min(n, len(self.shapes)) if n else len(self.shapes) for n in wanted))
+
+    def shrunk(self, tensors: int = 4, length: int = 16) -> Workload:
+        """The same kind of list in a size for a dry run: few tensors, no dimension longer than `length`."""
+        return Workload(
+            self.name, [tuple(min(n, length) for n in shape) for shape in self.shapes[:tensors]], self.groups
+        )
 
 
 def gpt2_124m() -> Shapes:
@@ -21,26 +57,78 @@ def llama_1b() -> Shapes:
     return [(128256, d), *(layer * 16), (d,)]
 
 
+def llama_7b_shard() -> Shapes:
+    """What one of 8 ranks steps of LLaMA 7B under FSDP, which shards every tensor along its first dimension."""
+    d, ffn, vocab, ranks = 4096, 11008, 32000, 8
+    layer = [(d, d)] * 4 + [(ffn, d), (ffn, d), (d, ffn), (d,), (d,)]
+    return [(shape[0] // ranks, *shape[1:]) for shape in [(vocab, d), *(layer * 32), (d,), (vocab, d)]]
+
+
+def mixtral_experts() -> Shapes:
+    """Mixtral's layer at half width, 8 experts packed into two tensors, 4 layers, no embedding: 22 GB with state."""
+    d, kv, ffn, experts = 2048, 512, 7168, 8
+    layer = [(d, d), (kv, d), (kv, d), (d, d), (experts, d), (experts, 2 * ffn, d), (experts, d, ffn), (d,), (d,)]
+    return [*(layer * 4), (d,)]
+
+
+def vit_465() -> Shapes:
+    """A detector on ViT-L: 24 layers of width 1024 with layer scale, 18 tensors each, and a decoder of width 256.
+
+    465 groups with 28 distinct settings is what layerwise learning rate decay makes of such a model.
+    """
+    d, decoder = 1024, 256
+    attention = [(d,), (d,), *([(d, d), (d,)] * 4), (d,)]
+    feed_forward = [(d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,), (d,)]
+    stem = [(1, 1, d), (1, 4, d), (1, 577, d), (d, 3, 14, 14), (d,)]
+    heads = [(decoder, d), (decoder,), *([(decoder, decoder), (decoder,)] * 12)]
+    return [*stem, *((attention + feed_forward) * 24), (d,), (d,), *heads]
+
+
 def many_small() -> Shapes:
-    """465 tensors of a ViT-like list, most of them vectors: what costs the host, not the memory."""
-
-    def tensors() -> Iterator[tuple[int, ...]]:
-        while True:
-            yield from [(384,), (384,), (1152, 384), (1152,), (384, 384), (384,), (384,), (384,), (384,)]
-
-    source = tensors()
-    return [next(source) for _ in range(465)]
+    """10,000 tensors of 64 elements: what costs the host, not the memory."""
+    return [(64,)] * 10_000
 
 
 def one_huge() -> Shapes:
     return [(2**30,)]
 
 
-WORKLOADS: dict[str, Callable[[], Shapes]] = {
-    "gpt2_124m": gpt2_124m,
-    "llama_1b": llama_1b,
-    "many_small": many_small,
-    "one_huge": one_huge,
+def cpu_30m() -> Shapes:
+    """A transformer of 30M parameters for CPUs: MiniLM-L12, BERT's layer at width 384, with a vocabulary of 22,000."""
+    d, ffn, vocab = 384, 1536, 22_000
+    attention = [*([(d, d), (d,)] * 4), (d,), (d,)]
+    feed_forward = [(ffn, d), (ffn,), (d, ffn), (d,), (d,), (d,)]
+    return [(vocab, d), (512, d), (2, d), (d,), (d,), *((attention + feed_forward) * 12)]
+
+
+_LISTS: dict[Callable[[], Shapes], tuple[int, ...]] = {
+    gpt2_124m: (1,),
+    llama_1b: (1, 28, PER_TENSOR),
+    llama_7b_shard: (1,),
+    mixtral_experts: (1,),
+    vit_465: (28, 465),
+    many_small: (1,),
+    one_huge: (1,),
+    cpu_30m: (1, 28, PER_TENSOR),
 }
-# Parameter groups each one is split into, for a benchmark that does not ask for another number.
-GROUPS = {"gpt2_124m": 1, "llama_1b": 1, "many_small": 465, "one_huge": 1}
+WORKLOADS = {make.__name__: Workload(make.__name__, make(), groups) for make, groups in _LISTS.items()}
+FOR_CPU = ("cpu_30m",)
+FOR_GPU = tuple(name for name in WORKLOADS if name not in FOR_CPU)
+
+
+def make_params(workload: Workload, device: torch.device) -> list[Parameter]:
+    """Random parameters with random gradients of their own."""
+    params = [Parameter(torch.randn(shape, device=device)) for shape in workload.shapes]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    return params
+
+
+def make_groups(params: Sequence[torch.Tensor], n_groups: int, lr: float = 1e-5) -> list[dict[str, Any]]:
+    """Parameters dealt out to groups in turn, with learning rates of which at most SETTINGS are distinct."""
+    return [{"params": list(params[i::n_groups]), "lr": lr * (1 + i % SETTINGS)} for i in range(n_groups)]
+
+
+if __name__ == "__main__":
+    for workload in WORKLOADS.values():
+        print(f"{workload}; in groups: {', '.join(map(str, workload.counts()))}")

@@ -6,7 +6,7 @@ Parameters whose effective values agree share one call, however many groups they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 from .backends import MOMENTS, Member, check_gradient, check_state, effective, local
 
 _FUSABLE = (torch.float32, torch.float64)
+_PIECE = 2**16
 _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 
@@ -169,35 +170,42 @@ class TorchBackend:
 
 
 def _resting_sums(member: Member) -> Tensor:
-    weight = _real(member.param).square().sum()
+    weight = torch.stack([p.square().sum() for (p,) in _pieces(member.param)]).sum()
     return torch.stack([weight, *torch.zeros_like(weight).expand(3)])
 
 
 def _member_sums(bucket: Bucket, member: Member, state: Mapping[str, Any]) -> Tensor:
-    options = bucket.options
-    p, m = _real(member.param), _real(state["exp_avg"])
-    v = _real(state["max_exp_avg_sq" if options["amsgrad"] else "exp_avg_sq"])
-    lr, beta1, beta2 = (_scalar(options[name], p) for name in ("lr", "beta1", "beta2"))
+    options, param, grad = bucket.options, member.param, member.param.grad
+    lr, beta1, beta2 = (_scalar(options[name], param) for name in ("lr", "beta1", "beta2"))
     decay = lr * options["weight_decay"]
-    step = state["step"].to(p.device, torch.float64)
-    u = m / (1 - beta1**step) / (v.sqrt() / (1 - beta2**step).sqrt() + options["eps"])
-    before = (p + lr * u) / (1 - decay)
-    change = -decay * before - lr * u
-    grad = member.param.grad
-    squares = torch.full_like(step, float("nan"))
-    if grad is not None:
-        factor = 1.0 if bucket.factor is None else bucket.factor
-        squares = (_real(grad) * _scalar(factor, p)).square().sum()
-    moved = torch.stack([change.square().sum(), squares, (before * change).sum()])
+    step = state["step"].to(param.device, torch.float64)
+    scale, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
+    factor = _scalar(1.0 if bucket.factor is None else bucket.factor, param)
+    largest = state["max_exp_avg_sq" if options["amsgrad"] else "exp_avg_sq"]
+    rows = []
+    for p, m, v, g in _pieces(param, state["exp_avg"], largest, param if grad is None else grad):
+        u = scale * m / (v.sqrt() / root + options["eps"])
+        before = (p + u) / (1 - decay)
+        change = -decay * before - u
+        rows.append(torch.stack([p.square().sum(), change.square().sum(), g.square().sum(), (before * change).sum()]))
+    sums = torch.stack(rows).sum(0)
+    sums[2] = float("nan") if grad is None else sums[2] * factor**2
     if bucket.skipped is not False:
-        skipped = torch.as_tensor(bucket.skipped, device=p.device) != 0
-        moved = torch.where(skipped, torch.zeros_like(moved), moved)
-    return torch.cat([p.square().sum().reshape(1), moved])
+        skipped = torch.as_tensor(bucket.skipped, device=sums.device) != 0
+        sums[1:] = torch.where(skipped, torch.zeros_like(sums[1:]), sums[1:])
+    return sums
 
 
-def _real(tensor: Tensor) -> Tensor:
-    tensor = local(tensor.detach())
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of every tensor, float64[n], a piece at a time: on a CPU as much as stays in its cache."""
+    flat = []
+    for tensor in tensors:
+        held = local(tensor.detach())
+        # By logical order, whatever that in memory.
+        flat.append((torch.view_as_real(held) if held.is_complex() else held).reshape(-1))
+    size = _PIECE if flat[0].device.type == "cpu" else max(flat[0].numel(), 1)
+    for pieces in zip(*(torch.split(t, size) for t in flat), strict=True):
+        yield tuple([piece.double() for piece in pieces])
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""README's performance section, one figure and one table, from the committed JSON in bench/results.
+
+    python -m bench.report                          # writes the section and docs/performance.svg
+    python -m bench.report --check                  # exit status 1 if either is not what the JSON says
+
+The section stands between two markers. It shows bench/results/gpu_*.json if there is one, the latest by date; else what has
+been measured without a GPU, host.json and cpu_step.json, and says so. The figure carries a digest of its numbers, by which
+--check, which needs no matplotlib, recognises it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import harness, host, peers
+
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+FIGURE = Path("docs/performance.svg")
+OURS, CLIPPED, USUAL = "lwadamw", "lwadamw, clipping, norms read", peers.PEERS["usual"][0]
+HOST_ROWS = {
+    host.FUSED: "torch fused, its operator stubbed",
+    f"{host.FUSED}, steps too": "torch fused, its step counters' operator stubbed too",
+    OURS: "**lwadamw**",
+    "lwadamw, clipping": "with clipping",
+    "lwadamw, lr scheduled": "every learning rate assigned before every step",
+    "lwadamw, state shared": "after `optimizer.state` has been read: every moment verified",
+}
+STEP_ROWS = {peers.FUSED: "torch fused", OURS: "**lwadamw**", "lwadamw, clipping": "with clipping"}
+COLOURS = {OURS: "#c8553d", host.FUSED: "#4d6a8a", "torch foreach": "#9aa5b1", f"{host.FUSED}, steps too": "#9db4cc"}
+OTHER_COLOURS = ("#7a9e7e", "#b8a15a", "#8d6a9f", "#5b5b5b")
+
+
+@dataclass
+class Panel:
+    """Grouped bars: a value per series and position, None where there is none."""
+
+    title: str
+    unit: str
+    positions: list[str]
+    series: dict[str, list[float | None]]
+    log: bool = False
+    level: float | None = None  # a line to compare with
+
+
+@dataclass
+class Report:
+    lead: str
+    header: list[str]
+    rows: list[list[str]]
+    conditions: list[str]
+    panels: list[Panel]
+
+    def digest(self) -> str:
+        numbers = json.dumps([vars(panel) for panel in self.panels], sort_keys=True)
+        return hashlib.sha256(numbers.encode()).hexdigest()[:16]
+
+    def section(self) -> str:
+        table = harness.table(self.header, self.rows)
+        picture = f"![{'; '.join(panel.title for panel in self.panels)}]({FIGURE.as_posix()})"
+        conditions = "\n\n".join(self.conditions)
+        return f"{BEGIN}\n{self.lead}\n\n{picture}\n\n{table}\n\n{conditions}\n{END}"
+
+
+def conditions(record: dict[str, Any], what: str, path: Path) -> str:
+    command = " ".join(word for word in record["command"].split() if not word.endswith(".json") and word != "--json")
+    return f"{what}: `{command}`, {harness.one_line(record['machine'])}, [results](bench/results/{path.name})."
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def from_gpu(path: Path) -> Report:
+    record = read(path)
+    rows, positions = [], []
+    results = record["step"]
+    for result in results:
+        ours, fused = result["rows"][OURS], result["rows"][peers.FUSED]
+        usual, clipped = result["rows"].get(USUAL), result["rows"][CLIPPED]
+        size = f"{result['elements'] / 1e6:,.1f}M in {result['tensors']:,}"
+        figures = [f"{ours['ms']['p50']:.3f}", f"{ours['of_copy']:.0%}", f"{fused['ms']['p50']:.3f}"]
+        figures += [f"{ours['vs_fused']:.2f}x", f"{usual['ms']['p50'] / clipped['ms']['p50']:.2f}x" if usual else "-"]
+        rows.append([result["workload"], size, f"{result['groups']:,}", *figures])
+        positions.append(f"{result['workload']}\n{result['groups']} gr.")
+    names = dict.fromkeys(name for r in results for name in r["rows"] if "norms" not in name and "clip" not in name)
+    shares = {name: [r["rows"][name]["of_copy"] if name in r["rows"] else None for r in results] for name in names}
+    panel = Panel("Bytes per second of a step, over a measured copy's", "share of copy", positions, shares, level=1.0)
+    lead = "A step on a GPU, float32, against the same GPU's copy of as many bytes and against torch fused in the same run."
+    header = ["workload", "parameters in tensors", "groups", "lwadamw, ms", "of copy", "torch fused, ms", "faster"]
+    header.append("clipped, norms read: over the usual way")
+    return Report(lead, header, rows, [conditions(record, "Step", path)], [panel])
+
+
+def group_label(groups: int, tensors: int) -> str:
+    return "a group per tensor" if groups == tensors else f"{groups} group{'s' * (groups != 1)}"
+
+
+def from_cpu(results: Path) -> Report:
+    host_path, step_path = results / "host.json", results / "cpu_step.json"
+    on_host, step = read(host_path), read(step_path)
+    by_label = {group_label(c["groups"], on_host["tensors"]): c["us"] for c in on_host["columns"]}
+    steps = {group_label(r["groups"], r["tensors"]): r["rows"] for r in step["results"]}
+    labels = list(dict.fromkeys([*by_label, *steps]))
+    rows = []
+    for name, title in HOST_ROWS.items():
+        cells = []
+        for us in (by_label.get(label) for label in labels):
+            faster = f" ({us[host.FUSED]['p50'] / us[name]['p50']:.1f}x)" if us and name != host.FUSED else ""
+            cells.append(f"{us[name]['p50']:.0f}{faster}" if us else "-")
+        rows.append([f"host, us: {title}", *cells])
+    for name, title in STEP_ROWS.items():
+        cells = []
+        for row in (steps.get(label, {}).get(name) for label in labels):
+            faster = f" ({row['vs_fused']:.2f}x)" if row and name != peers.FUSED else ""
+            cells.append(f"{row['ms']['p50']:.1f}{faster}" if row else "-")
+        rows.append([f"step on the CPU, ms: {title}", *cells])
+    elements, tensors = step["results"][0]["elements"], step["results"][0]["tensors"]
+    host_title = f"Host time of step(), {on_host['tensors']} tensors, launches stubbed"
+    step_title = f"Step on the CPU, {elements / 1e6:.0f}M parameters in {tensors} tensors"
+    panels = [
+        Panel(
+            host_title, "microseconds", list(by_label),
+            {n: [us[n]["p50"] for us in by_label.values()] for n in (host.FUSED, f"{host.FUSED}, steps too", OURS)}, log=True,
+        ),
+        Panel(
+            step_title, "milliseconds", list(steps),
+            {n: [rows_[n]["ms"]["p50"] for rows_ in steps.values()] for n in (peers.FUSED, OURS)},
+        ),
+    ]  # fmt: skip
+    lead = (
+        "**No speed on a GPU has been measured at these kernels yet**: `make gpu` does. Without one, medians, and in brackets\n"
+        "how many times faster than torch fused: what step() costs the host, launches stubbed, and a step on the CPU."
+    )
+    under = [conditions(on_host, host_title, host_path), conditions(step, step_title, step_path)]
+    return Report(lead, ["", *labels], rows, under, panels)
+
+
+def build(results: Path) -> Report:
+    on_gpu = sorted(results.glob("gpu_*.json"), key=lambda path: (read(path)["machine"]["date"], path.name))
+    return from_gpu(on_gpu[-1]) if on_gpu else from_cpu(results)
+
+
+def draw(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    style = {"svg.hashsalt": "lwadamw", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        wide = sum(max(4, len(panel.positions)) for panel in report.panels)
+        figure, axes = pyplot.subplots(
+            1, len(report.panels), figsize=(min(12.0, 1.1 * wide + 1), 3.4), squeeze=False, layout="constrained"
+        )
+        for panel, ax in zip(report.panels, axes[0], strict=True):
+            _bars(ax, panel)
+        figure.savefig(path, facecolor="white", metadata={"Date": None, "Description": f"numbers {report.digest()}"})
+        pyplot.close(figure)
+
+
+def _bars(ax: Any, panel: Panel) -> None:
+    width = 0.8 / len(panel.series)
+    spare = iter(OTHER_COLOURS * 3)
+    for i, (name, values) in enumerate(panel.series.items()):
+        places = [p + (i - (len(panel.series) - 1) / 2) * width for p in range(len(values))]
+        known = [(x, y) for x, y in zip(places, values, strict=True) if y is not None]
+        bars = ax.bar(*zip(*known, strict=True), width, label=name, color=COLOURS.get(name) or next(spare))
+        if len(panel.positions) <= 4:
+            ax.bar_label(bars, [f"{y:,.0f}" if y >= 100 else f"{y:.3g}" for _, y in known], fontsize=7, padding=1)
+    if panel.level is not None:
+        ax.axhline(panel.level, color="#333333", linewidth=0.8, linestyle="--")
+    if panel.log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:,.0f}")
+    else:
+        ax.margins(y=0.15)
+    ax.set_xticks(range(len(panel.positions)), panel.positions, fontsize=7 if len(panel.positions) > 4 else 9)
+    ax.set_title(panel.title, fontsize=9)
+    ax.set_ylabel(panel.unit)
+    ax.legend(frameon=False, fontsize=8)
+
+
+def replaced(text: str, section: str) -> str:
+    """README with its section replaced.
+
+    Raises:
+        ValueError: the markers are not there, or not once each.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README needs one {BEGIN} and one {END}.")
+    before, _, rest = text.partition(BEGIN)
+    return before + section + rest.partition(END)[2]
+
+
+def out_of_date(report: Report, root: Path) -> list[str]:
+    """Which of README and figure are not what the results say."""
+    text = (root / "README.md").read_text()
+    figure = root / FIGURE
+    stale = [] if replaced(text, report.section()) == text else ["README.md"]
+    drawn = figure.is_file() and f"numbers {report.digest()}" in figure.read_text()
+    return stale if drawn else [*stale, FIGURE.as_posix()]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit status 1 if something is out of date"
+    )
+    parser.add_argument("--root", type=Path, default=harness.ROOT, help="the checkout")
+    arguments = parser.parse_args(argv)
+    report = build(arguments.root / "bench/results")
+    if arguments.check:
+        stale = out_of_date(report, arguments.root)
+        sys.exit(f"out of date: {', '.join(stale)}. Run python -m bench.report." if stale else 0)
+    readme = arguments.root / "README.md"
+    readme.write_text(replaced(readme.read_text(), report.section()))
+    draw(report, arguments.root / FIGURE)
+    print(report.section())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Tokens per second of a small LLaMA, trained with each optimizer in turn.
+
+    python -m bench.train                           # on a GPU 220M parameters under bf16 autocast, on a CPU 0.9M
+    python -m bench.train --width 512 --depth 8 --json train.json
+
+Every optimizer trains a copy of its own of one model, lwadamw.lab's, from the same weights on the same windows of text with
+the same settings in two groups, matrices with weight decay and vectors without. They take turns of a few steps, timed by
+the clock from batch to updated weights, the device synchronised at both ends; `zero_grad` included. A first turn warms up.
+
+    usual way   clip_grad_norm_, torch fused, and the norm of every weight and gradient, moved to the host once per step
+    loss        mean over the last turn, nats per byte: the same for all who compute the same, up to rounding and clipping
+    x           tokens per second over torch fused's: the median over turns
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import harness, peers
+
+STEPS = 5  # a turn
+GPU = {"width": 1024, "depth": 16, "head_dim": 64, "context": 512, "batch": 16, "rounds": 12}
+CPU = {"width": 128, "depth": 4, "head_dim": 32, "context": 64, "batch": 4, "rounds": 15}
+DRY = {"width": 32, "depth": 1, "head_dim": 16, "context": 16, "batch": 2, "rounds": 2}
+SETTINGS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+CLIP = 1.0
+WINDOWS = 64  # batches drawn beforehand, used again and again
+
+
+def make_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    named = list(model.named_parameters())
+    matrices = [(name, p) for name, p in named if p.ndim > 1]
+    vectors = [(name, p) for name, p in named if p.ndim <= 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+class Trainer:
+    """One copy of the model with its optimizer, and what is done once there are gradients."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        make: Callable[..., torch.optim.Optimizer],
+        step: Callable[[Sequence[Tensor], Any], object],
+    ) -> None:
+        self.model = copy.deepcopy(model)
+        self.params = list(self.model.parameters())
+        self.optimizer = make(make_groups(self.model), **SETTINGS)
+        self.step = step
+        self.device = self.params[0].device
+
+    def turn(self, batches: Sequence[Tensor]) -> tuple[float, float]:
+        """Seconds and mean loss of training on so many batches."""
+        losses = []
+        self._wait()
+        start = time.perf_counter()
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                loss = self.model.loss(batch)
+            loss.backward()
+            self.step(self.params, self.optimizer)
+            self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        self._wait()
+        return time.perf_counter() - start, float(torch.stack(losses).mean())
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def plain(params: Sequence[Tensor], optimizer: Any) -> None:
+    optimizer.step()
+
+
+def norms_read(params: Sequence[Tensor], optimizer: Any) -> None:
+    optimizer.step()
+    optimizer.norms()
+
+
+def trainers(model: torch.nn.Module) -> dict[str, Trainer]:
+    import lwadamw
+
+    def make(kind: Any, **options: Any) -> Callable[..., torch.optim.Optimizer]:
+        return lambda groups, **settings: kind(groups, **settings, **options)
+
+    fused = make(torch.optim.AdamW, fused=True)
+    ours, clipping = make(lwadamw.AdamW), make(lwadamw.AdamW, max_grad_norm=CLIP)
+    return {
+        "lwadamw": Trainer(model, ours, plain),
+        "lwadamw, norms read every step": Trainer(model, ours, norms_read),
+        "lwadamw, clipping, norms read every step": Trainer(model, clipping, norms_read),
+        peers.FUSED: Trainer(model, fused, plain),
+        "torch foreach": Trainer(model, make(torch.optim.AdamW, foreach=True), plain),
+        "usual way: clip_grad_norm_, fused, norms": Trainer(
+            model, fused, lambda params, optimizer: peers.usual_way(params, optimizer, CLIP)
+        ),
+    }
+
+
+def measure(device: torch.device, config: dict[str, int]) -> dict[str, Any]:
+    """Train with every optimizer; `config` is one of GPU, CPU, DRY, or like them."""
+    from lwadamw.lab.data import batches, standard_library
+    from lwadamw.lab.model import ModelConfig, Transformer
+
+    shape = ModelConfig(**{key: config[key] for key in ("width", "depth", "head_dim", "context")})
+    model = Transformer(shape, seed=0).to(device)
+    source = batches(standard_library().train, config["batch"], config["context"], seed=0)
+    drawn = [next(source).to(device) for _ in range(WINDOWS)]
+    entered = trainers(model)
+    times: dict[str, list[float]] = {name: [] for name in entered}
+    losses: dict[str, float] = {}
+    for round_ in range(config["rounds"] + 1):
+        turn = [drawn[(round_ * STEPS + i) % WINDOWS] for i in range(STEPS)]
+        for name in harness.shuffled(entered, round_):
+            seconds, losses[name] = entered[name].turn(turn)
+            if round_:
+                times[name].append(seconds)
+    tokens = STEPS * config["batch"] * config["context"]
+    rows = {
+        name: {
+            "tokens_per_second": harness.quantiles([tokens / t for t in times[name]]),
+            "ms_per_step": harness.quantiles([t / STEPS * 1e3 for t in times[name]])["p50"],
+            "vs_fused": harness.ratio(times, name, peers.FUSED),
+            "loss": losses[name],
+        }
+        for name in entered
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    tensors = sum(1 for _ in model.parameters())
+    return {"config": config, "parameters": parameters, "tensors": tensors, "steps": STEPS, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    c = result["config"]
+    title = f"{result['parameters'] / 1e6:.1f}M parameters in {result['tensors']} tensors, {c['batch']} x {c['context']} tokens"
+    rows = []
+    for name, row in result["rows"].items():
+        rates = [f"{row['tokens_per_second'][p]:,.0f}" for p in ("p20", "p50", "p80")]
+        rows.append([name, *rates, f"{row['ms_per_step']:.2f}", f"{row['vs_fused']:.3f}x", f"{row['loss']:.4f}"])
+    return harness.table([title, "tokens/s p20", "p50", "p80", "ms/step", "vs fused", "loss"], rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = harness.parser_for(__doc__)
+    for name in CPU:
+        sizes = f"default: {GPU[name]} on a GPU, {CPU[name]} on a CPU"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=sizes)
+    return parser.parse_args()
+
+
+def config_for(device: torch.device, dry: bool) -> dict[str, int]:
+    return dict(DRY if dry else GPU if device.type == "cuda" else CPU)
+
+
+def main() -> None:
+    arguments = parse()
+    device = harness.choose_device(arguments.device)
+    config = config_for(device, arguments.dry_run)
+    config |= {name: value for name in CPU if (value := getattr(arguments, name)) is not None}
+    result = measure(device, config)
+    print(table(result))
+    described = harness.machine(device)
+    print(harness.one_line(described))
+    harness.write_json(arguments.json, {"command": harness.command_line("bench.train"), "machine": described, **result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The launch constants of csrc_triton/layout.py, tried out: each candidate is the package with some of them replaced.
+
+    python -m bench.tune                              # every candidate, LLaMA 1B and GPT-2 124M
+    python -m bench.tune --workloads one_huge --only "block 2048,4 warps"
+
+All candidates step the same tensors in one process, in turn. One that wins by more than its spread p20 to p80 on every
+workload replaces the constants; the others go to LOG.md. Whether a candidate spills or fits is `bench.codegen`'s to say.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from bench import harness, peers
+from bench.step import make_copy
+from bench.workloads import WORKLOADS, make_params
+
+CANDIDATES: dict[str, dict[str, object]] = {
+    "as it is": {},
+    "block 512": {"BLOCK": 512},
+    "block 2048": {"BLOCK": 2048},
+    "block 512, 4 warps": {"BLOCK": 512, "WARPS": {"cuda": 4, "hip": 2}},
+    "block 2048, 16 warps": {"BLOCK": 2048, "WARPS": {"cuda": 16, "hip": 8}},
+    "tail 512": {"TAIL": 512},
+    "gradient block 4096": {"GRAD_BLOCK": 4096},
+    "gradient block 8192": {"GRAD_BLOCK": 8192},
+    "chunks up to 4096": {"MAX_CHUNK": 4096},
+    "chunks up to 65536": {"MAX_CHUNK": 65536},
+    "1024 chunks": {"TARGET_CHUNKS": 1024},
+    "8192 chunks": {"TARGET_CHUNKS": 8192},
+    "loads .cg": {"LOAD_CACHE": ".cg"},
+    "loads evict first": {"LOAD_EVICTION": "evict_first"},
+    "stores evict first": {"STORE_EVICTION": "evict_first"},
+    "all evict first": {"LOAD_EVICTION": "evict_first", "STORE_EVICTION": "evict_first"},
+}
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # Triton reads the sources of kernels when it compiles them
+
+
+def variant(constants: Mapping[str, object]) -> ModuleType:
+    """The working tree's package, imported under a name of its own, with constants of its layout replaced.
+
+    Raises:
+        ValueError: layout.py does not define such a constant.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="lwadamw_variant_")
+    name, root = f"lwadamw_variant_{len(_folders)}", Path(folder.name)
+    _folders.append(folder)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(harness.ROOT / "csrc_triton", root / "csrc_triton", ignore=ignored)
+    shutil.copytree(harness.ROOT / "lwadamw", root / name, symlinks=True, ignore=ignored)
+    layout = root / "csrc_triton" / "layout.py"
+    text = layout.read_text()
+    for constant, value in constants.items():
+        text, replaced = re.subn(rf"^{constant} = .*$", f"{constant} = {value!r}", text, flags=re.MULTILINE)
+        if replaced != 1:
+            raise ValueError(f"layout.py defines no constant {constant}.")
+    layout.write_text(text)
+    sys.path.insert(0, str(root))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(root))
+
+
+def measure(
+    workload_name: str, packages: Mapping[str, ModuleType], device: torch.device, *, dry: bool, rounds: int
+) -> dict[str, Any]:
+    """Milliseconds of a step with norms, and of one that clips too, by candidate."""
+    workload = WORKLOADS[workload_name].shrunk() if dry else WORKLOADS[workload_name]
+    field = peers.Field(make_params(workload, device), 1)
+    backend = "triton" if device.type == "cpu" else None
+    entered = {}
+    for name, package in packages.items():
+        entrants = peers.ours(field, package, backend, name)
+        entered |= {key: entrants[key] for key in (name, f"{name}, clipping")}
+    copy, copied = make_copy(workload.elements, device)
+    calls = {"copy": copy, **{name: contestant.step for name, contestant in entered.items()}}
+    times = harness.interleaved(harness.Timer(device, seconds=0.03), calls, rounds)
+    bandwidth = copied / harness.quantiles(times["copy"])["p50"]
+    first = next(iter(packages))
+    rows = {}
+    for name, contestant in entered.items():
+        quantiles = harness.quantiles(times[name])
+        reference = f"{first}, clipping" if name.endswith(", clipping") else first
+        rows[name] = {
+            "ms": {key: value * 1e3 for key, value in quantiles.items()},
+            "of_copy": workload.elements * contestant.bytes_per_element / quantiles["p50"] / bandwidth,
+            "vs_first": harness.ratio(times, name, reference),
+        }
+    return {"workload": str(workload), "copy_gb_s": bandwidth / 1e9, "rows": rows}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            *[f"{row['ms'][p]:.4f}" for p in ("p20", "p50", "p80")],
+            f"{row['of_copy']:.1%}",
+            f"{row['vs_first']:.3f}x",
+        ]
+        for name, row in sorted(result["rows"].items(), key=lambda item: item[1]["ms"]["p50"])
+    ]
+    return harness.table([result["workload"], "ms p20", "p50", "p80", "of copy", "vs as it is"], rows)
+
+
+def main() -> None:
+    parser = harness.parser_for(__doc__)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["llama_1b", "gpt2_124m"])
+    parser.add_argument("--only", help="some of the candidates, with commas")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    device = harness.choose_device(arguments.device)
+    wanted = ["as it is", *arguments.only.split(",")] if arguments.only else list(CANDIDATES)
+    unknown = set(wanted) - set(CANDIDATES)
+    if unknown:
+        parser.error(f"--only: {', '.join(sorted(unknown))} not in {', '.join(CANDIDATES)}")
+    packages = {name: variant(CANDIDATES[name]) for name in dict.fromkeys(wanted)}
+    results = []
+    for name in arguments.workloads:
+        rounds = 2 if arguments.dry_run else arguments.rounds
+        results.append(measure(name, packages, device, dry=arguments.dry_run, rounds=rounds))
+        print(f"\n{table(results[-1])}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    described = harness.machine(device)
+    print(harness.one_line(described))
+    record = {"command": harness.command_line("bench.tune"), "machine": described, "results": results}
+    harness.write_json(arguments.json, record)
+
+
+if __name__ == "__main__":
+    main()
