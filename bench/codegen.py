@@ -52,7 +52,7 @@ class Report:
 
 def variants() -> list[tuple[object, dict[str, str], dict[str, object], int]]:
     """(kernel, signature of its run-time arguments, constants, bytes one block of it reads) of all the plan launches."""
-    chunks = {"chunk_row": "*i32", "chunk_start": "*i64", "chunk_count": "*i32"}
+    chunks = {"chunk_row": "*i32", "chunk_span": "*i64"}
     update = {
         **chunks,
         "addresses": "*i64",
@@ -67,9 +67,9 @@ def variants() -> list[tuple[object, dict[str, str], dict[str, object], int]]:
         for norms in (False, True):
             constants = {**TYPES, "AMSGRAD": amsgrad, "NORMS": norms}
             out.append((kernels.adamw_kernel, update, constants, (5 if amsgrad else 4) * array))
-    gradient = {**chunks, "gradients": "*i64", "squares": "*fp32"}
+    gradient = {**chunks, "gradients": "*i64", "partials": "*fp32"}
     out.append((kernels.grad_norm_kernel, gradient, {"GRAD": tl.float32}, layout.GRAD_BLOCK * 4))
-    total = {"squares": "*fp32", "total": "*fp64", "n_chunks": "i32"}
+    total = {"partials": "*fp32", "total": "*fp64", "n_chunks": "i32"}
     out.append((kernels.total_kernel, total, {"BITS": 44}, 0))
     for clip in (False, True):
         signature = {
@@ -84,8 +84,8 @@ def variants() -> list[tuple[object, dict[str, str], dict[str, object], int]]:
         out.append((kernels.coefficients_kernel, signature, {"CLIP": clip}, 0))
     signature = {
         "partials": "*fp32",
-        "segment_chunk": "*i64",
-        "segment_row": "*i32",
+        "segment_chunk": "*i32",
+        "chunk_row": "*i32",
         "coefficients": "*fp32",
         "sums": "*fp64",
     }

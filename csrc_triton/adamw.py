@@ -19,7 +19,7 @@ Bytes per element, fp32: read p g m v (16), write p m v (12); amsgrad 8 more. Pe
 import triton
 import triton.language as tl
 
-from .layout import K_BLOCK, K_COEFFICIENTS, K_STATISTICS, K_TAIL
+from .layout import K_BLOCK, K_COEFFICIENTS, K_COUNT_BITS, K_COUNT_MASK, K_STATISTICS, K_TAIL
 from .storage import element_address, load, pointer_to, store
 
 
@@ -94,9 +94,8 @@ def update_blocks(
 @triton.jit
 def adamw_kernel(
     chunk_row,  # int32[n_chunks]  the parameter each chunk belongs to
-    chunk_start,  # int64[n_chunks]  its first element within the parameter
-    chunk_count,  # int32[n_chunks]  its elements
-    addresses,  # int64[4, n_rows]  of parameter, exp_avg, exp_avg_sq, max_exp_avg_sq (0: no amsgrad)
+    chunk_span,  # int64[n_chunks]  its first element within the parameter << COUNT_BITS | its elements
+    addresses,  # int64[3 or 4, n_rows]  of parameter, exp_avg, exp_avg_sq; if AMSGRAD max_exp_avg_sq, 0 where there is none
     gradients,  # int64[n_rows]  addresses; not read for inactive rows
     coefficients,  # float32[n_rows, COEFFICIENTS]
     partials,  # float32[n_chunks, STATISTICS]  out if NORMS; left alone for inactive rows
@@ -109,8 +108,9 @@ def adamw_kernel(
 ):
     i_chunk = tl.program_id(0).to(tl.int64)
     i_row = tl.load(chunk_row + i_chunk)
-    start = tl.load(chunk_start + i_chunk)
-    count = tl.load(chunk_count + i_chunk)
+    span = tl.load(chunk_span + i_chunk)
+    start = span >> K_COUNT_BITS
+    count = (span & K_COUNT_MASK).to(tl.int32)
     row = coefficients + i_row * K_COEFFICIENTS
     a1 = tl.load(row)
     a2 = tl.load(row + 1)

@@ -11,7 +11,15 @@ is exact.
 import triton
 import triton.language as tl
 
-from .layout import K_GRAD_BLOCK, K_PARTIALS, K_TAIL
+from .layout import (
+    K_COUNT_BITS,
+    K_COUNT_MASK,
+    K_GRAD_BLOCK,
+    K_GRAD_STATISTIC,
+    K_PARTIALS,
+    K_STATISTICS,
+    K_TAIL,
+)
 from .storage import element_address, load, pointer_to
 
 
@@ -30,33 +38,34 @@ def square_blocks(g_address, begin, end, GRAD: tl.constexpr, SIZE: tl.constexpr,
 @triton.jit
 def grad_norm_kernel(
     chunk_row,  # int32[n_chunks]
-    chunk_start,  # int64[n_chunks]
-    chunk_count,  # int32[n_chunks]
+    chunk_span,  # int64[n_chunks]  first element within the parameter << COUNT_BITS | elements
     gradients,  # int64[n_rows]  addresses, 0 where there is no gradient
-    squares,  # float32[n_chunks]  out
+    partials,  # float32[n_chunks, STATISTICS]  out: the gradient's, before clipping
     GRAD: tl.constexpr,
 ):
     i_chunk = tl.program_id(0).to(tl.int64)
     g_address = tl.load(gradients + tl.load(chunk_row + i_chunk))
-    count = tl.where(g_address != 0, tl.load(chunk_count + i_chunk), 0)
-    g_address = element_address(g_address, tl.load(chunk_start + i_chunk), GRAD)
+    span = tl.load(chunk_span + i_chunk)
+    count = tl.where(g_address != 0, (span & K_COUNT_MASK).to(tl.int32), 0)
+    g_address = element_address(g_address, span >> K_COUNT_BITS, GRAD)
     full = tl.where((g_address & 15) == 0, count // K_GRAD_BLOCK * K_GRAD_BLOCK, 0)
     total = square_blocks(g_address, 0, full, GRAD, K_GRAD_BLOCK, False)
     total += square_blocks(g_address, full, count, GRAD, K_TAIL, True)
-    tl.store(squares + i_chunk, total)
+    tl.store(partials + i_chunk * K_STATISTICS + K_GRAD_STATISTIC, total)
 
 
 @triton.jit
 def total_kernel(
-    squares,  # float32[n_chunks]
+    partials,  # float32[n_chunks, STATISTICS]
     total,  # float64[1]  out: their sum; inf or NaN if any of them is
     n_chunks,
     BITS: tl.constexpr,  # n_chunks << BITS fits into an int64
 ):
-    lanes = tl.arange(0, K_PARTIALS)
+    lanes = tl.arange(0, K_PARTIALS).to(tl.int64)
+    squares = partials + K_GRAD_STATISTIC
     largest = tl.zeros([K_PARTIALS], tl.float32)
     for i in range(0, n_chunks, K_PARTIALS):
-        b = tl.load(squares + i + lanes, mask=i + lanes < n_chunks, other=0.0)
+        b = tl.load(squares + (i + lanes) * K_STATISTICS, mask=i + lanes < n_chunks, other=0.0)
         largest = tl.maximum(largest, b, propagate_nan=tl.PropagateNan.ALL)
     # Without the sign bit floats order as integers do, NaN above inf.
     top = tl.max(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
@@ -65,7 +74,7 @@ def total_kernel(
     scale = ((BITS - exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
     units = tl.zeros([K_PARTIALS], tl.int64)
     for i in range(0, n_chunks, K_PARTIALS):
-        b = tl.load(squares + i + lanes, mask=i + lanes < n_chunks, other=0.0)
+        b = tl.load(squares + (i + lanes) * K_STATISTICS, mask=i + lanes < n_chunks, other=0.0)
         b = tl.where(top < 0x7F800000, b, 0.0)
         units += (b.to(tl.float64) * scale).to(tl.int64)
     result = tl.sum(units).to(tl.float64) / scale

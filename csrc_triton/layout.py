@@ -18,6 +18,8 @@ GRAD_BLOCK = 2 * BLOCK
 MIN_CHUNK = GRAD_BLOCK
 MAX_CHUNK = 16 * BLOCK
 TARGET_CHUNKS = 2048
+# A chunk's first element and its number of elements share an int64: start << COUNT_BITS | count.
+COUNT_BITS = 20
 # Rows of coefficients computed by one program.
 ROWS = 128
 # Partial sums read per iteration by the reductions.
@@ -31,11 +33,13 @@ STORE_CACHE = ""
 STORE_EVICTION = ""
 
 # Coefficients of one parameter, fp32[COEFFICIENTS]: 1 - beta1, 1 - beta2, lr*wd, lr*sqrt(1 - beta2^t)/(1 - beta1^t),
-# eps*sqrt(1 - beta2^t), factor of the gradient (sign, clipping, unscaling), 1 if the step happens else 0, unused.
-COEFFICIENTS = 8
+# eps*sqrt(1 - beta2^t), factor of the gradient (sign, clipping, unscaling), 1 if the step happens else 0.
+COEFFICIENTS = 7
 
 # Statistics of one chunk or segment: sums of squares of weight, update, gradient, and <weight before, update>.
+# Until the update overwrites it, the gradient's is that before clipping, which the global norm is made of.
 STATISTICS = 4
+GRAD_STATISTIC = 2
 
 # The dynamic table, int64 words; float64 values are stored by their bits.
 #   HEADER words:     0 max_grad_norm   1 address of grad_scale or 0   2 address of found_inf or 0   3 unused
@@ -57,10 +61,13 @@ GROUP_KINDS = 14
 K_BLOCK = tl.constexpr(BLOCK)
 K_GRAD_BLOCK = tl.constexpr(GRAD_BLOCK)
 K_TAIL = tl.constexpr(TAIL)
+K_COUNT_BITS = tl.constexpr(COUNT_BITS)
+K_COUNT_MASK = tl.constexpr((1 << COUNT_BITS) - 1)
 K_ROWS = tl.constexpr(ROWS)
 K_PARTIALS = tl.constexpr(PARTIALS)
 K_COEFFICIENTS = tl.constexpr(COEFFICIENTS)
 K_STATISTICS = tl.constexpr(STATISTICS)
+K_GRAD_STATISTIC = tl.constexpr(GRAD_STATISTIC)
 K_HEADER = tl.constexpr(HEADER)
 K_GROUP = tl.constexpr(GROUP)
 K_GROUP_MULTIPLIERS = tl.constexpr(GROUP_MULTIPLIERS)

@@ -13,15 +13,17 @@ from .layout import K_COEFFICIENTS, K_PARTIALS, K_STATISTICS
 @triton.jit
 def norms_kernel(
     partials,  # float32[n_chunks, STATISTICS]
-    segment_chunk,  # int64[n_segments + 1]  first chunk of each segment, then n_chunks
-    segment_row,  # int32[n_segments]  the parameter each segment belongs to
+    segment_chunk,  # int32[n_segments + 1]  first chunk of each segment, then n_chunks
+    chunk_row,  # int32[n_chunks]  the parameter each chunk belongs to
     coefficients,  # float32[n_rows, COEFFICIENTS]
     sums,  # float64[n_segments, STATISTICS]  out; a parameter the last step left alone moved by 0 with gradient 0
 ):
     i_segment = tl.program_id(0).to(tl.int64)
-    first = tl.load(segment_chunk + i_segment)
-    last = tl.load(segment_chunk + i_segment + 1)
-    active = tl.load(coefficients + tl.load(segment_row + i_segment) * K_COEFFICIENTS + 6).to(tl.int32)
+    first = tl.load(segment_chunk + i_segment).to(tl.int64)
+    last = tl.load(segment_chunk + i_segment + 1).to(tl.int64)
+    # An empty segment has no chunk to ask, and nothing to add up.
+    i_row = tl.load(chunk_row + first, mask=first < last, other=0)
+    active = tl.load(coefficients + i_row * K_COEFFICIENTS + 6).to(tl.int32)
     lanes = tl.arange(0, K_PARTIALS)
     columns = tl.arange(0, K_STATISTICS)
     total = tl.zeros([K_PARTIALS, K_STATISTICS], tl.float64)

@@ -27,8 +27,6 @@ from .backends import capturing
 from .kernels import layout
 from .launch import Launch
 
-_ADDRESS_COLUMNS = 4
-
 
 @dataclass(slots=True)
 class Row:
@@ -104,32 +102,27 @@ class Plan:
 
         length = chunk_length(sum(row.param.numel() for row in rows))
         chunk_row: list[NDArray[np.int32]] = []
-        chunk_start: list[NDArray[np.int64]] = []
-        chunk_count: list[NDArray[np.int32]] = []
-        segment_chunk, segment_row, n_chunks = [0], [], 0
+        chunk_span: list[NDArray[np.int64]] = []
+        segment_chunk, n_chunks = [0], 0
         for i, row in enumerate(rows):
             first = 0
             for count in row.segments or (row.param.numel(),):
                 starts = np.arange(first, first + count, length, dtype=np.int64)
                 chunk_row.append(np.full(len(starts), i, np.int32))
-                chunk_start.append(starts)
-                chunk_count.append(np.minimum(first + count - starts, length).astype(np.int32))
+                chunk_span.append(starts << layout.COUNT_BITS | np.minimum(first + count - starts, length))
                 n_chunks += len(starts)
                 segment_chunk.append(n_chunks)
-                segment_row.append(i)
                 first += count
-        self.n_chunks, self.n_segments = n_chunks, len(segment_row)
+        self.n_chunks, self.n_segments = n_chunks, len(segment_chunk) - 1
 
-        addresses = np.zeros((_ADDRESS_COLUMNS, len(rows)), np.int64)
+        addresses = np.zeros((4 if self.amsgrad else 3, len(rows)), np.int64)
         for i, row in enumerate(rows):
-            tensors = (row.param, row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq)
+            tensors = (row.param, row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq)[: len(addresses)]
             addresses[:, i] = [0 if t is None else t.data_ptr() for t in tensors]
 
         self._chunk_row = self._table(np.concatenate(chunk_row))
-        self._chunk_start = self._table(np.concatenate(chunk_start))
-        self._chunk_count = self._table(np.concatenate(chunk_count))
-        self._segment_chunk = self._table(np.array(segment_chunk, np.int64))
-        self._segment_row = self._table(np.array(segment_row, np.int32))
+        self._chunk_span = self._table(np.concatenate(chunk_span))
+        self._segment_chunk = self._table(np.array(segment_chunk, np.int32))
         self._addresses = self._table(addresses)
         self._row_group = self._table(np.array([row.group for row in rows], np.int32))
         self._upload = Upload(layout.HEADER + len(rows) + n_groups * layout.GROUP, device)
@@ -149,13 +142,12 @@ class Plan:
         def launch(kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> Launch:
             return Launch(kernel, programs, arguments, constants, _options())
 
-        chunks = (self._chunk_row, self._chunk_start, self._chunk_count)
-        squares = torch.zeros(self.n_chunks, dtype=torch.float32, device=self.device)
+        chunks = (self._chunk_row, self._chunk_span)
         self._launch_squares = launch(
-            kernels.grad_norm_kernel, self.n_chunks, *chunks, self._gradient_table, squares, GRAD=tl.float32
+            kernels.grad_norm_kernel, self.n_chunks, *chunks, self._gradient_table, self._partials, GRAD=tl.float32
         )
         self._launch_total = launch(
-            kernels.total_kernel, 1, squares, self.total, self.n_chunks, BITS=total_bits(self.n_chunks)
+            kernels.total_kernel, 1, self._partials, self.total, self.n_chunks, BITS=total_bits(self.n_chunks)
         )
         self._launch_coefficients = [
             launch(
@@ -225,7 +217,7 @@ class Plan:
         sums = torch.empty(self.n_segments, layout.STATISTICS, dtype=torch.float64, device=self.device)
         with self.on_device():
             kernels.norms_kernel[(self.n_segments,)](
-                self._partials, self._segment_chunk, self._segment_row, self._coefficients, sums, **_options()
+                self._partials, self._segment_chunk, self._chunk_row, self._coefficients, sums, **_options()
             )
         return sums
 

@@ -102,5 +102,7 @@ def test_the_sum_over_chunks_has_room_for_equal_ones(n, exponent, device):
     total = torch.zeros(1, dtype=torch.float64, device=device)
     for squares in (torch.full((n,), 1.9999999), torch.rand(n)):
         squares = (squares.double() * 2.0**exponent).float().to(device)
-        kernels.total_kernel[(1,)](squares, total, n, BITS=total_bits(n))
+        partials = torch.full((n, kernels.layout.STATISTICS), float("nan"), device=device)
+        partials[:, kernels.layout.GRAD_STATISTIC] = squares
+        kernels.total_kernel[(1,)](partials, total, n, BITS=total_bits(n))
         assert float(total) == pytest.approx(float(squares.double().sum()), rel=1e-9)

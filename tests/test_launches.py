@@ -101,7 +101,7 @@ def test_chunks_fill_the_device_or_are_as_long_as_they_get():
     for elements in (0, 1, 10**5, 10**6, 3 * 10**7, 10**9, 2**33):
         length = lwadamw.plan.chunk_length(elements)
         assert length % layout.MIN_CHUNK == 0
-        assert layout.MIN_CHUNK <= length <= layout.MAX_CHUNK
+        assert layout.MIN_CHUNK <= length <= layout.MAX_CHUNK < 2**layout.COUNT_BITS
         assert length == layout.MIN_CHUNK or elements / length >= layout.TARGET_CHUNKS
         assert length == layout.MAX_CHUNK or elements / (length + layout.MIN_CHUNK) <= layout.TARGET_CHUNKS
 
