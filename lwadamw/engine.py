@@ -103,7 +103,7 @@ class Engine:
                 if not self._triton.stage(*arguments):
                     raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while step() runs.")
         if self._torch_members:
-            self._torch.prepare(self._torch_members, state, fresh)
+            self._torch.prepare(self._torch_members, groups, state, fresh)
         if not fresh or self._torch_members:
             self._referents = gc.get_referents(*state.values())
 

@@ -6,7 +6,8 @@ Parameters whose effective values agree share one call, however many groups they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .backends import MOMENTS, Member, check_gradient, check_state, effective, local
+from .compare import same
 
 _FUSABLE = (torch.float32, torch.float64)
-_PIECE = 2**16
+_PIECE = 2**17  # elements of a tensor that are worked on at a time, to stay in a CPU's cache
 _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 
@@ -39,9 +41,8 @@ class Entry:
 
     member: Member
     state: dict[str, Any]
-    address: (
-        int | None
-    )  # if torch's fused CPU kernel can take it, as long as it stays there; gradient and group permitting
+    # Not None if torch's fused CPU kernel can take it as long as it stays there, its gradient and its group permitting.
+    address: int | None
     completed_for: tuple[bool, bool] | None = None  # amsgrad, and whether `step` is on the parameter's device
 
 
@@ -49,8 +50,13 @@ class TorchBackend:
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         self._entries: dict[int, Entry] = {}
+        self._addresses: list[list[int]] | None = (
+            None  # of parameters by bucket, if all take the fused CPU kernel unasked
+        )
+        self._without_gradient: list[Tensor] = []
+        self._group_referents: list[Any] = []
 
-    def prepare(self, members: Iterable[Member], state: Any, fresh: bool) -> None:
+    def prepare(self, members: Iterable[Member], groups: Sequence[Mapping[str, Any]], state: Any, fresh: bool) -> None:
         """Collect what this step updates, creating missing state.
 
         fresh: parameters and state are the objects of the last call; what was checked then is not checked again
@@ -58,9 +64,13 @@ class TorchBackend:
         Raises:
             RuntimeError: sparse gradient, or state that does not fit its parameter; nothing has been written.
         """
+        referents = gc.get_referents(*groups)
+        if fresh and same(referents, self._group_referents) and self._refill():
+            return
         if not fresh:
             self._entries = {}
         entries = self._entries
+        self._without_gradient, self._addresses = [], None
         buckets: dict[tuple[Any, ...], Bucket] = {}
         by_group: dict[tuple[int, bool], Bucket] = {}
         group_fuses: dict[int, bool] = {}
@@ -69,6 +79,7 @@ class TorchBackend:
             p, i_group = m.param, m.group_index
             grad = p.grad
             if grad is None:
+                self._without_gradient.append(p)
                 continue
             if grad.layout != torch.strided:
                 check_gradient(m, grad)
@@ -99,7 +110,29 @@ class TorchBackend:
             if entry.completed_for != needs:
                 _complete(entry.state, entry.member.param, *needs)
                 entry.completed_for = needs
-        self.buckets = list(buckets.values())
+        self.buckets, self._group_referents = list(buckets.values()), referents
+        if used and all(unasked for _, unasked in by_group):
+            self._addresses = [[m.param.data_ptr() for m in bucket.members] for bucket in self.buckets]
+
+    def _refill(self) -> bool:
+        """Give the last step's buckets this step's gradients; False if they do not all take the fused CPU kernel again."""
+        if self._addresses is None or any(p.grad is not None for p in self._without_gradient):
+            return False
+        grads: list[list[Any]] = []
+        for bucket, addresses in zip(self.buckets, self._addresses, strict=True):
+            params = [m.param for m in bucket.members]
+            grads.append([p.grad for p in params])
+            try:
+                kept = list(map(Tensor.data_ptr, params)) == addresses and all(map(Tensor.is_contiguous, params))
+                if not (kept and all(map(Tensor.is_contiguous, grads[-1]))):
+                    return False
+            except (TypeError, RuntimeError):
+                return False  # a missing or sparse gradient
+            if [g.dtype for g in grads[-1]] != [p.dtype for p in params]:
+                return False
+        for bucket, new in zip(self.buckets, grads, strict=True):
+            bucket.grads, bucket.skipped = new, False
+        return True
 
     def sum_gradients(self) -> list[Tensor]:
         """Sums of squares of all gradients, float64[], before unscaling; over all processes where they are DTensors."""
@@ -118,17 +151,22 @@ class TorchBackend:
 
         factor: multiplies the gradients, scaled copies of which are updated with; None for no clipping
         grad_scale: divides the gradients; None if factor already does
-        found_inf: 1 to leave everything alone. The fused implementation reads it on the device, the others here.
+        found_inf: 1 to leave everything alone. Where fused was asked for, it is read on the device, else here.
         """
+        unasked = self._addresses is not None
         for bucket in self.buckets:
             options, fused = bucket.options, bool(bucket.options["fused"])
             params = [m.param for m in bucket.members]
             grads, bucket.grads = bucket.grads, []  # a gradient kept for the norms would keep its memory
             bucket.factor = 1 / grad_scale if grad_scale is not None else factor
             if found_inf is not None:
-                bucket.skipped = found_inf if fused else bool(found_inf)
+                bucket.skipped = found_inf if fused and not unasked else bool(found_inf)
                 if bucket.skipped is True:
                     continue
+            if unasked:
+                with torch.no_grad():
+                    _step_fused_on_cpu(bucket, params, grads)
+                continue
             with torch.set_grad_enabled(options["differentiable"]):
                 if bucket.factor is not None and not (fused and grad_scale is not None):
                     scaled = torch._foreach_mul(grads, bucket.factor.to(params[0].device, non_blocking=True))
@@ -167,6 +205,31 @@ class TorchBackend:
         return [
             (m, done[id(m.param)] if id(m.param) in done else _resting_sums(m)) for m in members if state.get(m.param)
         ]
+
+
+def _step_fused_on_cpu(bucket: Bucket, params: list[Tensor], grads: list[Tensor]) -> None:
+    """One bucket of float32 or float64 parameters through torch's CPU kernel, without the host work of `adamw`."""
+    keys = MOMENTS if bucket.options["amsgrad"] else MOMENTS[:2]
+    columns = [params, grads, *[[s[key] for s in bucket.states] for key in keys]]
+    steps = [s["step"] for s in bucket.states]
+    arguments = ("lr", "beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")
+    options = {name: bucket.options[name] for name in arguments}
+
+    def update(columns: list[list[Tensor]], steps: list[Tensor]) -> None:
+        p, g, m, v, x = columns if len(columns) == 5 else [*columns, []]
+        torch._fused_adamw_(p, g, m, v, x, steps, **options)
+
+    torch._foreach_add_(steps, 1)
+    if bucket.factor is None:
+        update(columns, steps)
+    else:
+        factor = bucket.factor.to(params[0].device)
+        # A piece at a time, so that scaled gradients stay in the cache and need no memory of their own.
+        for step, *tensors in zip(steps, *columns, strict=True):
+            for p, g, *moments in zip(*(torch.split(t.view(-1), _PIECE) for t in tensors), strict=True):
+                update([[t] for t in (p, g * factor, *moments)], [step])
+    # The kernel writes behind autograd's back; a backward through the old weights must still be an error.
+    torch._C._increment_version(params)
 
 
 def _resting_sums(member: Member) -> Tensor:

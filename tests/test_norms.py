@@ -109,6 +109,10 @@ def test_a_skipped_step_did_not_move_anything(backend, device):
     assert not norms.update.any()
     assert not norms.grad.any()
     assert not norms.angle.any()
+    optimizer.max_grad_norm = None
+    set_grads(params)
+    optimizer.step()
+    assert optimizer.norms().update.all(), "the next step did"
 
 
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
