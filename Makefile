@@ -1,7 +1,7 @@
 # make demo   train a small language model at two widths and look at its norms
 # make test   everything CI runs: lint, types, tests
 # make gpu    GPU tests, then benchmarks; needs only python3, torch, triton and numpy
-# make check  lint and types;   make slow  the tests that take minutes
+# make check  lint and types
 # make bench  what can be measured without a GPU, and README's figure of it
 # The first two build .venv by themselves. PYTHON=python3.12 chooses the interpreter it is built from.
 
@@ -9,7 +9,7 @@ PYTHON ?= python3
 OUT ?= bench/results
 BIN := .venv/bin
 
-.PHONY: demo test check slow bench gpu clean
+.PHONY: demo test check bench gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,9 +26,6 @@ check: .venv/.installed
 
 test: check
 	$(BIN)/python -m pytest
-
-slow: .venv/.installed
-	$(BIN)/python -m pytest -m slow
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json

@@ -45,7 +45,8 @@ class AdamW(torch.optim.AdamW):
         foreach, fused: as in torch. `fused=False`, or `foreach` given without `fused=True`, asks for torch's own
             implementation and so for the torch backend. Not asked for anything, that one takes torch's fused kernel on
             the CPU, where torch itself would loop over a dozen operators.
-        capturable: allow the step to be captured in a CUDA graph.
+        capturable: allow the step to be captured in a CUDA graph. Take one step before, keep gradients where they are
+            with `zero_grad(set_to_none=False)`, and make hyperparameters that change between replays device tensors.
         differentiable: let autograd run through the step; torch backend only.
         max_grad_norm: clip by the global norm inside the step, as `torch.nn.utils.clip_grad_norm_` before it would,
             but without rewriting gradients. A step whose norm is not finite does not happen. None: no clipping.
