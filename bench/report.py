@@ -106,8 +106,11 @@ def from_cpu(results: Path) -> Report:
     host_path, step_path = results / "host.json", results / "cpu_step.json"
     on_host, step = read(host_path), read(step_path)
     by_label = {group_label(c["groups"], on_host["tensors"]): c["us"] for c in on_host["columns"]}
-    steps = {group_label(r["groups"], r["tensors"]): r["rows"] for r in step["results"]}
-    labels = list(dict.fromkeys([*by_label, *steps]))
+    by_workload: dict[str, dict[str, Any]] = {}
+    for result in step["results"]:
+        of_workload = by_workload.setdefault(f"{result['workload']}, {result['tensors']} tensors", {})
+        of_workload[group_label(result["groups"], result["tensors"])] = result["rows"]
+    labels = list(dict.fromkeys([*by_label, *(label for steps in by_workload.values() for label in steps)]))
     rows = []
     for name, title in HOST_ROWS.items():
         cells = []
@@ -115,15 +118,17 @@ def from_cpu(results: Path) -> Report:
             faster = f" ({us[host.FUSED]['p50'] / us[name]['p50']:.1f}x)" if us and name != host.FUSED else ""
             cells.append(f"{us[name]['p50']:.0f}{faster}" if us else "-")
         rows.append([f"host, us: {title}", *cells])
-    for name, title in STEP_ROWS.items():
-        cells = []
-        for row in (steps.get(label, {}).get(name) for label in labels):
-            faster = f" ({row['vs_fused']:.2f}x)" if row and name != peers.FUSED else ""
-            cells.append(f"{row['ms']['p50']:.1f}{faster}" if row else "-")
-        rows.append([f"step on the CPU, ms: {title}", *cells])
-    elements, tensors = step["results"][0]["elements"], step["results"][0]["tensors"]
+    for workload, steps in by_workload.items():
+        for name, title in STEP_ROWS.items():
+            cells = []
+            for row in (steps.get(label, {}).get(name) for label in labels):
+                faster = f" ({row['vs_fused']:.2f}x)" if row and name != peers.FUSED else ""
+                cells.append(f"{row['ms']['p50']:.1f}{faster}" if row else "-")
+            rows.append([f"CPU step, ms, {workload}: {title}", *cells])
+    elements = step["results"][0]["elements"]
+    first, steps = next(iter(by_workload.items()))
     host_title = f"Host time of step(), {on_host['tensors']} tensors, launches stubbed"
-    step_title = f"Step on the CPU, {elements / 1e6:.0f}M parameters in {tensors} tensors"
+    step_title = f"Step on the CPU, {elements / 1e6:.0f}M parameters in {first.partition(', ')[2]}"
     panels = [
         Panel(
             host_title, "microseconds", list(by_label),
@@ -138,7 +143,7 @@ def from_cpu(results: Path) -> Report:
         "**No speed on a GPU has been measured at these kernels yet**: `make gpu` does. Without one, medians, and in brackets\n"
         "how many times faster than torch fused: what step() costs the host, launches stubbed, and a step on the CPU."
     )
-    under = [conditions(on_host, host_title, host_path), conditions(step, step_title, step_path)]
+    under = [conditions(on_host, host_title, host_path), conditions(step, "Step on the CPU", step_path)]
     return Report(lead, ["", *labels], rows, under, panels)
 
 

@@ -101,6 +101,36 @@ def cpu_30m() -> Shapes:
     return [(vocab, d), (512, d), (2, d), (d,), (d,), *((attention + feed_forward) * 12)]
 
 
+def efficientnet_b5() -> Shapes:
+    """A convolutional network of 30M parameters for CPUs, most of its 506 tensors short: stages (t, c, n, k) of its paper."""
+
+    def width(channels: float) -> int:
+        rounded = max(8, int(channels * 1.6 + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * channels * 1.6 else rounded
+
+    stages = [
+        (1, 16, 1, 3),
+        (6, 24, 2, 3),
+        (6, 40, 2, 5),
+        (6, 80, 3, 3),
+        (6, 112, 3, 5),
+        (6, 192, 4, 5),
+        (6, 320, 1, 3),
+    ]
+    c = width(32)
+    shapes: Shapes = [(c, 3, 3, 3), (c,), (c,)]
+    for expansion, channels, layers, kernel in stages:
+        out = width(channels)
+        for _ in range(math.ceil(layers * 2.2)):
+            e, squeezed = c * expansion, c // 4
+            shapes += [(e, c, 1, 1), (e,), (e,)] if expansion > 1 else []
+            shapes += [(e, 1, kernel, kernel), (e,), (e,), (squeezed, e, 1, 1), (squeezed,), (e, squeezed, 1, 1), (e,)]
+            shapes += [(out, e, 1, 1), (out,), (out,)]
+            c = out
+    head = width(1280)
+    return [*shapes, (head, c, 1, 1), (head,), (head,), (1000, head), (1000,)]
+
+
 _LISTS: dict[Callable[[], Shapes], tuple[int, ...]] = {
     gpt2_124m: (1,),
     llama_1b: (1, 28, PER_TENSOR),
@@ -110,9 +140,10 @@ _LISTS: dict[Callable[[], Shapes], tuple[int, ...]] = {
     many_small: (1,),
     one_huge: (1,),
     cpu_30m: (1, 28, PER_TENSOR),
+    efficientnet_b5: (1, 28, PER_TENSOR),
 }
 WORKLOADS = {make.__name__: Workload(make.__name__, make(), groups) for make, groups in _LISTS.items()}
-FOR_CPU = ("cpu_30m",)
+FOR_CPU = ("cpu_30m", "efficientnet_b5")
 FOR_GPU = tuple(name for name in WORKLOADS if name not in FOR_CPU)
 
 

@@ -102,6 +102,7 @@ def test_every_workload_is_what_it_says():
     assert counts["many_small"] == (10_000, 640_000)
     assert counts["one_huge"] == (1, 2**30)
     assert abs(counts["cpu_30m"][1] / 30e6 - 1) < 0.01
+    assert counts["efficientnet_b5"] == (506, 30_389_784)
     assert workloads.WORKLOADS["llama_1b"].counts() == [1, 28, 146]
     assert workloads.WORKLOADS["vit_465"].counts() == [28, 465]
     assert workloads.WORKLOADS["one_huge"].counts(28) == [1]
