@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -204,5 +205,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1
 
 
 def command_line(module: str) -> str:
-    """The command as it was given, for the record."""
-    return " ".join(["python -m", module, *sys.argv[1:]])
+    """The command as it was given, for the record; not where its figures went."""
+    given = " ".join(["python -m", module, *sys.argv[1:]])
+    return re.sub(r" --json[ =]\S+", "", given)
