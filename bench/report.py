@@ -69,7 +69,7 @@ class Report:
 
 
 def conditions(record: dict[str, Any], what: str, path: Path) -> str:
-    command = " ".join(word for word in record["command"].split() if not word.endswith(".json") and word != "--json")
+    command = record["command"]
     return f"{what}: `{command}`, {harness.one_line(record['machine'])}, [results](bench/results/{path.name})."
 
 
