@@ -169,6 +169,13 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
             )
 
 
+def create_moments(state: dict[str, Any], p: Tensor, amsgrad: bool) -> None:
+    """Create the moments a parameter's state lacks, laid out in memory as the parameter is."""
+    for key in MOMENTS if amsgrad else MOMENTS[:2]:
+        if key not in state:
+            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
 def check_gradient(member: Member, grad: Tensor) -> None:
     """Raise a RuntimeError if a gradient is sparse."""
     if grad.layout != torch.strided:

@@ -7,7 +7,7 @@ framework at any time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +102,8 @@ class Engine:
                 fresh = False
                 if not self._triton.stage(*arguments):
                     raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while step() runs.")
-        if self._torch_members:
-            self._torch.prepare(self._torch_members, groups, state, fresh)
-        if not fresh or self._torch_members:
+        created = bool(self._torch_members) and self._torch.prepare(self._torch_members, groups, state, fresh)
+        if created or not fresh:
             self._referents = gc.get_referents(*state.values())
 
     def _sort(self, groups: Groups, state: State) -> None:
@@ -115,7 +114,7 @@ class Engine:
                 "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
             )
         self._forget()
-        members = members_of(groups)
+        members = list(members_of(groups))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
         chosen = {id(m.param) for m in for_triton}
         self._torch_members = [m for m in members if id(m.param) not in chosen]
@@ -149,15 +148,15 @@ class Engine:
         return next((m for m in self._torch_members if is_sharded(m.param)), None)
 
 
-def members_of(groups: Groups) -> list[Member]:
-    members: list[Member] = []
+def members_of(groups: Groups) -> Iterator[Member]:
+    order = 0
     for group_index, group in enumerate(groups):
         names = group.get("param_names")
         segments = group.get("segments") or {}
         for i, p in enumerate(group["params"]):
             name = names[i] if names else f"{group_index}.{i}"
-            members.append(Member(p, name, group, group_index, len(members), _segment_sizes(p, segments.get(name, ()))))
-    return members
+            yield Member(p, name, group, group_index, order, _segment_sizes(p, segments.get(name, ())))
+            order += 1
 
 
 def _segment_sizes(p: Tensor, rows: Sequence[int]) -> tuple[int, ...]:

@@ -18,14 +18,8 @@ from .backends import WIDTH_KEYS
 from .compare import same
 from .kernels import layout
 
-_getters = {
-    key: itemgetter(key)
-    for key in ("lr", "betas", "eps", "weight_decay", "maximize", "amsgrad", "foreach", "fused", "differentiable")
-}
-_lr = _getters["lr"]
-_optional: Mapping[str, Any] = {**dict.fromkeys(WIDTH_KEYS, 1.0), "segments": None}
 # What decides which parameters the Triton backend updates, and with which state.
-_FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "segments")
+_FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
 # The order of the first five words of a group, see kernels/layout.py.
 _NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
@@ -35,9 +29,7 @@ class GroupTable:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], devices: Sequence[torch.device]) -> None:
         self.words = {device: np.zeros((len(groups), layout.GROUP), np.int64) for device in devices}
-        self._columns: dict[str, tuple[Any, ...]] = {}
-        self._n_keys = -1
-        self._flags = self._read_flags(groups)
+        self._flags = _read_flags(groups)
         self._referents: list[Any] = []
         self._lr_places = slice(0)
         self._has_tensors = False
@@ -51,21 +43,21 @@ class GroupTable:
         if not self._volatile:
             if same(referents, self._referents):
                 return "same"
-            lrs = tuple(map(_lr, groups))
+            lrs = _column(groups, "lr")
             if self._only_lr_differs(referents, lrs):
-                self._write(0, "lr", lrs)
+                self._write(0, lrs)
                 return "changed"
-        if self._read_flags(groups) != self._flags:
+        if _read_flags(groups) != self._flags:
             return "replan"
         self._referents = referents
         self._copies, self._volatile, self._has_tensors = [], False, False
-        columns = {key: tuple(map(_getters[key], groups)) for key in ("lr", "eps", "weight_decay", "maximize")}
-        columns["beta1"], columns["beta2"] = zip(*map(_getters["betas"], groups), strict=True)
+        columns = {key: _column(groups, key) for key in ("lr", "eps", "weight_decay")}
+        columns["beta1"], columns["beta2"] = zip(*_column(groups, "betas"), strict=True)
         for j, key in enumerate(_NUMBERS):
-            self._write_numbers(j, key, columns[key])
+            self._write_numbers(j, columns[key])
         for j, key in enumerate(WIDTH_KEYS):
-            self._write(layout.GROUP_MULTIPLIERS + j, key, self._optional_column(groups, key))
-        self._write(layout.GROUP_SIGN, "maximize", columns["maximize"], np.where(columns["maximize"], -1.0, 1.0))
+            self._write(layout.GROUP_MULTIPLIERS + j, [group.get(key, 1.0) for group in groups])
+        self._write(layout.GROUP_SIGN, np.where(_column(groups, "maximize"), -1.0, 1.0))
         stride = len(referents) // len(groups)
         first = next(i for i, value in enumerate(referents) if value is columns["lr"][0])
         self._lr_places = slice(first, None, stride)
@@ -74,7 +66,7 @@ class GroupTable:
     def _only_lr_differs(self, referents: list[Any], lrs: tuple[Any, ...]) -> bool:
         """Whether a schedule assigned learning rates and nothing else happened; notes the new ones if so."""
         places = self._lr_places
-        if self._has_tensors or len(referents) != len(self._referents) or isinstance(sum(lrs), Tensor):
+        if self._has_tensors or len(referents) != len(self._referents) or _any_tensor(lrs):
             return False
         # Where groups came to differ in the order of their keys, the places belong to something else.
         if len(referents[places]) != len(lrs) or not all(map(is_, referents[places], lrs)):
@@ -82,36 +74,17 @@ class GroupTable:
         self._referents[places] = lrs
         return same(referents, self._referents)
 
-    def _read_flags(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-        n_keys = sum(map(len, groups))
-        if n_keys != self._n_keys:
-            # Groups gained or lost keys; until they do, what none of them has need not be looked for.
-            self._absent = {key for key in _optional if not any(key in group for group in groups)}
-            self._n_keys = n_keys
-        required = [tuple(map(_getters[key], groups)) for key in _FLAGS if key in _getters]
-        return [*required, self._optional_column(groups, "segments")]
+    def _write(self, j: int, values: Any) -> None:
+        for words in self.words.values():
+            words.view(np.float64)[:, j] = values
 
-    def _optional_column(self, groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
-        default = _optional[key]
-        if key in self._absent:
-            return (default,) * len(groups)
-        return tuple([group.get(key, default) for group in groups])
-
-    def _write(self, j: int, key: str, column: tuple[Any, ...], values: Any = None) -> None:
-        if self._columns.get(key) != column:
-            self._columns[key] = column
+    def _write_numbers(self, j: int, column: tuple[Any, ...]) -> None:
+        if not _any_tensor(column):
+            self._write(j, column)
             for words in self.words.values():
-                words.view(np.float64)[:, j] = column if values is None else values
-
-    def _write_numbers(self, j: int, key: str, column: tuple[Any, ...]) -> None:
-        if not isinstance(sum(column), Tensor):
-            if key not in self._columns:
-                for words in self.words.values():
-                    words[:, layout.GROUP_ADDRESSES + j] = 0
-            self._write(j, key, column)
+                words[:, layout.GROUP_ADDRESSES + j] = 0
             return
         self._has_tensors = True
-        self._columns.pop(key, None)
         for device, words in self.words.items():
             for i, value in enumerate(column):
                 words.view(np.float64)[i, j], words[i, layout.GROUP_ADDRESSES + j], wide = self._scalar(value, device)
@@ -129,3 +102,15 @@ class GroupTable:
         copy = value.to(device, torch.float32, non_blocking=True)
         self._copies.append(copy)
         return 0.0, copy.data_ptr(), 0
+
+
+def _column(groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
+    return tuple(map(itemgetter(key), groups))
+
+
+def _read_flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    return [*(_column(groups, key) for key in _FLAGS), tuple([group.get("segments") for group in groups])]
+
+
+def _any_tensor(column: tuple[Any, ...]) -> bool:
+    return any(issubclass(kind, Tensor) for kind in set(map(type, column)))

@@ -10,7 +10,6 @@ A plan knows tensors and numbers, no optimizer and no model. Nothing in `run` wa
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -193,7 +192,7 @@ class Plan:
     def stage(self, gradients: list[int], max_grad_norm: float, grad_scale: int, found_inf: int) -> None:
         """Tell the device what this step works on: the gradient address of each row (0: none) and the header."""
         header = (max_grad_norm, grad_scale, found_inf)
-        if operator.eq(gradients, self._gradients) and header == self._header:
+        if gradients == self._gradients and header == self._header:
             return
         upload = self._upload
         upload.words[layout.HEADER : layout.HEADER + self.n_rows] = gradients

@@ -15,24 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .backends import MOMENTS, Member, check_gradient, check_state, effective, local
+from . import cpu
+from .backends import MOMENTS, Member, check_gradient, check_state, create_moments, effective, local
 from .compare import same
 
-_FUSABLE = (torch.float32, torch.float64)
-_PIECE = 2**17  # elements of a tensor that are worked on at a time, to stay in a CPU's cache
 _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
-
-
-@dataclass
-class Bucket:
-    """Parameters that one call of the functional AdamW updates."""
-
-    options: dict[str, Any]  # its keyword arguments
-    members: list[Member] = field(default_factory=list)
-    states: list[dict[str, Any]] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    factor: Tensor | None = None  # what the step multiplied the gradients with
-    skipped: Tensor | bool = False  # nonzero: the step left them alone
 
 
 @dataclass(slots=True)
@@ -46,18 +33,33 @@ class Entry:
     completed_for: tuple[bool, bool] | None = None  # amsgrad, and whether `step` is on the parameter's device
 
 
+@dataclass
+class Bucket:
+    """Parameters that one call updates."""
+
+    options: dict[str, Any]  # keyword arguments of the functional AdamW
+    direct: bool  # nobody asked for it, but torch's fused CPU kernel serves
+    entries: list[Entry] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    factor: Tensor | None = None  # what the step multiplied the gradients with
+    skipped: Tensor | bool = False  # nonzero: the step left them alone
+
+    def params(self) -> list[Tensor]:
+        return [entry.member.param for entry in self.entries]
+
+    def column(self, key: str) -> list[Tensor]:
+        return [entry.state[key] for entry in self.entries]
+
+
 class TorchBackend:
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         self._entries: dict[int, Entry] = {}
-        self._addresses: list[list[int]] | None = (
-            None  # of parameters by bucket, if all take the fused CPU kernel unasked
-        )
         self._without_gradient: list[Tensor] = []
         self._group_referents: list[Any] = []
 
-    def prepare(self, members: Iterable[Member], groups: Sequence[Mapping[str, Any]], state: Any, fresh: bool) -> None:
-        """Collect what this step updates, creating missing state.
+    def prepare(self, members: Iterable[Member], groups: Sequence[Mapping[str, Any]], state: Any, fresh: bool) -> bool:
+        """Collect what this step updates; whether that created state.
 
         fresh: parameters and state are the objects of the last call; what was checked then is not checked again
 
@@ -66,17 +68,17 @@ class TorchBackend:
         """
         referents = gc.get_referents(*groups)
         if fresh and same(referents, self._group_referents) and self._refill():
-            return
+            return False
         if not fresh:
             self._entries = {}
         entries = self._entries
-        self._without_gradient, self._addresses = [], None
+        self._without_gradient = []
         buckets: dict[tuple[Any, ...], Bucket] = {}
         by_group: dict[tuple[int, bool], Bucket] = {}
         group_fuses: dict[int, bool] = {}
-        used: list[tuple[Entry, Bucket]] = []
         for m in members:
-            p, i_group = m.param, m.group_index
+            # Not the member's own group: a framework may have put a copy in its place.
+            p, group = m.param, groups[m.group_index]
             grad = p.grad
             if grad is None:
                 self._without_gradient.append(p)
@@ -86,50 +88,48 @@ class TorchBackend:
             entry = entries.get(m.order)
             if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
                 check_state(m, state[p])
-                entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if _is_fusable(p, state[p]) else None)
-            fuses = group_fuses.get(i_group)
-            if fuses is None:
-                fuses = group_fuses[i_group] = _fuses_unasked(m.group)
-            if fuses:
-                fuses = (
-                    entry.address is not None and grad.dtype == p.dtype and grad.is_contiguous() and p.is_contiguous()
-                )
-            bucket = by_group.get((i_group, fuses))
+                entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if cpu.serves(p, state[p]) else None)
+            direct = group_fuses.get(m.group_index)
+            if direct is None:
+                direct = group_fuses[m.group_index] = cpu.serves_group(group)
+            if direct:
+                direct = entry.address is not None and cpu.is_plain(p, grad)
+            bucket = by_group.get((m.group_index, direct))
             if bucket is None:
-                flags = (fuses or m.group[flag] if flag == "fused" else m.group[flag] for flag in _FLAGS)
-                key = (*effective(m.group), *m.group["betas"], *flags)
                 names = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
-                bucket = by_group[i_group, fuses] = buckets.setdefault(key, Bucket(dict(zip(names, key, strict=True))))
-            bucket.members.append(m)
-            bucket.states.append(entry.state)
+                values = (*effective(group), *group["betas"], *(group[flag] for flag in _FLAGS))
+                bucket = buckets.setdefault((direct, *values), Bucket(dict(zip(names, values, strict=True)), direct))
+                by_group[m.group_index, direct] = bucket
+            bucket.entries.append(entry)
             bucket.grads.append(grad)
-            used.append((entry, bucket))
-        for entry, bucket in used:
-            options = bucket.options
-            needs = (bool(options["amsgrad"]), bool(options["capturable"] or options["fused"]))
-            if entry.completed_for != needs:
-                _complete(entry.state, entry.member.param, *needs)
-                entry.completed_for = needs
         self.buckets, self._group_referents = list(buckets.values()), referents
-        if used and all(unasked for _, unasked in by_group):
-            self._addresses = [[m.param.data_ptr() for m in bucket.members] for bucket in self.buckets]
+        return self._complete()
+
+    def _complete(self) -> bool:
+        created = False
+        for bucket in self.buckets:
+            options = bucket.options
+            needs = (bool(options["amsgrad"]), bool(options["capturable"] or options["fused"] or bucket.direct))
+            for entry in bucket.entries:
+                if entry.completed_for != needs:
+                    _complete(entry.state, entry.member.param, *needs)
+                    entry.completed_for, created = needs, True
+        return created
 
     def _refill(self) -> bool:
         """Give the last step's buckets this step's gradients; False if they do not all take the fused CPU kernel again."""
-        if self._addresses is None or any(p.grad is not None for p in self._without_gradient):
+        if not all(bucket.direct for bucket in self.buckets) or any(p.grad is not None for p in self._without_gradient):
             return False
         grads: list[list[Any]] = []
-        for bucket, addresses in zip(self.buckets, self._addresses, strict=True):
-            params = [m.param for m in bucket.members]
+        for bucket in self.buckets:
+            params = bucket.params()
             grads.append([p.grad for p in params])
             try:
-                kept = list(map(Tensor.data_ptr, params)) == addresses and all(map(Tensor.is_contiguous, params))
-                if not (kept and all(map(Tensor.is_contiguous, grads[-1]))):
+                moved = list(map(Tensor.data_ptr, params)) != [entry.address for entry in bucket.entries]
+                if moved or not all(map(cpu.is_plain, params, grads[-1])):
                     return False
-            except (TypeError, RuntimeError):
+            except (AttributeError, RuntimeError):
                 return False  # a missing or sparse gradient
-            if [g.dtype for g in grads[-1]] != [p.dtype for p in params]:
-                return False
         for bucket, new in zip(self.buckets, grads, strict=True):
             bucket.grads, bucket.skipped = new, False
         return True
@@ -143,7 +143,7 @@ class TorchBackend:
             dtype = torch.float32 if real.dtype.itemsize < 4 else None
             norm = torch.linalg.vector_norm(real, dtype=dtype)
             norms.setdefault((norm.device, type(norm)), []).append(norm)
-        totals = [torch.linalg.vector_norm(torch.stack([n.double() for n in same])) for same in norms.values()]
+        totals = [torch.linalg.vector_norm(torch.stack([n.double() for n in alike])) for alike in norms.values()]
         return [(t.full_tensor() if hasattr(t, "full_tensor") else t).square() for t in totals]
 
     def run(self, *, factor: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -153,37 +153,36 @@ class TorchBackend:
         grad_scale: divides the gradients; None if factor already does
         found_inf: 1 to leave everything alone. Where fused was asked for, it is read on the device, else here.
         """
-        unasked = self._addresses is not None
         for bucket in self.buckets:
-            options, fused = bucket.options, bool(bucket.options["fused"])
-            params = [m.param for m in bucket.members]
+            options, fused, params = bucket.options, bool(bucket.options["fused"]), bucket.params()
             grads, bucket.grads = bucket.grads, []  # a gradient kept for the norms would keep its memory
             bucket.factor = 1 / grad_scale if grad_scale is not None else factor
             if found_inf is not None:
-                bucket.skipped = found_inf if fused and not unasked else bool(found_inf)
+                bucket.skipped = found_inf if fused else bool(found_inf)
                 if bucket.skipped is True:
                     continue
-            if unasked:
-                with torch.no_grad():
-                    _step_fused_on_cpu(bucket, params, grads)
-                continue
-            with torch.set_grad_enabled(options["differentiable"]):
-                if bucket.factor is not None and not (fused and grad_scale is not None):
-                    scaled = torch._foreach_mul(grads, bucket.factor.to(params[0].device, non_blocking=True))
-                    grads = [s.to(g.dtype) for s, g in zip(scaled, grads, strict=True)]  # 0-d ones were promoted
-                adamw(
-                    params,
-                    grads,
-                    [s["exp_avg"] for s in bucket.states],
-                    [s["exp_avg_sq"] for s in bucket.states],
-                    [s["max_exp_avg_sq"] for s in bucket.states] if options["amsgrad"] else [],
-                    [s["step"] for s in bucket.states],
-                    has_complex=any(map(torch.is_complex, params)),
-                    grad_scale=grad_scale if fused else None,
-                    found_inf=found_inf if fused else None,
-                    **options,
-                )
-            if fused and params[0].device.type == "cpu":
+            if bucket.direct:
+                moments = MOMENTS if options["amsgrad"] else MOMENTS[:2]
+                columns = [params, grads, *map(bucket.column, moments)]
+                cpu.step(columns, bucket.column("step"), bucket.factor, options)
+            else:
+                with torch.set_grad_enabled(options["differentiable"]):
+                    if bucket.factor is not None and not (fused and grad_scale is not None):
+                        scaled = torch._foreach_mul(grads, bucket.factor.to(params[0].device, non_blocking=True))
+                        grads = [s.to(g.dtype) for s, g in zip(scaled, grads, strict=True)]  # 0-d ones were promoted
+                    adamw(
+                        params,
+                        grads,
+                        bucket.column("exp_avg"),
+                        bucket.column("exp_avg_sq"),
+                        bucket.column("max_exp_avg_sq") if options["amsgrad"] else [],
+                        bucket.column("step"),
+                        has_complex=any(map(torch.is_complex, params)),
+                        grad_scale=grad_scale if fused else None,
+                        found_inf=found_inf if fused else None,
+                        **options,
+                    )
+            if bucket.direct or (fused and params[0].device.type == "cpu"):
                 # That kernel writes behind autograd's back; a backward through the old weights must still be an error.
                 torch._C._increment_version(params)
             # Norms are read later, when a schedule may have moved on.
@@ -198,38 +197,11 @@ class TorchBackend:
         Reconstructed from weights and state. The gradient counts as NaN where it has been cleared since.
         """
         done = {
-            id(m.param): _member_sums(bucket, m, s)
-            for bucket in self.buckets
-            for m, s in zip(bucket.members, bucket.states, strict=True)
+            id(entry.member.param): _member_sums(bucket, entry) for bucket in self.buckets for entry in bucket.entries
         }
         return [
             (m, done[id(m.param)] if id(m.param) in done else _resting_sums(m)) for m in members if state.get(m.param)
         ]
-
-
-def _step_fused_on_cpu(bucket: Bucket, params: list[Tensor], grads: list[Tensor]) -> None:
-    """One bucket of float32 or float64 parameters through torch's CPU kernel, without the host work of `adamw`."""
-    keys = MOMENTS if bucket.options["amsgrad"] else MOMENTS[:2]
-    columns = [params, grads, *[[s[key] for s in bucket.states] for key in keys]]
-    steps = [s["step"] for s in bucket.states]
-    arguments = ("lr", "beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")
-    options = {name: bucket.options[name] for name in arguments}
-
-    def update(columns: list[list[Tensor]], steps: list[Tensor]) -> None:
-        p, g, m, v, x = columns if len(columns) == 5 else [*columns, []]
-        torch._fused_adamw_(p, g, m, v, x, steps, **options)
-
-    torch._foreach_add_(steps, 1)
-    if bucket.factor is None:
-        update(columns, steps)
-    else:
-        factor = bucket.factor.to(params[0].device)
-        # A piece at a time, so that scaled gradients stay in the cache and need no memory of their own.
-        for step, *tensors in zip(steps, *columns, strict=True):
-            for p, g, *moments in zip(*(torch.split(t.view(-1), _PIECE) for t in tensors), strict=True):
-                update([[t] for t in (p, g * factor, *moments)], [step])
-    # The kernel writes behind autograd's back; a backward through the old weights must still be an error.
-    torch._C._increment_version(params)
 
 
 def _resting_sums(member: Member) -> Tensor:
@@ -237,8 +209,9 @@ def _resting_sums(member: Member) -> Tensor:
     return torch.stack([weight, *torch.zeros_like(weight).expand(3)])
 
 
-def _member_sums(bucket: Bucket, member: Member, state: Mapping[str, Any]) -> Tensor:
-    options, param, grad = bucket.options, member.param, member.param.grad
+def _member_sums(bucket: Bucket, entry: Entry) -> Tensor:
+    options, state, param = bucket.options, entry.state, entry.member.param
+    grad = param.grad
     lr, beta1, beta2 = (_scalar(options[name], param) for name in ("lr", "beta1", "beta2"))
     decay = lr * options["weight_decay"]
     step = state["step"].to(param.device, torch.float64)
@@ -266,28 +239,13 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         held = local(tensor.detach())
         # By logical order, whatever that in memory.
         flat.append((torch.view_as_real(held) if held.is_complex() else held).reshape(-1))
-    size = _PIECE if flat[0].device.type == "cpu" else max(flat[0].numel(), 1)
+    size = cpu.PIECE if flat[0].device.type == "cpu" else max(flat[0].numel(), 1)
     for pieces in zip(*(torch.split(t, size) for t in flat), strict=True):
         yield tuple([piece.double() for piece in pieces])
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=like.device)
-
-
-def _fuses_unasked(group: Mapping[str, Any]) -> bool:
-    """Whether a group may take torch's fused CPU kernel, where torch's own default is a loop over a dozen operators."""
-    if group["fused"] is not None or group["foreach"] is not None or group["differentiable"] or group["capturable"]:
-        return False
-    values = (group["lr"], group["eps"], group["weight_decay"], *group["betas"])
-    return not any(isinstance(value, Tensor) for value in values)
-
-
-def _is_fusable(p: Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether that kernel is safe: it takes tensors for contiguous without looking, and rounds 16-bit ones its own way."""
-    if p.device.type != "cpu" or p.dtype not in _FUSABLE or local(p) is not p:
-        return False
-    return all(state[key].dtype == p.dtype and state[key].is_contiguous() for key in MOMENTS if key in state)
 
 
 def _complete(state: dict[str, Any], p: Tensor, amsgrad: bool, on_device: bool) -> None:
@@ -299,6 +257,4 @@ def _complete(state: dict[str, Any], p: Tensor, amsgrad: bool, on_device: bool) 
         state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")
     elif on_device and (step.device != p.device or step.dtype != torch.float32):
         state["step"] = step.to(p.device, torch.float32)
-    for key in MOMENTS if amsgrad else MOMENTS[:2]:
-        if key not in state:
-            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    create_moments(state, p, amsgrad)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import MOMENTS, Member, check_gradient, check_state, is_sharded, local
+from .backends import MOMENTS, Member, check_gradient, check_state, create_moments, is_sharded, local
 from .hyperparameters import GroupTable
 from .plan import Plan, Row
 
@@ -203,8 +203,7 @@ def _complete(state: dict[str, Any], member: Member) -> None:
     """Create what is missing of a parameter's state; lay its moments out in memory as the parameter is."""
     p = member.param
     state.setdefault("step", 0.0)
-    for key in MOMENTS if member.group["amsgrad"] else MOMENTS[:2]:
-        if key not in state:
-            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        elif local(state[key]).stride() != local(p).stride():
+    create_moments(state, p, member.group["amsgrad"])
+    for key in MOMENTS:
+        if key in state and local(state[key]).stride() != local(p).stride():
             state[key] = torch.empty_like(p).copy_(state[key])

@@ -29,6 +29,23 @@ def test_equals_clip_grad_norm_then_step(max_norm, backend, device):
             torch.testing.assert_close(a.state[p]["exp_avg"], b.state[q]["exp_avg"], rtol=1.3e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("piece", [1, 64, 2000])
+def test_gradients_clipped_a_piece_at_a_time_are_those_clipped_at_once(piece, monkeypatch):
+    monkeypatch.setattr("lwadamw.cpu.PIECE", piece)
+    ours = make_params()
+    theirs = clone_params(ours)
+    a = AdamW(ours, lr=1e-2, max_grad_norm=0.5, amsgrad=True, backend="torch")
+    b = torch.optim.AdamW(theirs, lr=1e-2, amsgrad=True, foreach=False)
+    for _ in range(3):
+        set_grads(ours, theirs)
+        torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        a.step()
+        b.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1.3e-6, atol=1e-5)
+            assert a.state[p]["step"] == b.state[q]["step"]
+
+
 NEGATIVE_NAN = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
 
 

@@ -89,7 +89,7 @@ def test_a_step_never_reads_the_device(replaced, monkeypatch, device):
             group[key] = torch.tensor(group[key], dtype=torch.float64, device=device)
     # Interpreted kernels do read their arguments; what counts is what happens before them.
     monkeypatch.setattr(Launch, "__call__", lambda self: None)
-    for name in ("item", "cpu", "tolist", "numpy", "__float__", "__bool__", "__int__"):
+    for name in ("item", "cpu", "tolist", "numpy", "__float__", "__bool__", "__int__", "__radd__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, name=name: pytest.fail(f"step() called {name}"))
     for _ in range(2):
         set_grads(params)

@@ -273,6 +273,36 @@ def test_width_multipliers_added_between_steps_take_effect(backend, device):
     _assert_equal(ours, theirs)
 
 
+def test_a_width_multiplier_that_takes_the_place_of_another_key_takes_effect(backend, device):
+    params = make_params(SHAPES, device)
+    optimizer = AdamW(params, backend=backend)
+    optimizer.param_groups[0]["note"] = "as many keys before as after"
+    set_grads(params)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    del optimizer.param_groups[0]["note"]
+    optimizer.param_groups[0]["width_lr_mult"] = 0.0
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_copies_in_the_place_of_groups_are_followed(backend, device):
+    ours, theirs, a, b = _twins(backend, device)
+    for lr in (1e-3, 1e-1):
+        a.param_groups = [dict(group, params=list(group["params"]), lr=lr) for group in a.param_groups]
+        b.param_groups[0]["lr"] = lr
+        set_grads(ours, theirs)
+        a.step()
+        b.step()
+        _assert_equal(ours, theirs)
+        a.param_groups = [dict(group, params=list(group["params"])) for group in a.param_groups]
+        a.param_groups[0]["lr"] = b.param_groups[0]["lr"] = lr / 2
+        set_grads(ours, theirs)
+        a.step()
+        b.step()
+        _assert_equal(ours, theirs)
+
+
 def test_a_number_that_replaces_a_tensor_is_followed(backend, device):
     ours, theirs, a, b = _twins(backend, device)
     for value in (torch.tensor(1e-2, device=device), 1e-3, torch.tensor(3e-2, device=device), 2e-3):
