@@ -32,6 +32,8 @@ TARGETS = {
 }
 # Per multiprocessor: registers, threads, shared memory bytes. NVIDIA's occupancy tables for 8.0, 9.0, 10.0.
 LIMITS = {"sm_80": (65536, 2048, 163840), "sm_90": (65536, 2048, 232448), "sm_100": (65536, 2048, 232448)}
+# Triton before 3.3 compiles ahead of time through another interface.
+SUPPORTED = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
 TYPES = {"PARAM": tl.float32, "GRAD": tl.float32, "STATE": tl.float32}
 
 
@@ -152,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the reports there too")
     arguments = parser.parse_args()
-    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+    if not SUPPORTED:
         parser.error(f"needs Triton 3.3 or newer, whose ahead-of-time interface it uses; this is {triton.__version__}")
     rows = reports(list(TARGETS))
     print(f"triton {triton.__version__}, block {layout.BLOCK}, tail {layout.TAIL}, warps {layout.WARPS}")

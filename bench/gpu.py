@@ -31,7 +31,18 @@ PARTS = ("tests", "step", "host", "memory", "train", "suite")
 MINUTES = 8.7
 TABLE_SECONDS = 8.0  # of rounds for each table of bench.step
 HOST_GROUPS, HOST_TENSORS, HOST_ROUNDS = (1, 28, 500), 500, 20
-SUITE = ("backends", "grouping", "launches", "norms", "clipping", "protocol", "checkpoint", "torch_parity")
+SUITE = (
+    "backends",
+    "grouping",
+    "launches",
+    "norms",
+    "clipping",
+    "protocol",
+    "changes",
+    "modes",
+    "checkpoint",
+    "torch_parity",
+)
 
 
 def run_tests() -> list[dict[str, str]]:

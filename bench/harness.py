@@ -191,6 +191,15 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def finish(
+    path: Path | None, module: str, device: torch.device, figures: Mapping[str, Any], threads: int | None = None
+) -> None:
+    """The end of every command: its machine under its table, and the record with both."""
+    described = machine(device, threads)
+    print(one_line(described))
+    write_json(path, {"command": command_line(module), "machine": described, **figures})
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
     """Markdown, the columns lined up: the first `left` to the left, the others to the right."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]

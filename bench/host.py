@@ -3,6 +3,7 @@
     python -m bench.host                            # 500 tensors in 1, 28 and 500 groups
     python -m bench.host --tensors 400 --groups 1 28 --json host.json
     python -m bench.host --base HEAD~1              # and the package as it was then
+    python -m bench.host --cold                     # 128 MB written before every step, as forward and backward would
 
 Tensors have 4 elements, so that the device has next to nothing to do. Gradients are other tensors at every step. Every
 contestant takes 10 steps at a time in turn, in another order each round, each step timed by the clock; figures are quantiles
@@ -43,6 +44,7 @@ FUSED = "torch fused"
 LAUNCHED = f"{FUSED}, launched"
 STEPS = 10
 NUMEL = 4
+COLD_BYTES = 2**27
 # Variants of lwadamw: what is added to its name, and its options.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
@@ -132,8 +134,11 @@ def captured(make: Callable[..., torch.optim.Optimizer], build: Callable[..., Co
     return contestant
 
 
-def take_turns(contestants: dict[str, Contestant], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every single step by name."""
+def take_turns(
+    contestants: dict[str, Contestant], rounds: int, device: torch.device, cold: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every single step by name; `cold`: with nothing of it left in the CPU's caches."""
+    elsewhere = torch.zeros(COLD_BYTES // 8 if cold else 0, dtype=torch.float64)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     params = {name: [p for g in c.optimizer.param_groups for p in g["params"]] for name, c in contestants.items()}
     moving = [[torch.zeros(NUMEL, device=device) for _ in next(iter(params.values()))] for _ in range(3)]
@@ -148,6 +153,7 @@ def take_turns(contestants: dict[str, Contestant], rounds: int, device: torch.de
                         _prepare(contestant, params[name], moving[i % 3])
                         if device.type == "cuda":
                             torch.cuda.synchronize()
+                        elsewhere += 1
                         start = time.perf_counter()
                         contestant.call()
                         times[name].append(time.perf_counter() - start)
@@ -166,7 +172,12 @@ def _prepare(contestant: Contestant, params: Sequence[torch.Tensor], grads: Sequ
 
 
 def measure(
-    tensors: int, n_groups: int, rounds: int, device: torch.device, base: tuple[str, ModuleType] | None = None
+    tensors: int,
+    n_groups: int,
+    rounds: int,
+    device: torch.device,
+    base: tuple[str, ModuleType] | None = None,
+    cold: bool = False,
 ) -> dict[str, Any]:
     """Rows of one number of groups: microseconds by contestant, and the reason of each that is missing."""
     import lwadamw
@@ -195,7 +206,7 @@ def measure(
     for name, contestant in contestants.items():
         if "state shared" in name:
             contestant.optimizer.state_dict()
-    times = take_turns(contestants, rounds, device)
+    times = take_turns(contestants, rounds, device, cold)
     return {
         "groups": n_groups,
         "us": {name: {k: v * 1e6 for k, v in harness.quantiles(t).items()} for name, t in times.items()},
@@ -232,12 +243,15 @@ def run(
     rounds: int,
     device: torch.device,
     base: tuple[str, ModuleType] | None = None,
+    cold: bool = False,
 ) -> dict[str, Any]:
     """`measure` in every number of groups, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        columns = [measure(tensors, n, rounds, device, base) for n in dict.fromkeys(min(n, tensors) for n in groups)]
+        columns = [
+            measure(tensors, n, rounds, device, base, cold) for n in dict.fromkeys(min(n, tensors) for n in groups)
+        ]
     finally:
         torch.set_num_threads(threads)
     return {"tensors": tensors, "rounds": rounds, "steps": STEPS, "columns": columns}
@@ -249,6 +263,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, nargs="+", help="numbers of groups; default: 1, 28 and one per tensor")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--base", metavar="REV", help="also measure this git revision of lwadamw")
+    parser.add_argument("--cold", action="store_true", help="empty the caches before every step")
     return parser.parse_args()
 
 
@@ -258,11 +273,9 @@ def main() -> None:
     base = revision.load_or_exit(arguments.base)
     tensors, rounds = (30, 1) if arguments.dry_run else (arguments.tensors, arguments.rounds)
     groups = arguments.groups or (1, 28, tensors)
-    record = run(tensors, groups, rounds, device, None if base is None else (arguments.base, base))
+    record = run(tensors, groups, rounds, device, None if base is None else (arguments.base, base), arguments.cold)
     print(table(tensors, record["columns"]))
-    described = harness.machine(device, threads=1)
-    print(harness.one_line(described))
-    harness.write_json(arguments.json, {"command": harness.command_line("bench.host"), "machine": described, **record})
+    harness.finish(arguments.json, "bench.host", device, record, threads=1)
 
 
 if __name__ == "__main__":

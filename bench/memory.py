@@ -243,10 +243,7 @@ def main() -> None:
     device = harness.choose_device(arguments.device)
     results = run(arguments.workloads, device, dry=arguments.dry_run)
     print(table(results))
-    described = harness.machine(device)
-    print(harness.one_line(described))
-    record = {"command": harness.command_line("bench.memory"), "machine": described, "results": results}
-    harness.write_json(arguments.json, record)
+    harness.finish(arguments.json, "bench.memory", device, {"results": results})
 
 
 if __name__ == "__main__":

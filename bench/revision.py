@@ -33,15 +33,20 @@ def load(rev: str) -> ModuleType:
     if done.returncode:
         raise RuntimeError(f"--base {rev}: git archive failed: {done.stderr.decode().strip()}")
     folder = tempfile.TemporaryDirectory(prefix="lwadamw_base_")
-    _folders.append(folder)
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         archive.extractall(folder.name, **safe)
+    return import_from(folder, NAME)
+
+
+def import_from(folder: tempfile.TemporaryDirectory[str], name: str) -> ModuleType:
+    """Import a copy of the package, `lwadamw` and `csrc_triton` in a folder, under another name; the folder lives on."""
+    _folders.append(folder)
     # The package imports itself by relative names only, and its link to the kernels is relative too.
-    (Path(folder.name) / "lwadamw").rename(Path(folder.name) / NAME)
+    (Path(folder.name) / "lwadamw").rename(Path(folder.name) / name)
     sys.path.insert(0, folder.name)
     try:
-        return importlib.import_module(NAME)
+        return importlib.import_module(name)
     finally:
         sys.path.remove(folder.name)
 

@@ -159,10 +159,7 @@ def main() -> None:
         seconds=arguments.seconds,
         base=None if base is None else (arguments.base, base),
     )
-    described = harness.machine(device)
-    print(harness.one_line(described))
-    record = {"command": harness.command_line("bench.step"), "machine": described, "results": results}
-    harness.write_json(arguments.json, record)
+    harness.finish(arguments.json, "bench.step", device, {"results": results})
 
 
 if __name__ == "__main__":

@@ -167,9 +167,7 @@ def main() -> None:
     config |= {name: value for name in CPU if (value := getattr(arguments, name)) is not None}
     result = measure(device, config)
     print(table(result))
-    described = harness.machine(device)
-    print(harness.one_line(described))
-    harness.write_json(arguments.json, {"command": harness.command_line("bench.train"), "machine": described, **result})
+    harness.finish(arguments.json, "bench.train", device, result)
 
 
 if __name__ == "__main__":

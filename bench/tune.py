@@ -9,10 +9,9 @@ workload replaces the constants; the others go to LOG.md. Whether a candidate sp
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench import harness, peers
+from bench import harness, peers, revision
 from bench.step import make_copy
 from bench.workloads import WORKLOADS, make_params
 
@@ -43,7 +42,7 @@ CANDIDATES: dict[str, dict[str, object]] = {
     "stores evict first": {"STORE_EVICTION": "evict_first"},
     "all evict first": {"LOAD_EVICTION": "evict_first", "STORE_EVICTION": "evict_first"},
 }
-_folders: list[tempfile.TemporaryDirectory[str]] = []  # Triton reads the sources of kernels when it compiles them
+_numbers = itertools.count()
 
 
 def variant(constants: Mapping[str, object]) -> ModuleType:
@@ -52,24 +51,17 @@ def variant(constants: Mapping[str, object]) -> ModuleType:
     Raises:
         ValueError: layout.py does not define such a constant.
     """
-    folder = tempfile.TemporaryDirectory(prefix="lwadamw_variant_")
-    name, root = f"lwadamw_variant_{len(_folders)}", Path(folder.name)
-    _folders.append(folder)
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(harness.ROOT / "csrc_triton", root / "csrc_triton", ignore=ignored)
-    shutil.copytree(harness.ROOT / "lwadamw", root / name, symlinks=True, ignore=ignored)
-    layout = root / "csrc_triton" / "layout.py"
-    text = layout.read_text()
+    text = (harness.ROOT / "csrc_triton" / "layout.py").read_text()
     for constant, value in constants.items():
         text, replaced = re.subn(rf"^{constant} = .*$", f"{constant} = {value!r}", text, flags=re.MULTILINE)
         if replaced != 1:
             raise ValueError(f"layout.py defines no constant {constant}.")
-    layout.write_text(text)
-    sys.path.insert(0, str(root))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(root))
+    folder = tempfile.TemporaryDirectory(prefix="lwadamw_variant_")
+    for part in ("csrc_triton", "lwadamw"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(harness.ROOT / part, Path(folder.name) / part, symlinks=True, ignore=ignored)
+    (Path(folder.name) / "csrc_triton" / "layout.py").write_text(text)
+    return revision.import_from(folder, f"lwadamw_variant_{next(_numbers)}")
 
 
 def measure(
@@ -132,10 +124,7 @@ def main() -> None:
         print(f"\n{table(results[-1])}", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    described = harness.machine(device)
-    print(harness.one_line(described))
-    record = {"command": harness.command_line("bench.tune"), "machine": described, "results": results}
-    harness.write_json(arguments.json, record)
+    harness.finish(arguments.json, "bench.tune", device, {"results": results})
 
 
 if __name__ == "__main__":

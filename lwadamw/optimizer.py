@@ -50,7 +50,7 @@ class AdamW(torch.optim.AdamW):
         differentiable: let autograd run through the step; torch backend only.
         max_grad_norm: clip by the global norm inside the step, as `torch.nn.utils.clip_grad_norm_` before it would,
             but without rewriting gradients. A step whose norm is not finite does not happen. None: no clipping.
-        norms: measure the norms that `norms()` returns. They cost next to nothing; False saves that too.
+        norms: measure the norms that `norms()` returns, with no pass over memory of their own. False: leave them out.
         backend: None takes the Triton kernels for parameters they can update and torch for the rest; "triton" insists
             on them (on CPU tensors with TRITON_INTERPRET=1 set); "torch" never uses them.
 

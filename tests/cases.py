@@ -14,6 +14,7 @@ from lwadamw import AdamW, reference
 
 # 0-d, empty, one element, odd sizes around the block sizes (256, 1024) and the smallest chunk (2048).
 SHAPES: Sequence[tuple[int, ...]] = ((), (0,), (1,), (63,), (5, 51), (1025,), (41, 50), (2049,))
+FEW_SHAPES: Sequence[tuple[int, ...]] = ((30,), (5, 7), (1030,), ())
 
 # Constructor options, most of them away from their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -59,6 +60,19 @@ def set_grads(*copies: Sequence[Tensor], scale: float = 1.0) -> None:
 def make_optimizer(params: Sequence[Tensor], options: dict[str, Any], **more: Any) -> AdamW:
     group = {"params": list(params), **{k: v for k, v in options.items() if k in GROUP_KEYS}}
     return AdamW([group], **{k: v for k, v in options.items() if k not in GROUP_KEYS}, **more)
+
+
+def make_twins(backend: str, device: torch.device, **options: Any) -> tuple[list[Parameter], list[Parameter], Any, Any]:
+    """Parameters and equal ones, an `AdamW` over the first and torch's, not fused, over the second."""
+    ours = make_params(FEW_SHAPES, device)
+    theirs = clone_params(ours)
+    return ours, theirs, AdamW(ours, backend=backend, **options), torch.optim.AdamW(theirs, foreach=False, **options)
+
+
+def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Within torch's own fp32 tolerances."""
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1.3e-6, atol=1e-5)
 
 
 def make_reference(params: Sequence[Tensor], options: dict[str, Any]) -> list[reference.Parameter]:

@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import triton
+
+from bench.codegen import SUPPORTED
 
 ROOT = Path(__file__).parent.parent
 # 16-byte accesses of the aligned loop: p, g, m, v (and the largest v) read, all but g written.
 BULK = {("adamw_kernel", "False"): 4 + 3, ("adamw_kernel", "True"): 5 + 4}
 NVIDIA = ("sm_80", "sm_90", "sm_100")
-
-
-OLD = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3)
-pytestmark = pytest.mark.skipif(OLD, reason="Triton before 3.3 compiles ahead of time through another interface")
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="Triton before 3.3 compiles ahead of time otherwise")
 
 
 @pytest.fixture(scope="module")
