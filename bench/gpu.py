@@ -26,10 +26,13 @@ import torch
 from bench import harness, host, memory, peers, step, train
 from bench.harness import log
 from bench.workloads import FOR_GPU, WORKLOADS
+from lwadamw.combinations import COMBINATIONS
 
-PARTS = ("tests", "step", "host", "memory", "train", "suite")
+PARTS = ("tests", "step", "storage", "host", "memory", "train", "suite")
 MINUTES = 8.7
 TABLE_SECONDS = 8.0  # of rounds for each table of bench.step
+STORAGE_WORKLOAD, STORAGE_SECONDS = "llama_1b", 3.0
+STORAGE_PEERS = ("fused_mixed", "fused_copies", "optimi", "torchao", "bitsandbytes")
 HOST_GROUPS, HOST_TENSORS, HOST_ROUNDS = (1, 28, 500), 500, 20
 SUITE = (
     "backends",
@@ -42,6 +45,9 @@ SUITE = (
     "modes",
     "checkpoint",
     "torch_parity",
+    "storage",
+    "amp",
+    "release",
 )
 
 
@@ -94,6 +100,22 @@ def run_step(names: list[str], device: torch.device, dry: bool, end: float) -> l
     return results
 
 
+def run_storage(device: torch.device, dry: bool, end: float) -> list[dict[str, Any]]:
+    """bench.step on one workload in one group, storage by storage until the time is up; fp32 is among `run_step`'s."""
+    results = []
+    for name in COMBINATIONS:
+        if name == "fp32":
+            continue
+        if time.monotonic() > end:
+            log(f"storage: no time left for {name}")
+            continue
+        log(f"storage: {name}")
+        options: dict[str, Any] = {"backend": "torch", "rounds": 2} if dry else {"seconds": STORAGE_SECONDS}
+        options |= {"storages": [name], "wanted": STORAGE_PEERS}
+        results += step.run([STORAGE_WORKLOAD], device, 1, dry=dry, **options)
+    return results
+
+
 def run_host(device: torch.device, dry: bool) -> dict[str, Any]:
     result = host.run(30, (1,), 1, device) if dry else host.run(HOST_TENSORS, HOST_GROUPS, HOST_ROUNDS, device)
     print(f"\n{host.table(result['tensors'], result['columns'])}\n")
@@ -110,6 +132,18 @@ def run_train(device: torch.device, dry: bool) -> dict[str, Any]:
     result = train.measure(device, train.config_for(device, dry))
     print(f"\n{train.table(result)}\n")
     return result
+
+
+def storage_table(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        ours = result["rows"]["lwadamw"]
+        figures = [f"{ours['bytes'] / result['elements']:.2f}", f"{ours['ms']['p50']:.3f}", f"{ours['of_copy']:.1%}"]
+        rivals = {name: row for name, row in result["rows"].items() if not name.startswith("lwadamw")}
+        cells = [f"{name} {row['ms']['p50'] / ours['ms']['p50']:.2f}x" for name, row in rivals.items()]
+        rows.append([result["storage"], *figures, "; ".join(cells)])
+    title = f"storage, {results[0]['workload']}"
+    return harness.table([title, "bytes per element", "lwadamw ms", "of copy", "faster than"], rows)
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -129,6 +163,8 @@ def summary(record: dict[str, Any]) -> str:
         rows.append([result["workload"], result["groups"], result["tensors"], ms, *figures, usual])
     header = ["step", "groups", "tensors", "lwadamw ms", "of copy", "vs fused", "vs norms off", "clip+norms vs usual"]
     lines = [harness.table(header, rows)] if rows else []
+    if record.get("storage"):
+        lines.append(storage_table(record["storage"]))
     if record.get("host"):
         for column in record["host"]["columns"]:
             us = column["us"]
@@ -191,8 +227,9 @@ def main() -> None:
     record: dict[str, Any] = {"command": harness.command_line("bench.gpu"), "machine": described, "errors": {}}
     parts: dict[str, Callable[[], Any]] = {
         "tests": run_tests,
-        # Leaves two minutes to the parts after it.
-        "step": lambda: run_step(arguments.workloads, device, dry, end - 120),
+        # These leave two minutes to the parts after them, and the first of them as much to the second.
+        "step": lambda: run_step(arguments.workloads, device, dry, end - 240),
+        "storage": lambda: run_storage(device, dry, end - 120),
         "host": lambda: run_host(device, dry),
         "memory": lambda: run_memory(arguments.workloads, device, dry),
         "train": lambda: run_train(device, dry),

@@ -9,85 +9,95 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.field import Contestant, Field
 from bench.workloads import make_groups
+from lwadamw.combinations import COMBINATIONS
+from lwadamw.storage import CODES
 
 FUSED = "torch fused"
 COMPILE_TENSORS = 200  # compiling a step of more takes minutes
 
-# Bytes per element that an implementation reads and writes, by what it does to float32 p, g, m, v.
-STEP_BYTES = 28  # read p, g, m, v; write p, m, v
-NORM_BYTES = 4  # read g once more, for the global norm
-FOREACH_BYTES = 80  # mul_ 8, lerp_ 12, mul_ 8, addcmul_ 12, sqrt 8, div_ 8, add_ 8, addcdiv_ 16
-CLIP_BYTES = 12  # clip_grad_norm_: read g for the norm; read and write it to scale it
-LOG_BYTES = 8  # read p and g for a norm of each
+# Arrays that an implementation reads and writes, by what it does to p, g, m, v of one type.
+STEP = 7  # read p, g, m, v; write p, m, v
+FOREACH = 20  # mul_ 2, lerp_ 3, mul_ 2, addcmul_ 3, sqrt 2, div_ 2, add_ 2, addcdiv_ 4
+CLIP = 3  # clip_grad_norm_: read g for the norm; read and write it to scale it
+LOG = 2  # read p and g for a norm of each
 
 
 class Unavailable(Exception):
     """Why a peer cannot take part."""
 
 
-@dataclass
-class Contestant:
-    step: Callable[[], object]
-    bytes_per_element: int
-    optimizer: torch.optim.Optimizer
+def _require_uniform(field: Field) -> None:
+    if not field.uniform:
+        raise Unavailable("keeps everything in the parameter's type")
 
 
-@dataclass
-class Field:
-    """Parameters with gradients, dealt out to groups, and the moments that contestants share."""
-
-    params: Sequence[Tensor]
-    n_groups: int
-    moments: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.moments:
-            self.moments = [{k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")} for p in self.params]
-
-    @property
-    def device(self) -> torch.device:
-        return self.params[0].device
-
-    def groups(self, n_groups: int | None = None) -> list[dict[str, Any]]:
-        return make_groups(self.params, n_groups or self.n_groups)
-
-    def enter(self, optimizer: torch.optim.Optimizer, bytes_per_element: int = STEP_BYTES, **state: Any) -> Contestant:
-        """Give the optimizer the shared moments; `state` has what else it keeps of a parameter, or makes that."""
-        # Not through `optimizer.state`: once that has been read, lwadamw verifies every moment at every step.
-        own = vars(optimizer)["state"]
-        for p, moments in zip(self.params, self.moments, strict=True):
-            own[p] = {**moments, **{k: v() if callable(v) else v for k, v in state.items()}}
-        return Contestant(optimizer.step, bytes_per_element, optimizer)
+def _require_fp32(field: Field) -> None:
+    if field.combination != "fp32":
+        raise Unavailable("is measured in float32 only")
 
 
 def _fused(field: Field, n_groups: int | None = None) -> Contestant:
     optimizer = torch.optim.AdamW(field.groups(n_groups), fused=True)
-    return field.enter(optimizer, step=lambda: torch.ones((), device=field.device))
+    return field.enter(optimizer, STEP * field.itemsize, step=field.counter)
 
 
 def _fused_one_group(field: Field) -> Contestant:
+    _require_uniform(field)
     if field.n_groups == 1:
         raise Unavailable("there is one group anyway")
     return _fused(field, 1)
 
 
+def _fused_mixed(field: Field) -> Contestant:
+    if field.combination != "fp32, bf16 moments":
+        raise Unavailable("is float32 parameters with bf16 moments")
+    if torch.__version__ < (2, 12):
+        raise Unavailable(f"torch {torch.__version__} has no such kernel, 2.12 has")
+    if field.device.type != "cuda":
+        raise Unavailable("needs a GPU")
+    optimizer = torch.optim.AdamW(field.groups(), fused=True)
+    return field.enter(optimizer, field.bytes_per_element, field.state, step=field.counter)
+
+
+def _fused_copies(field: Field) -> Contestant:
+    """Mixed precision by hand: float32 copies of weights and gradients."""
+    if field.storage.weight not in ("master", "remainder"):
+        raise Unavailable("is for 16-bit parameters with float32 weights")
+    masters = [torch.nn.Parameter(p.detach().float()) for p in field.params]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    gradients = [p.grad for p in field.params], [master.grad for master in masters]
+    params = [p.detach() for p in field.params]
+    optimizer = torch.optim.AdamW(make_groups(masters, field.n_groups), fused=True)
+
+    def step() -> None:
+        torch._foreach_copy_(gradients[1], gradients[0])
+        optimizer.step()
+        torch._foreach_copy_(params, [master.detach() for master in masters])
+
+    return Contestant(step, STEP * 4 + 2 * (4 + field.itemsize), optimizer)
+
+
 def _foreach(field: Field) -> Contestant:
-    return field.enter(torch.optim.AdamW(field.groups(), foreach=True), FOREACH_BYTES, step=lambda: torch.ones(()))
+    _require_uniform(field)
+    optimizer = torch.optim.AdamW(field.groups(), foreach=True)
+    return field.enter(optimizer, FOREACH * field.itemsize, step=lambda: torch.ones(()))
 
 
 def _compile(field: Field) -> Contestant:
+    _require_uniform(field)
     if len(field.params) > COMPILE_TENSORS or field.n_groups > 1:
         raise Unavailable(f"compiled only in one group of up to {COMPILE_TENSORS} tensors, else it takes minutes")
     optimizer = torch.optim.AdamW(field.groups(), foreach=True)
-    contestant = field.enter(optimizer, step=lambda: torch.ones((), device=field.device))
+    contestant = field.enter(optimizer, STEP * field.itemsize, step=field.counter)
     contestant.step = torch.compile(optimizer.step)
     return contestant
 
@@ -101,19 +111,49 @@ def _require(module: str, device: torch.device) -> ModuleType:
 
 
 def _optimi(field: Field) -> Contestant:
-    optimizer = _require("optimi", field.device).AdamW(field.groups(), lr=1e-5, triton=True)
-    return field.enter(optimizer, kahan_comp=lambda: torch.zeros(1, dtype=torch.uint8, device=field.device))
+    kahan = field.combination == "bf16, kahan"
+    if not kahan:
+        _require_uniform(field)
+    module = _require("optimi", field.device)
+    optimizer = module.AdamW(field.groups(), lr=1e-5, kahan_sum=kahan, triton=True)
+    if kahan:
+        return field.enter(optimizer, field.bytes_per_element, field.state)
+    return field.enter(
+        optimizer, field.bytes_per_element, kahan_comp=lambda: torch.zeros(1, dtype=torch.uint8, device=field.device)
+    )
 
 
 def _deepspeed(field: Field) -> Contestant:
+    _require_fp32(field)
     module = _require("deepspeed.ops.adam", field.device)
     if shutil.which("nvcc") is None:
         raise Unavailable("compiles itself with nvcc, which is not here")
-    return field.enter(module.FusedAdam(field.groups(), weight_decay=1e-2), step=0)
+    return field.enter(module.FusedAdam(field.groups(), weight_decay=1e-2), STEP * 4, step=0)
 
 
 def _apex(field: Field) -> Contestant:
-    return field.enter(_require("apex.optimizers", field.device).FusedAdam(field.groups(), weight_decay=1e-2))
+    _require_fp32(field)
+    return field.enter(_require("apex.optimizers", field.device).FusedAdam(field.groups(), weight_decay=1e-2), STEP * 4)
+
+
+def _in_8_bits(field: Field, make: Callable[[], torch.optim.Optimizer]) -> Contestant:
+    """An optimizer whose moments are 8-bit codes with a float32 scale per 256."""
+    if field.storage.exp_avg not in CODES or field.storage.weight not in ("plain", "stochastic"):
+        raise Unavailable("has 8-bit moments, and nothing besides the parameter")
+    optimizer = make()
+    return Contestant(optimizer.step, 3 * field.itemsize + 2 * 2 * (1 + 4 / 256), optimizer)
+
+
+def _torchao(field: Field) -> Contestant:
+    stochastic = field.storage.weight == "stochastic"
+    return _in_8_bits(
+        field,
+        lambda: _require("torchao.optim", field.device).AdamW8bit(field.groups(), bf16_stochastic_round=stochastic),
+    )
+
+
+def _bitsandbytes(field: Field) -> Contestant:
+    return _in_8_bits(field, lambda: _require("bitsandbytes.optim", field.device).AdamW8bit(field.groups()))
 
 
 def usual_way(params: Sequence[Tensor], optimizer: torch.optim.Optimizer, max_norm: float = 1.0) -> list[float]:
@@ -126,9 +166,10 @@ def usual_way(params: Sequence[Tensor], optimizer: torch.optim.Optimizer, max_no
 
 
 def _usual_way(field: Field) -> Contestant:
+    _require_uniform(field)
     contestant = _fused(field)
     contestant.step = lambda: usual_way(field.params, contestant.optimizer)
-    contestant.bytes_per_element = STEP_BYTES + CLIP_BYTES + LOG_BYTES
+    contestant.bytes_per_element = (STEP + CLIP + LOG) * field.itemsize
     return contestant
 
 
@@ -136,11 +177,15 @@ def _usual_way(field: Field) -> Contestant:
 PEERS: dict[str, tuple[str, Callable[[Field], Contestant]]] = {
     "fused": (FUSED, _fused),
     "fused_one_group": ("torch fused, one group", _fused_one_group),
+    "fused_mixed": ("torch fused, bf16 moments", _fused_mixed),
+    "fused_copies": ("torch fused on float32 copies", _fused_copies),
     "foreach": ("torch foreach", _foreach),
     "compile": ("torch.compile of foreach", _compile),
     "optimi": ("optimi Triton", _optimi),
     "deepspeed": ("DeepSpeed FusedAdam", _deepspeed),
     "apex": ("apex FusedAdam", _apex),
+    "torchao": ("torchao AdamW8bit", _torchao),
+    "bitsandbytes": ("bitsandbytes AdamW8bit, to nearest", _bitsandbytes),
     "usual": ("usual way: clip_grad_norm_, fused, norms", _usual_way),
 }
 
@@ -156,14 +201,18 @@ def _clip_step_norms(optimizer: Any) -> Callable[[], object]:
 def ours(field: Field, package: ModuleType, backend: str | None, label: str = "lwadamw") -> dict[str, Contestant]:
     """The working tree's package, or another revision's, in its variants."""
 
-    def enter(bytes_per_element: int, **options: Any) -> Contestant:
-        return field.enter(package.AdamW(field.groups(), backend=backend, **options), bytes_per_element, step=_one)
+    moved, again = field.bytes_per_element, field.storage.grad.itemsize
+
+    def enter(bytes_per_element: float, **options: Any) -> Contestant:
+        stored = COMBINATIONS[field.combination].options
+        optimizer = package.AdamW(field.groups(), backend=backend, **stored, **options)
+        return field.enter(optimizer, bytes_per_element, field.state, step=_one)
 
     entered = {
-        label: enter(STEP_BYTES),
-        f"{label}, norms off": enter(STEP_BYTES, norms=False),
-        f"{label}, clipping": enter(STEP_BYTES + NORM_BYTES, max_grad_norm=1.0),
-        f"{label}, clipping, norms read": enter(STEP_BYTES + NORM_BYTES, max_grad_norm=1.0),
+        label: enter(moved),
+        f"{label}, norms off": enter(moved, norms=False),
+        f"{label}, clipping": enter(moved + again, max_grad_norm=1.0),
+        f"{label}, clipping, norms read": enter(moved + again, max_grad_norm=1.0),
     }
     if backend == "torch":  # measures norms when they are read, and not before
         del entered[f"{label}, norms off"]

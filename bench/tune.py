@@ -1,7 +1,8 @@
 """The launch constants of csrc_triton/layout.py, tried out: each candidate is the package with some of them replaced.
 
     python -m bench.tune                              # every candidate, LLaMA 1B and GPT-2 124M
-    python -m bench.tune --workloads one_huge --only "block 2048,4 warps"
+    python -m bench.tune --workloads one_huge --only "block 2048,tail 512"
+    python -m bench.tune --storage "bf16, remainder, 8-bit moments" --only "4 programs of random ones"
 
 All candidates step the same tensors in one process, in turn. One that wins by more than its spread p20 to p80 on every
 workload replaces the constants; the others go to LOG.md. Whether a candidate spills or fits is `bench.codegen`'s to say.
@@ -23,14 +24,17 @@ import torch
 from bench import harness, peers, revision
 from bench.step import make_copy
 from bench.workloads import WORKLOADS, make_params
+from lwadamw.combinations import COMBINATIONS
 
 CANDIDATES: dict[str, dict[str, object]] = {
     "as it is": {},
     "block 512": {"BLOCK": 512},
     "block 2048": {"BLOCK": 2048},
-    "block 512, 4 warps": {"BLOCK": 512, "WARPS": {"cuda": 4, "hip": 2}},
-    "block 2048, 16 warps": {"BLOCK": 2048, "WARPS": {"cuda": 16, "hip": 8}},
+    "block 512, 4 warps": {"BLOCK": 512, "THREADS": 128},
+    "block 2048, 16 warps": {"BLOCK": 2048, "THREADS": 512, "TAIL": 512},
     "tail 512": {"TAIL": 512},
+    "4 programs of twice the block": {"DOUBLE_REGISTERS": 64},
+    "4 programs of random ones": {"RANDOM_REGISTERS": 64},
     "gradient block 4096": {"GRAD_BLOCK": 4096},
     "gradient block 8192": {"GRAD_BLOCK": 8192},
     "chunks up to 4096": {"MAX_CHUNK": 4096},
@@ -65,17 +69,23 @@ def variant(constants: Mapping[str, object]) -> ModuleType:
 
 
 def measure(
-    workload_name: str, packages: Mapping[str, ModuleType], device: torch.device, *, dry: bool, rounds: int
+    workload_name: str,
+    packages: Mapping[str, ModuleType],
+    device: torch.device,
+    *,
+    dry: bool,
+    rounds: int,
+    storage: str = "fp32",
 ) -> dict[str, Any]:
     """Milliseconds of a step with norms, and of one that clips too, by candidate."""
     workload = WORKLOADS[workload_name].shrunk() if dry else WORKLOADS[workload_name]
-    field = peers.Field(make_params(workload, device), 1)
+    field = peers.Field(make_params(workload, device, COMBINATIONS[storage].param), 1, storage)
     backend = "triton" if device.type == "cpu" else None
     entered = {}
     for name, package in packages.items():
         entrants = peers.ours(field, package, backend, name)
         entered |= {key: entrants[key] for key in (name, f"{name}, clipping")}
-    copy, copied = make_copy(workload.elements, device)
+    copy, copied = make_copy(workload.elements * field.bytes_per_element, device)
     calls = {"copy": copy, **{name: contestant.step for name, contestant in entered.items()}}
     times = harness.interleaved(harness.Timer(device, seconds=0.03), calls, rounds)
     bandwidth = copied / harness.quantiles(times["copy"])["p50"]
@@ -89,7 +99,7 @@ def measure(
             "of_copy": workload.elements * contestant.bytes_per_element / quantiles["p50"] / bandwidth,
             "vs_first": harness.ratio(times, name, reference),
         }
-    return {"workload": str(workload), "copy_gb_s": bandwidth / 1e9, "rows": rows}
+    return {"workload": str(workload), "storage": storage, "copy_gb_s": bandwidth / 1e9, "rows": rows}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -108,6 +118,7 @@ def table(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = harness.parser_for(__doc__)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["llama_1b", "gpt2_124m"])
+    parser.add_argument("--storage", choices=COMBINATIONS, default="fp32", metavar="NAME", help="see bench.step")
     parser.add_argument("--only", help="some of the candidates, with commas")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
@@ -120,7 +131,8 @@ def main() -> None:
     results = []
     for name in arguments.workloads:
         rounds = 2 if arguments.dry_run else arguments.rounds
-        results.append(measure(name, packages, device, dry=arguments.dry_run, rounds=rounds))
+        options = {"dry": arguments.dry_run, "rounds": rounds, "storage": arguments.storage}
+        results.append(measure(name, packages, device, **options))
         print(f"\n{table(results[-1])}", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
-"""Parameter lists by name, and the numbers of groups each is measured in. Float32 throughout; `python -m bench.workloads`
-prints what each one counts.
+"""Parameter lists by name, and the numbers of groups each is measured in.
+
+`python -m bench.workloads` prints what each one counts.
 """
 
 from __future__ import annotations
@@ -147,9 +148,9 @@ FOR_CPU = ("cpu_30m", "efficientnet_b5")
 FOR_GPU = tuple(name for name in WORKLOADS if name not in FOR_CPU)
 
 
-def make_params(workload: Workload, device: torch.device) -> list[Parameter]:
-    """Random parameters with random gradients of their own."""
-    params = [Parameter(torch.randn(shape, device=device)) for shape in workload.shapes]
+def make_params(workload: Workload, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    """Random parameters with random gradients of their own, both of one type."""
+    params = [Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in workload.shapes]
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
     return params

@@ -9,9 +9,10 @@ width multiplier; c the clip factor, s the loss scale):
 so that the update  eta (m/(1-beta1^t)) / (sqrt(v)/sqrt(1-beta2^t) + epsilon)  is  a4 m / (sqrt(v) + a5).
 
 A parameter is inactive, and its step does not advance, when it has no gradient, when found_inf is set, or when
-the global norm to clip by is not finite. All of that is decided here, on the device, without the host knowing.
+the global norm to clip by is not finite and the step is not to happen then. All of that is decided here, on the device,
+without the host knowing; steps that do not happen for anybody are counted.
 
-The clip factor is that of torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)).
+The clip factor is that of torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), NaN if the norm is.
 """
 
 import triton
@@ -54,19 +55,23 @@ def scalar_at(address, DEFAULT: tl.constexpr):
     return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=DEFAULT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "last_row"])
 def coefficients_kernel(
     words,  # int64[HEADER + n_rows + n_groups*GROUP]  dynamic table, see layout.py
     row_group,  # int32[n_rows]  the group of each parameter
     steps,  # float32[n_rows]  steps taken so far; advanced here
-    total,  # float64[1]  sum of squares of every gradient, before unscaling; read if CLIP
+    totals,  # float64[n_totals]  sums of squares that make up that of every gradient, before unscaling; read if CLIP
     coefficients,  # float32[n_rows, COEFFICIENTS]  out
     grad_norm,  # float32[]  out if CLIP: global norm before clipping, unscaled
+    skipped,  # int64[]  one more if no parameter takes this step
     n_rows,
+    n_totals,
+    first_row,  # the rows this launch is for
+    last_row,
     CLIP: tl.constexpr,
 ):
-    rows = tl.program_id(0) * K_ROWS + tl.arange(0, K_ROWS)
-    mask = rows < n_rows
+    rows = first_row + tl.program_id(0) * K_ROWS + tl.arange(0, K_ROWS)
+    mask = rows < last_row
 
     loss_scale = scalar_at(tl.load(words + 1), 1.0).to(tl.float64)
     found_inf = scalar_at(tl.load(words + 2), 0.0)
@@ -74,11 +79,17 @@ def coefficients_kernel(
     proceed = tl.where(found_inf == 0.0, 1, 0)
     if CLIP:
         max_norm = tl.load(words).to(tl.float64, bitcast=True)
-        norm = tl.sqrt(tl.load(total)) / loss_scale
-        proceed = tl.where(norm < float("inf"), proceed, 0)
-        factor *= tl.minimum(max_norm / (norm + 1e-6), 1.0)
+        total = tl.load(totals)
+        for i in range(1, n_totals):
+            total += tl.load(totals + i)
+        norm = tl.sqrt(total) / loss_scale
+        regardless = (tl.load(words + 3) & 1) != 0
+        proceed = tl.where((norm < float("inf")) | regardless, proceed, 0)
+        factor *= tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
         if tl.program_id(0) == 0:
             tl.store(grad_norm, norm.to(tl.float32))
+    if tl.program_id(0) == 0:
+        tl.store(skipped, tl.load(skipped) + tl.where(proceed == 0, 1, 0))
 
     gradient = tl.load(words + K_HEADER + rows, mask=mask, other=0)
     active = gradient * proceed != 0

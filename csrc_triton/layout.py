@@ -3,15 +3,23 @@
 Everything here is a number that one measured run may change; nothing else in the package repeats any of them.
 """
 
+import os
+
 import triton.language as tl
 
-# Elements per iteration of the aligned path: 16 bytes per thread and array at 256 threads.
+# Elements per iteration of the aligned path where some bulk array is fp32: 16 bytes of that per thread at 256 threads.
+# Where all are 16-bit, twice as many. A thread holds the same elements of every array, so none passes through shared memory.
 BLOCK = 1024
+# Registers per thread that the compiler is held to so that three programs share a multiprocessor: of variants with twice as
+# many elements, and of those that draw random bits.
+DOUBLE_REGISTERS = 80
+RANDOM_REGISTERS = 72
 # Elements per iteration of the masked path (a chunk's last elements, unaligned tensors). Small, because its
 # per-element addresses and masks would otherwise set the register count of the whole kernel.
 TAIL = 256
-# Threads per program divided by the width of a warp, by backend; 256 threads on both.
-WARPS = {"cuda": 8, "hip": 4}
+# Threads per program, and that divided by the width of a warp, by backend.
+THREADS = 256
+WARPS = {"cuda": THREADS // 32, "hip": THREADS // 64}
 # Elements per iteration of the gradient norm's aligned path: it reads one array, so it keeps more of it on its way.
 GRAD_BLOCK = 2 * BLOCK
 # A chunk has MIN_CHUNK to MAX_CHUNK elements, as few as still make TARGET_CHUNKS chunks of all of them.
@@ -41,8 +49,25 @@ COEFFICIENTS = 7
 STATISTICS = 4
 GRAD_STATISTIC = 2
 
+# How the weight of a parameter is kept. PLAIN: in the parameter. MASTER: in an fp32 companion, of which the parameter is
+# the rounded copy. REMAINDER: bf16 parameter and int16 companion are the upper and lower half of the fp32 weight. KAHAN:
+# the companion, of the parameter's type, is what rounding the parameter left over. STOCHASTIC: in the parameter, rounded
+# up or down at random so that the mean is exact.
+PLAIN, MASTER, REMAINDER, KAHAN, STOCHASTIC = range(5)
+
+# Elements that share a scale in an 8-bit moment: no more than a warp holds, so that their maximum stays within it.
+QUANT = 128
+# Elements that share one draw of 128 random bits, 16 each.
+DRAW = 8
+# Rounds of Philox 4x32; 7 pass BigCrush (Salmon et al. 2011, table 2).
+PHILOX_ROUNDS = 7
+# Words of a row of the rounding table, int64: seed, stream, and where its elements are in the whole parameter: index of the
+# first, elements that follow each other there, elements from one such run's start to the next one's.
+ROUNDING = 5
+
 # The dynamic table, int64 words; float64 values are stored by their bits.
-#   HEADER words:     0 max_grad_norm   1 address of grad_scale or 0   2 address of found_inf or 0   3 unused
+#   HEADER words:     0 max_grad_norm   1 address of grad_scale or 0   2 address of found_inf or 0   3 flags
+#                     flags bit 0: a step whose norm to clip by is not finite happens all the same
 #   one word per row: address of the gradient, 0 where there is none
 #   GROUP words per group:
 #     0..4   lr, beta1, beta2, eps, weight_decay
@@ -57,8 +82,12 @@ GROUP_SIGN = 8
 GROUP_ADDRESSES = 9
 GROUP_KINDS = 14
 
+# Whether the kernels run on Triton's interpreter, decided as it decides it.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
 # The same numbers for device code.
-K_BLOCK = tl.constexpr(BLOCK)
+K_INTERPRETED = tl.constexpr(INTERPRETED)
+K_THREADS = tl.constexpr(THREADS)
 K_GRAD_BLOCK = tl.constexpr(GRAD_BLOCK)
 K_TAIL = tl.constexpr(TAIL)
 K_COUNT_BITS = tl.constexpr(COUNT_BITS)
@@ -74,6 +103,15 @@ K_GROUP_MULTIPLIERS = tl.constexpr(GROUP_MULTIPLIERS)
 K_GROUP_SIGN = tl.constexpr(GROUP_SIGN)
 K_GROUP_ADDRESSES = tl.constexpr(GROUP_ADDRESSES)
 K_GROUP_KINDS = tl.constexpr(GROUP_KINDS)
+K_PLAIN = tl.constexpr(PLAIN)
+K_MASTER = tl.constexpr(MASTER)
+K_REMAINDER = tl.constexpr(REMAINDER)
+K_KAHAN = tl.constexpr(KAHAN)
+K_STOCHASTIC = tl.constexpr(STOCHASTIC)
+K_QUANT = tl.constexpr(QUANT)
+K_DRAW = tl.constexpr(DRAW)
+K_PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+K_ROUNDING = tl.constexpr(ROUNDING)
 K_LOAD_CACHE = tl.constexpr(LOAD_CACHE)
 K_LOAD_EVICTION = tl.constexpr(LOAD_EVICTION)
 K_STORE_CACHE = tl.constexpr(STORE_CACHE)

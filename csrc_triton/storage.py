@@ -1,7 +1,8 @@
-"""Typed loads and stores through raw addresses: the only file that knows how a tensor is stored.
+"""Typed loads and stores through raw addresses: how a tensor of any type is read as fp32 and written back.
 
-Every kernel computes in fp32 and reaches memory through the pairs below, so another storage type is another
-pair (or another `TYPE`), never another kernel.
+Every kernel computes in fp32 and reaches memory through the pairs here (plain arrays), in `weights.py` (a weight kept in
+one or two arrays) and in `moments.py` (8-bit moments), so another way to store something is another pair, never another
+kernel.
 
 Names, here and in every kernel file:
     *_address  int64 scalar, the byte address of a segment's first element
@@ -14,7 +15,7 @@ Names, here and in every kernel file:
 import triton
 import triton.language as tl
 
-from .layout import K_LOAD_CACHE, K_LOAD_EVICTION, K_STORE_CACHE, K_STORE_EVICTION
+from .layout import K_INTERPRETED, K_LOAD_CACHE, K_LOAD_EVICTION, K_STORE_CACHE, K_STORE_EVICTION
 
 
 @triton.jit
@@ -36,20 +37,42 @@ def element_address(address, index, TYPE: tl.constexpr):
 
 
 @triton.jit
+def load_raw(pointer, offsets, mask, MASKED: tl.constexpr):
+    """A block of any type as it is; elements outside the mask read as 0."""
+    if MASKED:
+        return tl.load(pointer + offsets, mask=mask, other=0)
+    else:
+        return tl.load(pointer + offsets, cache_modifier=K_LOAD_CACHE, eviction_policy=K_LOAD_EVICTION)
+
+
+@triton.jit
+def store_raw(pointer, offsets, block, mask, MASKED: tl.constexpr):
+    """Write a block that has the pointer's type."""
+    if MASKED:
+        tl.store(pointer + offsets, block, mask=mask)
+    else:
+        tl.store(pointer + offsets, block, cache_modifier=K_STORE_CACHE, eviction_policy=K_STORE_EVICTION)
+
+
+@triton.jit
 def load(pointer, offsets, mask, MASKED: tl.constexpr):
     """A block of any float type, as fp32; elements outside the mask read as 0."""
-    if MASKED:
-        block = tl.load(pointer + offsets, mask=mask, other=0.0)
+    return load_raw(pointer, offsets, mask, MASKED).to(tl.float32)
+
+
+@triton.jit
+def rounded(block, TYPE: tl.constexpr):
+    """An fp32 block rounded to nearest, ties to even, in a float type."""
+    if K_INTERPRETED and TYPE == tl.bfloat16:
+        # The interpreter truncates.
+        bits = block.to(tl.int32, bitcast=True)
+        bits = tl.where(block == block, bits + 0x7FFF + (bits >> 16 & 1), 0x7FC00000) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        block = tl.load(pointer + offsets, cache_modifier=K_LOAD_CACHE, eviction_policy=K_LOAD_EVICTION)
-    return block.to(tl.float32)
+        return block.to(TYPE)
 
 
 @triton.jit
 def store(pointer, offsets, block, mask, MASKED: tl.constexpr):
     """Round an fp32 block to nearest in the pointer's type and write it."""
-    block = block.to(pointer.dtype.element_ty)
-    if MASKED:
-        tl.store(pointer + offsets, block, mask=mask)
-    else:
-        tl.store(pointer + offsets, block, cache_modifier=K_STORE_CACHE, eviction_policy=K_STORE_EVICTION)
+    store_raw(pointer, offsets, rounded(block, pointer.dtype.element_ty), mask, MASKED)

@@ -10,9 +10,10 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from .storage import ARRAYS, CODES, FLOATS, MOMENTS, SCALES, scale_shape
+
 BACKENDS: Final = (None, "triton", "torch")
 WIDTH_KEYS: Final = ("width_lr_mult", "width_wd_mult", "width_eps_mult")
-MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Member(NamedTuple):
@@ -24,6 +25,10 @@ class Member(NamedTuple):
     group_index: int
     order: int  # among all parameters of all groups
     segments: tuple[int, ...]  # elements of each segment in memory order; (): one segment
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return gradient_of(self.param, self.group.get("grad_attribute", "grad"))
 
     def segment_names(self) -> list[str]:
         return [f"{self.name}[{i}]" for i in range(len(self.segments))] or [self.name]
@@ -66,6 +71,12 @@ def local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def gradient_of(p: Tensor, attribute: str) -> Tensor | None:
+    """The gradient of a parameter, where its group says it is kept."""
+    grad: Tensor | None = p.grad if attribute == "grad" else getattr(p, attribute, None)
+    return grad
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether other processes hold other parts of it."""
     shard = local(tensor)
@@ -101,14 +112,11 @@ def triton_refusal(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
         return f"it is on {p.device}, and the kernels run on CUDA and ROCm devices. Use backend='torch'"
     elif not torch.version.hip and torch.cuda.get_device_capability(p.device) < (8, 0):
         return f"{torch.cuda.get_device_name(p.device)} is older than compute capability 8.0. Use backend='torch'"
-    if p.dtype != torch.float32:
-        return f"its dtype is {p.dtype}, and the kernels store float32. Use backend='torch'"
-    grad_dtype = getattr(p, "grad_dtype", None) or p.dtype
-    if grad_dtype != p.dtype:
-        return f"its gradients are {grad_dtype}, and the kernels read float32. Use backend='torch'"
+    if p.dtype not in FLOATS:
+        return f"its dtype is {p.dtype}, and the kernels compute in float32. Use backend='torch'"
     for key in MOMENTS:
-        if key in state and state[key].dtype != torch.float32:
-            return f"its {key} is {state[key].dtype}, and the kernels store float32. Use backend='torch'"
+        if key in state and state[key].dtype not in (*FLOATS, *CODES):
+            return f"its {key} is {state[key].dtype}, and the kernels compute in float32. Use backend='torch'"
     if not is_dense(p):
         return f"its strides {tuple(p.stride())} leave gaps or overlap. Use p.contiguous() or backend='torch'"
     return None
@@ -151,29 +159,30 @@ def check_capturable(groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_state(member: Member, state: Mapping[str, Any]) -> None:
-    """Raise a RuntimeError if a moment has another shape than its parameter, or lives on another device."""
+    """Raise a RuntimeError if a state tensor has another shape than its parameter's, or lives on another device."""
     p = member.param
-    for key in MOMENTS:
-        moment = state.get(key)
-        if moment is None:
+    for key in ARRAYS:
+        tensor = state.get(key)
+        if tensor is None:
             continue
-        if moment.shape != p.shape:
+        if tensor.shape != p.shape:
             raise RuntimeError(
-                f"{key} of {member.name!r} has shape {tuple(moment.shape)}, the parameter {tuple(p.shape)}. "
+                f"{key} of {member.name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(p.shape)}. "
                 "Delete optimizer.state[p] to start its moments anew, or load a checkpoint of this model."
             )
-        if moment.device != p.device:
+        if tensor.device != p.device:
             raise RuntimeError(
-                f"{key} of {member.name!r} {tuple(p.shape)} is on {moment.device}, the parameter on {p.device}. "
+                f"{key} of {member.name!r} {tuple(p.shape)} is on {tensor.device}, the parameter on {p.device}. "
                 "Move the optimizer state back before stepping."
             )
-
-
-def create_moments(state: dict[str, Any], p: Tensor, amsgrad: bool) -> None:
-    """Create the moments a parameter's state lacks, laid out in memory as the parameter is."""
-    for key in MOMENTS if amsgrad else MOMENTS[:2]:
-        if key not in state:
-            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    for key, scales in SCALES.items():
+        if key in state and state[key].dtype in CODES:
+            shape = tuple(state[scales].shape) if scales in state else "none"
+            if shape != scale_shape(p):
+                raise RuntimeError(
+                    f"{scales} of {member.name!r} {tuple(p.shape)} has shape {shape}, and its 8-bit {key} needs "
+                    f"{scale_shape(p)}. Delete optimizer.state[p] to start its moments anew, or load both from one checkpoint."
+                )
 
 
 def check_gradient(member: Member, grad: Tensor) -> None:

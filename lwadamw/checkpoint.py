@@ -7,6 +7,7 @@ over here, through torch's own hooks around its own `load_state_dict`.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends import MOMENTS, WIDTH_KEYS
+from .backends import WIDTH_KEYS, effective
+from .packing import decode
+from .storage import ARRAYS, CODES, COMPANIONS, DEFAULTS, SCALES, wanted_companion, wanted_dtype
 
 # What loading may set in a group that the checkpoint does not mention: all of it describes the model, not the run.
 _MODEL_KEYS = (*WIDTH_KEYS, "role", "rule", "width_ratio", "segments")
@@ -114,14 +117,17 @@ def _with_model_keys(saved: StateDict, group: StateDict, index: int) -> StateDic
                 "they follow different rules or base widths. Build param_groups with the checkpoint's, or keep this "
                 f"optimizer's: for g in state_dict['param_groups']: g.pop({key!r}, None)."
             )
-    return {**saved, **{key: group[key] for key in _MODEL_KEYS if key in group}}
+    # Where gradients are kept is the framework's matter, not the checkpoint's.
+    kept = {key: value for key, value in saved.items() if key != "grad_attribute"}
+    storage = {key: group[key] for key in DEFAULTS if key in group and key not in kept}
+    return {**kept, **storage, **{key: group[key] for key in _MODEL_KEYS if key in group}}
 
 
 def _check_shapes(state_dict: StateDict, groups: list[StateDict]) -> None:
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
         for i, p, name in zip(saved["params"], group["params"], names, strict=True):
-            for key in MOMENTS:
+            for key in ARRAYS:
                 moment = state_dict["state"].get(i, {}).get(key)
                 if isinstance(moment, Tensor) and moment.shape != p.shape:
                     raise ValueError(
@@ -145,3 +151,44 @@ def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
                     and current.dtype != value.dtype
                 ):
                     optimizer.state[p][key] = value.to(device=p.device, copy=True)
+
+
+def warn_of_types(groups: list[StateDict], state: Any) -> None:
+    """Warn if loaded state has other types than its groups ask for explicitly."""
+    found: list[str] = []
+    for group in groups:
+        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+        for p, name in zip(group["params"], names, strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):
+                if group.get(f"{key}_dtype") is None or key not in state.get(p, {}):
+                    continue
+                asked, loaded = wanted_dtype(p, group, key), state[p][key].dtype
+                # A parameter too small or too oddly divided for 8 bits is no difference.
+                if loaded not in (asked, torch.float32 if asked in CODES and group.get("segments") else asked):
+                    found.append(f"{key} of {name!r} is {loaded}, asked for is {asked}")
+            if state.get(p) and (companion := wanted_companion(p, group)) and companion not in state[p]:
+                found.append(f"{name!r} has no {companion}, which the next step makes from the parameter")
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(
+            f"load_state_dict: state is used as it was saved, and not as this optimizer's groups ask for: {found[0]}{more}. "
+            "convert_state() converts it.",
+            stacklevel=3,
+        )
+
+
+def for_torch(groups: list[StateDict], state_dict: StateDict) -> StateDict:
+    """A state dict of ours as torch.optim.AdamW would have written it."""
+    own = {*DEFAULTS, *_MODEL_KEYS}
+    out_groups = []
+    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+        plain = {key: value for key, value in saved.items() if key not in own}
+        out_groups.append({**plain, **effective(group)._asdict()})
+    out_state = {}
+    for i, saved in state_dict["state"].items():
+        entry = {k: v for k, v in saved.items() if k not in (*COMPANIONS, *SCALES.values())}
+        for key, scales in SCALES.items():
+            if key in entry and entry[key].dtype in CODES:
+                entry[key] = decode(entry[key], saved[scales])
+        out_state[i] = entry
+    return {**state_dict, "state": out_state, "param_groups": out_groups}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import MOMENTS, local
+from .backends import local
+from .storage import MOMENTS
 
 PIECE = 2**17  # elements that are worked on at a time where they are read more than once, to stay in a CPU's cache
 _DTYPES = (torch.float32, torch.float64)
@@ -23,8 +24,12 @@ def serves_group(group: Mapping[str, Any]) -> bool:
     """Whether a group leaves the choice of implementation open, and has only numbers for hyperparameters."""
     if group["fused"] is not None or group["foreach"] is not None or group["differentiable"] or group["capturable"]:
         return False
-    values = (group["lr"], group["eps"], group["weight_decay"], *group["betas"])
-    return not any(isinstance(value, Tensor) for value in values)
+    return takes_numbers({**group, "beta1": group["betas"][0], "beta2": group["betas"][1]})
+
+
+def takes_numbers(options: Mapping[str, Any]) -> bool:
+    """Whether no hyperparameter is a tensor."""
+    return not any(isinstance(options[name], Tensor) for name in _OPTIONS)
 
 
 def serves(p: Tensor, state: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .backends import Member, capturing, check_capturable, is_sharded, local, use_triton
 from .compare import same
 from .torch_backend import TorchBackend
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .triton_backend import TritonBackend
@@ -25,9 +26,21 @@ Groups = Sequence[dict[str, Any]]
 State = Mapping[Any, dict[str, Any]]
 
 
+class Request(NamedTuple):
+    """What a step is to do besides the update."""
+
+    max_grad_norm: float | None = None
+    nonfinite: str = "skip"  # what becomes of a step whose norm to clip by is not finite: "skip", "raise" or "pass"
+    norms: bool = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
 class Engine:
     def __init__(self, backend: str | None) -> None:
         self._backend = backend
+        self._skipped: Tensor | None = None  # by backends that are not there any more, or by torch's
+        self._watch = Watch()
         self._forget()
 
     def _forget(self) -> None:
@@ -36,67 +49,100 @@ class Engine:
         self._triton: TritonBackend | None = None
         self._torch = TorchBackend()
         self._torch_members: list[Member] = []
+        self._torch_ids: set[int] = set()
+        self._alone: dict[int, tuple[Member, TorchBackend]] = {}  # of the parameters that have taken a step alone
         self.grad_norm: Tensor | None = None
 
     def uses_triton(self, groups: Groups) -> bool:
         """Whether any parameter is the Triton backend's."""
         return any(use_triton(m, {}, self._backend) for m in members_of(groups))
 
-    def step(
-        self,
-        groups: Groups,
-        state: State,
-        *,
-        verify_state: bool,
-        max_grad_norm: float | None,
-        norms: bool,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
+    @property
+    def skipped(self) -> Tensor | None:
+        """int64[], steps that no parameter took; None: none that could have been skipped has been asked for."""
+        return self._skipped if self._triton is None else self._triton.skipped
+
+    def step(self, groups: Groups, state: State, request: Request, *, verify_state: bool) -> None:
         """Take one step. What is wrong with parameters, gradients or state is raised before anything is written.
 
         verify_state: somebody else has had access to `state` and may have replaced or moved any tensor in it
         """
         if capturing():
             check_capturable(groups)
+        else:
+            self._watch.check()
         # State made in inference mode could not be updated outside of it.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            self._prepare(groups, state, verify_state, max_grad_norm, grad_scale, found_inf)
-            fused, others = self._triton, self._torch
-            if max_grad_norm is None:
-                if fused is not None:
-                    fused.run(clip=False, norms=norms)
-                if others.buckets:
-                    others.run(factor=None, grad_scale=grad_scale, found_inf=found_inf)
-                return
-            totals = ([] if fused is None else fused.sum_gradients()) + others.sum_gradients()
-            if fused is not None:
-                if len(totals) > 1:
-                    fused.set_total(totals)
-                fused.run(clip=True, norms=norms)
-                self.grad_norm = fused.grad_norm
-            if others.buckets:
-                norm, factor, found_inf = _clip_factor(totals, max_grad_norm, grad_scale, found_inf)
-                others.run(factor=factor, grad_scale=None, found_inf=found_inf)
-                if fused is None:
-                    self.grad_norm = norm
+            self._prepare(groups, state, request, verify_state)
+            if request.max_grad_norm is None:
+                self._run(request)
+            else:
+                self._run_clipped(request)
+            # A scaler that has found it first has its own way with it.
+            watched = request.nonfinite == "raise" and request.max_grad_norm is not None
+            if watched and request.found_inf is None and self.grad_norm is not None and not capturing():
+                self._watch.look(self.grad_norm)
 
-    def _prepare(
-        self,
-        groups: Groups,
-        state: State,
-        verify_state: bool,
-        max_grad_norm: float | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _run(self, request: Request) -> None:
+        if self._triton is not None:
+            self._triton.run(clip=False, norms=request.norms)
+        if self._torch.buckets:
+            self._torch.run(
+                factor=None, grad_scale=request.grad_scale, found_inf=request.found_inf, norms=request.norms
+            )
+            if self._triton is None and request.found_inf is not None:
+                self._count(request.found_inf)
+
+    def _run_clipped(self, request: Request) -> None:
+        fused, others = self._triton, self._torch
+        of_others = others.sum_gradients()
+        totals = ([] if fused is None else fused.sum_gradients()) + of_others
+        if fused is not None:
+            if of_others or fused.several:
+                fused.share_totals(of_others)
+            fused.run(clip=True, norms=request.norms)
+            self.grad_norm = fused.grad_norm
+        if others.buckets:
+            norm, factor, stop = _clip_factor(totals, request)
+            others.run(factor=factor, grad_scale=None, found_inf=stop, norms=request.norms)
+            if fused is None:
+                self.grad_norm = norm
+                if stop is not None:
+                    self._count(stop)
+
+    def _count(self, stop: Tensor) -> None:
+        if self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=stop.device)
+        self._skipped += (stop.reshape(()) != 0).to(self._skipped.device)
+
+    def step_alone(self, groups: Groups, state: State, p: Tensor, *, verify_state: bool, norms: bool) -> None:
+        """Take the step of one parameter, whose gradient is complete while others' are not."""
+        if not same([group["params"] for group in groups], self._params):
+            self._sort(groups, state, idle=False)
+        if id(p) not in self._torch_ids:
+            for _ in range(2):
+                if self._triton is not None and self._triton.run_one(groups, p, norms, verify_state):
+                    return
+                self._sort(groups, state, idle=False)
+            raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while backward() runs.")
+        member = next(m for m in self._torch_members if m.param is p)
+        _, alone = self._alone.setdefault(id(p), (member, TorchBackend()))
+        alone.prepare([member], groups, state, fresh=False)
+        alone.run(factor=None, grad_scale=None, found_inf=None, norms=norms)
+        if norms:
+            alone.measure()
+
+    def _prepare(self, groups: Groups, state: State, request: Request, verify_state: bool) -> None:
         fresh = same([group["params"] for group in groups], self._params) and (
             not verify_state or same(gc.get_referents(*state.values()), self._referents)
         )
         if not fresh:
             self._sort(groups, state)
         if self._triton is not None:
-            arguments = (groups, verify_state, max_grad_norm or 0.0, grad_scale, found_inf)
+            regardless = request.nonfinite == "pass"
+            arguments = (
+                groups, verify_state, request.max_grad_norm or 0.0, regardless, request.grad_scale, request.found_inf
+            )  # fmt: skip
             if not self._triton.stage(*arguments):
                 self._sort(groups, state)
                 fresh = False
@@ -106,22 +152,25 @@ class Engine:
         if created or not fresh:
             self._referents = gc.get_referents(*state.values())
 
-    def _sort(self, groups: Groups, state: State) -> None:
-        """Give every parameter to a backend."""
+    def _sort(self, groups: Groups, state: State, idle: bool = True) -> None:
+        """Give every parameter to a backend; `idle`: leave those out that have neither gradient nor state yet."""
         if capturing():
             raise RuntimeError(
                 "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
                 "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
             )
+        if self._triton is not None:
+            self._skipped = self._triton.skipped
         self._forget()
         members = list(members_of(groups))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
         chosen = {id(m.param) for m in for_triton}
         self._torch_members = [m for m in members if id(m.param) not in chosen]
+        self._torch_ids = {id(m.param) for m in self._torch_members}
         if for_triton:
             from .triton_backend import TritonBackend
 
-            self._triton = TritonBackend(for_triton, groups, state)
+            self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
         self._params = [list(group["params"]) for group in groups]
 
     def norm_sums(self, state: State) -> tuple[list[str], Tensor]:
@@ -134,7 +183,9 @@ class Engine:
         for members, sums in tables:
             rows = iter(sums.unbind())
             pieces += [(m.order, name, next(rows)) for m in members for name in m.segment_names()]
-        pieces += [(m.order, m.name, sums) for m, sums in self._torch.norm_sums(self._torch_members, state)]
+        by_torch = [self._torch.norm_sums([m for m in self._torch_members if id(m.param) not in self._alone], state)]
+        by_torch += [alone.norm_sums([m], state) for m, alone in self._alone.values()]
+        pieces += [(m.order, m.name, sums) for found in by_torch for m, sums in found]
         if not pieces:
             return [], torch.empty(0, 4, dtype=torch.float64)
         pieces.sort(key=lambda piece: piece[0])
@@ -166,16 +217,16 @@ def _segment_sizes(p: Tensor, rows: Sequence[int]) -> tuple[int, ...]:
     return tuple(n * (p.numel() // p.shape[0]) for n in rows)
 
 
-def _clip_factor(
-    totals: Sequence[Tensor], max_grad_norm: float, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Tensor, Tensor | None]:
     """(global norm, factor of the gradients, 1 if the step must not happen), all on the device of the last total."""
     device = totals[-1].device
     squares = torch.stack([t.to(device, non_blocking=True).reshape(()) for t in totals]).sum()
+    grad_scale, found_inf = request.grad_scale, request.found_inf
     scale = torch.ones_like(squares) if grad_scale is None else grad_scale.to(device, torch.float64, non_blocking=True)
     norm = squares.sqrt() / scale
-    factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale
-    stop = norm.isfinite().logical_not().float()
+    factor = ((request.max_grad_norm or 0.0) / (norm + 1e-6)).clamp(max=1.0) / scale
+    stop = None if request.nonfinite == "pass" else norm.isfinite().logical_not().float()
     if found_inf is not None:
-        stop = torch.maximum(stop, found_inf.to(device, torch.float32, non_blocking=True).reshape(()))
+        found = found_inf.to(device, torch.float32, non_blocking=True).reshape(())
+        stop = found if stop is None else torch.maximum(stop, found)
     return norm.float(), factor, stop

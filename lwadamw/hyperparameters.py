@@ -17,9 +17,11 @@ from torch import Tensor
 from .backends import WIDTH_KEYS
 from .compare import same
 from .kernels import layout
+from .storage import DEFAULTS
 
 # What decides which parameters the Triton backend updates, and with which state.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
+_OPTIONAL = ("segments", *DEFAULTS)
 # The order of the first five words of a group, see kernels/layout.py.
 _NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
@@ -109,7 +111,7 @@ def _column(groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
 
 
 def _read_flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    return [*(_column(groups, key) for key in _FLAGS), tuple([group.get("segments") for group in groups])]
+    return [*(_column(groups, key) for key in _FLAGS), *(tuple([g.get(key) for g in groups]) for key in _OPTIONAL)]
 
 
 def _any_tensor(column: tuple[Any, ...]) -> bool:

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
 
-from . import checkpoint
 from .backends import BACKENDS, WIDTH_KEYS, effective
-from .engine import Engine
+from .engine import Engine, Request
 from .norms import Norms
+from .release import GradientRelease
+from .stateful import Stateful
+from .storage import DEFAULTS, check_options, check_parameter
+
+NONFINITE = ("skip", "raise", "pass")
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(Stateful):
     r"""AdamW for every parameter group in one fused step, with width scaling, clipping and norms inside it.
 
     Without the last three arguments and without width multipliers in its groups this is `torch.optim.AdamW`: same
@@ -49,10 +52,25 @@ class AdamW(torch.optim.AdamW):
             with `zero_grad(set_to_none=False)`, and make hyperparameters that change between replays device tensors.
         differentiable: let autograd run through the step; torch backend only.
         max_grad_norm: clip by the global norm inside the step, as `torch.nn.utils.clip_grad_norm_` before it would,
-            but without rewriting gradients. A step whose norm is not finite does not happen. None: no clipping.
+            but without rewriting gradients. None: no clipping.
+        nonfinite: what becomes of a step whose norm to clip by is not finite. "skip": it does not happen, and
+            `skipped_steps` counts it. "raise": nor does it happen, and a RuntimeError follows as soon as the host gets to
+            know without waiting, on a GPU at a later step. "pass": it happens, as after `clip_grad_norm_`.
         norms: measure the norms that `norms()` returns, with no pass over memory of their own. False: leave them out.
         backend: None takes the Triton kernels for parameters they can update and torch for the rest; "triton" insists
             on them (on CPU tensors with TRITON_INTERPRET=1 set); "torch" never uses them.
+        exp_avg_dtype, exp_avg_sq_dtype: in which types the moments are created: torch.float32, torch.bfloat16, or 8 bits,
+            torch.int8 and torch.uint8 in turn. None: float32 with master weights, else the parameter's, as in torch.
+        master_weights: for bfloat16 and float16 parameters, keep the weight in float32: torch.float32 as a copy of 4 bytes
+            per element, "remainder" as the 2 bytes that a bfloat16 parameter lacks. Both are exact.
+        rounding: how such parameters are rounded without master weights. "nearest"; "stochastic", unbiased, bfloat16 only;
+            "kahan", what rounding loses is kept in a second array of the parameter's type (`kahan_comp`).
+        rounding_seed: of the random bits of stochastic rounding and 8-bit moments. They follow from it, the parameter's
+            name, its step and the element, so they are the same however parameters are grouped or sharded.
+        grad_attribute: where gradients are: "grad", or "main_grad" or "decoupled_grad" of frameworks that put them there.
+
+    The storage options, from `exp_avg_dtype` on, may differ by group. They hold for state that is created; state that is
+    there decides itself, until `convert_state()`. docs/storage.md has the table of what each costs.
 
     Raises:
         ValueError, TypeError: an argument or a group is not valid.
@@ -83,9 +101,24 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        nonfinite: str = "skip",
         norms: bool = True,
         backend: str | None = None,
+        exp_avg_dtype: torch.dtype | None = None,
+        exp_avg_sq_dtype: torch.dtype | None = None,
+        master_weights: torch.dtype | str | None = None,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
+        grad_attribute: str = "grad",
     ) -> None:
+        given = {
+            "exp_avg_dtype": exp_avg_dtype,
+            "exp_avg_sq_dtype": exp_avg_sq_dtype,
+            "master_weights": master_weights,
+            "rounding": rounding,
+            "rounding_seed": rounding_seed,
+            "grad_attribute": grad_attribute,
+        }
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is not one of None, 'triton', 'torch'.")
         if backend == "triton" and (foreach or differentiable or fused is False):
@@ -93,7 +126,17 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(
                 f"backend='triton' excludes {asked}, which asks for torch's implementation. Drop one of them."
             )
-        self._options: dict[str, Any] = {"norms": bool(norms), "backend": backend}
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite={nonfinite!r} is not one of {', '.join(map(repr, NONFINITE))}.")
+        # Groups have only those that are not the default, so that a plain AdamW's checkpoints are torch's.
+        storage = {name: value for name, value in given.items() if value != DEFAULTS[name]}
+        check_options({**given, "foreach": foreach, "differentiable": differentiable, "amsgrad": amsgrad}, "")
+        self._options: dict[str, Any] = {
+            "norms": bool(norms),
+            "backend": backend,
+            "nonfinite": nonfinite,
+            "storage": storage,
+        }
         self.max_grad_norm = max_grad_norm
         self._engine = Engine(backend)
         # What param_groups found out about each parameter, by name, for summary().
@@ -111,6 +154,7 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        self._released: GradientRelease | None = None
         self._state_was_shared = False
 
     @property
@@ -147,6 +191,15 @@ class AdamW(torch.optim.AdamW):
         """
         return self._engine.grad_norm
 
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps did not happen because of a norm or a `found_inf`, int64[] on the device.
+
+        Reading its value on the host waits for the device.
+        """
+        counter = self._engine.skipped
+        return torch.zeros((), dtype=torch.int64) if counter is None else counter.clone()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; width multipliers left out of a group that has one of them count as 1.
 
@@ -154,11 +207,17 @@ class AdamW(torch.optim.AdamW):
             ValueError: a width multiplier is not a finite number >= 0, or segments do not fit their parameter.
         """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            for key, value in self._options["storage"].items():
+                group.setdefault(key, value)
+            _check_group(group, len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
+        released: GradientRelease | None = getattr(self, "_released", None)
+        if released is not None:
+            released.add(group["params"])
 
     # A compiled training step calls this as it is. Not torch.compiler.disable, which would load the compiler on import.
     @_disable_dynamo
@@ -175,15 +234,15 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._engine.step(
-            self.param_groups,
-            self.__dict__["state"],
-            verify_state=self._state_was_shared,
-            max_grad_norm=self._max_grad_norm,
-            norms=self._options["norms"],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-        )
+        if not self._released:
+            request = Request(
+                self._max_grad_norm,
+                self._options["nonfinite"],
+                self._options["norms"],
+                getattr(self, "grad_scale", None),
+                getattr(self, "found_inf", None),
+            )
+            self._engine.step(self.param_groups, self.__dict__["state"], request, verify_state=self._state_was_shared)
         return loss
 
     def norms(self) -> Norms:
@@ -234,45 +293,69 @@ class AdamW(torch.optim.AdamW):
     def _step_supports_amp_scaling(self, value: bool) -> None:
         pass  # torch's constructor assigns it
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class or of torch.optim.AdamW.
+    def release_gradients(self) -> GradientRelease:
+        """From now on each parameter takes its step inside backward and drops its gradient, so that few exist at a time.
 
-        Moments keep the dtype they were saved in. Where checkpoint and optimizer both have parameter names, state is
-        matched by name, whatever the order and grouping; without names, by position, as in torch. Width multipliers
-        the checkpoint lacks stay this optimizer's.
+        `step()` then only calls its closure, and step hooks do not see the steps. The step of a parameter comes with its
+        gradient's accumulation: one backward is one step. Norms are measured as always.
+
+        Returns:
+            A handle; `remove()` ends it. Also a context manager.
 
         Raises:
-            ValueError: names, shapes or width multipliers do not match. Nothing has been loaded then.
+            RuntimeError: max_grad_norm is set, whose norm would be known too late, gradients are not kept in `grad`, or
+                they are released already.
         """
-        with checkpoint.loading(self):
-            super().load_state_dict(state_dict)
+        if self._max_grad_norm is not None:
+            raise RuntimeError(
+                f"release_gradients() with max_grad_norm={self._max_grad_norm}: the global norm is known only when all "
+                "gradients are. Set optimizer.max_grad_norm = None."
+            )
+        for i, group in enumerate(self.param_groups):
+            if group.get("grad_attribute", "grad") != "grad":
+                raise RuntimeError(
+                    f"release_gradients(): group {i} has grad_attribute={group['grad_attribute']!r}, which autograd does not "
+                    "write. Leave it out."
+                )
+        if self._released is not None:
+            raise RuntimeError(
+                "release_gradients(): gradients are released already. Call remove() on the first handle."
+            )
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = {"_options": self._options, "_max_grad_norm": self._max_grad_norm, "_evidence": self._evidence}
-        return {**super().__getstate__(), **own}
+        def done() -> None:
+            self._released = None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Not torch.optim.AdamW's, which fails on state that has no step yet.
-        Optimizer.__setstate__(self, state)
-        self.__dict__.setdefault("_options", {"norms": True, "backend": None})
-        self.__dict__.setdefault("_max_grad_norm", None)
-        self.__dict__.setdefault("_evidence", {})
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._released = GradientRelease(params, self._step_alone, done)
+        return self._released
+
+    def _step_alone(self, p: Tensor) -> None:
+        self._engine.step_alone(
+            self.param_groups,
+            self.__dict__["state"],
+            p,
+            verify_state=self._state_was_shared,
+            norms=self._options["norms"],
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; also clears `decoupled_grad` where groups take gradients from there. `main_grad` is its framework's."""
+        super().zero_grad(set_to_none)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            group["decoupled_weight_decay"] = True
-            for p in group["params"]:
-                p_state = self.state.get(p, {})
-                if "step" in p_state and not isinstance(p_state["step"], Tensor):
-                    on_device = group["capturable"] or group["fused"]
-                    p_state["step"] = torch.tensor(
-                        float(p_state["step"]), dtype=torch.float32, device=p.device if on_device else "cpu"
-                    )
-        self._engine = Engine(self._options["backend"])
-        self._state_was_shared = True
+            if group.get("grad_attribute") == "decoupled_grad":
+                for p in group["params"]:
+                    grad = getattr(p, "decoupled_grad", None)
+                    if set_to_none or grad is None:
+                        p.decoupled_grad = None
+                    else:
+                        grad.zero_()
 
 
 def _check_group(group: dict[str, Any], index: int) -> None:
+    check_options(group, f"group {index}: ")
+    names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+    for name, p in zip(names, group["params"], strict=True):
+        check_parameter(p, name, group)
     if any(key in group for key in WIDTH_KEYS):
         for key in WIDTH_KEYS:
             value = group.setdefault(key, 1.0)

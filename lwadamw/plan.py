@@ -10,7 +10,7 @@ A plan knows tensors and numbers, no optimizer and no model. Nothing in `run` wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +22,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import kernels
-from .backends import capturing
 from .kernels import layout
 from .launch import Launch
+from .storage import CODES, HALVES, SCALES, Storage
+from .upload import Header, Upload
+
+# A row of the rounding table for who draws no random bits: see kernels/layout.py.
+NO_ROUNDING = (0, 0, 0, 0, 0)
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
+_WEIGHTS = {
+    "plain": layout.PLAIN,
+    "master": layout.MASTER,
+    "remainder": layout.REMAINDER,
+    "kahan": layout.KAHAN,
+    "stochastic": layout.STOCHASTIC,
+}
 
 
 @dataclass(slots=True)
@@ -32,51 +51,11 @@ class Row:
     """One parameter of a plan: local, dense tensors of equal memory layout."""
 
     param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
+    state: Mapping[str, Tensor]  # as named in storage.py
     step: Tensor | float  # steps taken so far
     group: int
     segments: Sequence[int] = field(default_factory=tuple)  # elements of each segment, in memory order; (): one segment
-
-
-class Upload:
-    """A device table of int64 words and its master copy on the host.
-
-    On a GPU each upload goes through a pinned buffer of its own, reused only after the copy out of it has run: the
-    host may be many steps ahead of the device.
-    """
-
-    def __init__(self, words: int, device: torch.device) -> None:
-        self.on_host = device.type == "cpu"
-        self.table = torch.zeros(words, dtype=torch.int64, device=device)
-        self.words: NDArray[np.int64] = self.table.numpy() if self.on_host else np.zeros(words, np.int64)
-        self.floats: NDArray[np.float64] = self.words.view(np.float64)
-        self._buffers: list[tuple[Tensor, NDArray[np.int64], torch.cuda.Event]] = []
-
-    def send(self) -> None:
-        """Make the device see `words` from the next launch on."""
-        if capturing():
-            raise RuntimeError(
-                "lwadamw.AdamW: gradients or hyperparameters changed since the last step, so this step cannot be captured "
-                "in a CUDA graph. Take one uncaptured step on the same gradients first, keep them in place with "
-                "zero_grad(set_to_none=False), and use tensors for hyperparameters that change between replays."
-            )
-        if self.on_host:
-            return
-        pinned, view, event = self._free_buffer()
-        view[:] = self.words
-        self.table.copy_(pinned, non_blocking=True)
-        event.record()
-
-    def _free_buffer(self) -> tuple[Tensor, NDArray[np.int64], torch.cuda.Event]:
-        for buffer in self._buffers:
-            if buffer[2].query():  # type: ignore[no-untyped-call]
-                return buffer
-        pinned = torch.empty(len(self.words), dtype=torch.int64, pin_memory=True)
-        buffer = (pinned, pinned.numpy(), torch.cuda.Event())  # type: ignore[no-untyped-call]
-        self._buffers.append(buffer)
-        return buffer
+    rounding: Sequence[int] = NO_ROUNDING
 
 
 def chunk_length(elements: int) -> int:
@@ -88,16 +67,79 @@ def chunk_length(elements: int) -> int:
     return int(min(max(length, layout.MIN_CHUNK), layout.MAX_CHUNK))
 
 
+def update_constants(storage: Storage, strided: bool, amsgrad: bool) -> dict[str, Any]:
+    """What the update kernel is compiled for, apart from NORMS.
+
+    strided: some parameter is a shard of several runs of elements, and something is rounded at random
+    amsgrad: some parameter keeps max_exp_avg_sq
+    """
+    halves = all(dtype in HALVES for dtype in storage[:4]) and storage.weight != "master"
+    return {
+        "PARAM": _TYPES[storage.param],
+        "GRAD": _TYPES[storage.grad],
+        "EXP_AVG": _TYPES[storage.exp_avg],
+        "EXP_AVG_SQ": _TYPES[storage.exp_avg_sq],
+        "WEIGHT": _WEIGHTS[storage.weight],
+        "STRIDED": strided,
+        "AMSGRAD": amsgrad,
+        "BLOCK": 2 * layout.BLOCK if halves and not amsgrad else layout.BLOCK,
+    }
+
+
+def launch_options(
+    backend: str, storage: Storage | None = None, block: int = 0, strided: bool = False
+) -> dict[str, Any]:
+    """Compiler options, by backend, "cuda" or "hip"; of the update kernel with what it is compiled for."""
+    options: dict[str, Any] = {"num_warps": layout.WARPS[backend], "enable_fp_fusion": False}
+    if backend == "cuda" and block > layout.BLOCK:
+        options["maxnreg"] = layout.DOUBLE_REGISTERS
+    elif backend == "cuda" and storage is not None and storage.draws and not strided:
+        options["maxnreg"] = layout.RANDOM_REGISTERS
+    return options
+
+
 def total_bits(n_chunks: int) -> int:
     """Bits below the point for the integer sum over chunks: their sum still fits into an int64."""
     return min(63 - max(n_chunks, 1).bit_length(), 52)
 
 
+def _backend() -> str:
+    return "hip" if torch.version.hip else "cuda"
+
+
+class Shared:
+    """What the plans of one device share: the sums of squares that make up the global norm, and the skipped steps."""
+
+    def __init__(self, device: torch.device, n_totals: int, skipped: Tensor) -> None:
+        self.totals = torch.zeros(n_totals, dtype=torch.float64, device=device)
+        self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
+        self.skipped = skipped  # int64[]
+
+
 class Plan:
-    def __init__(self, device: torch.device, rows: Sequence[Row], n_groups: int) -> None:
+    """Parameters of one device and one storage.
+
+    Args:
+        slot: which of the shared totals is this plan's
+        counts: whether this plan is the one of all that counts skipped steps
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        storage: Storage,
+        rows: Sequence[Row],
+        n_groups: int,
+        shared: Shared,
+        slot: int = 0,
+        counts: bool = True,
+    ) -> None:
         self.device = device
+        self.storage = storage
         self.n_rows = len(rows)
-        self.amsgrad = any(row.max_exp_avg_sq is not None for row in rows)
+        self.amsgrad = any("max_exp_avg_sq" in row.state for row in rows)
+        self.shared, self.total = shared, shared.totals[slot : slot + 1]
+        self._skipped = shared.skipped if counts else torch.zeros_like(shared.skipped)
 
         length = chunk_length(sum(row.param.numel() for row in rows))
         chunk_row: list[NDArray[np.int32]] = []
@@ -114,9 +156,10 @@ class Plan:
                 first += count
         self.n_chunks, self.n_segments = n_chunks, len(segment_chunk) - 1
 
-        addresses = np.zeros((4 if self.amsgrad else 3, len(rows)), np.int64)
+        arrays = self._arrays()
+        addresses = np.zeros((1 + len(arrays), len(rows)), np.int64)
         for i, row in enumerate(rows):
-            tensors = (row.param, row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq)[: len(addresses)]
+            tensors = (row.param, *(row.state.get(key) for key in arrays))
             addresses[:, i] = [0 if t is None else t.data_ptr() for t in tensors]
 
         self._chunk_row = self._table(np.concatenate(chunk_row))
@@ -124,46 +167,71 @@ class Plan:
         self._segment_chunk = self._table(np.array(segment_chunk, np.int32))
         self._addresses = self._table(addresses)
         self._row_group = self._table(np.array([row.group for row in rows], np.int32))
+        self._first_chunk = np.searchsorted(np.concatenate(chunk_row), np.arange(len(rows) + 1))
+        self._row_launches: dict[int, list[Launch]] = {}
+        rounding = np.array([row.rounding for row in rows] if storage.draws else [], np.int64).reshape(
+            -1, layout.ROUNDING
+        )
+        self._strided = bool((rounding[:, 3] != rounding[:, 4]).any())
+        self._rounding = self._table(np.ascontiguousarray(rounding.T))
         self._upload = Upload(layout.HEADER + len(rows) + n_groups * layout.GROUP, device)
         self._gradient_table = self._upload.table[layout.HEADER :]
         self._gradients: list[int] = []
-        self._header: tuple[float, int, int] = (0.0, 0, 0)
+        self._header = Header()
+        self._sent = False
 
         self.steps = self._gather_steps(rows)
-        self.total = torch.zeros(1, dtype=torch.float64, device=device)
-        self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
         self._coefficients = torch.zeros(len(rows), layout.COEFFICIENTS, dtype=torch.float32, device=device)
         # NaN until a parameter takes its first step: nobody has read its weight yet.
         self._partials = torch.full((n_chunks, layout.STATISTICS), float("nan"), dtype=torch.float32, device=device)
         self._prepare_launches()
 
-    def _prepare_launches(self) -> None:
-        def launch(kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> Launch:
-            return Launch(kernel, programs, arguments, constants, _options())
+    def _arrays(self) -> list[str]:
+        """Keys of the state tensors the update kernel takes, in its order."""
+        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
+        if self.storage.companion is not None:
+            keys.append("kahan_comp" if self.storage.weight == "kahan" else "master_param")
+        return keys + [scales for key, scales in SCALES.items() if getattr(self.storage, key) in CODES]
 
+    def _launch(
+        self,
+        kernel: Any,
+        programs: int,
+        *arguments: Tensor | int,
+        options: Mapping[str, Any] | None = None,
+        **constants: Any,
+    ) -> Launch:
+        return Launch(kernel, programs, arguments, constants, options or launch_options(_backend()))
+
+    def _prepare_launches(self) -> None:
         chunks = (self._chunk_row, self._chunk_span)
-        self._launch_squares = launch(
-            kernels.grad_norm_kernel, self.n_chunks, *chunks, self._gradient_table, self._partials, GRAD=tl.float32
-        )
-        self._launch_total = launch(
+        self._launch_squares = self._launch(
+            kernels.grad_norm_kernel, self.n_chunks, *chunks, self._gradient_table, self._partials,
+            GRAD=_TYPES[self.storage.grad],
+        )  # fmt: skip
+        self._launch_total = self._launch(
             kernels.total_kernel, 1, self._partials, self.total, self.n_chunks, BITS=total_bits(self.n_chunks)
         )
-        self._launch_coefficients = [
-            launch(
-                kernels.coefficients_kernel, -(-self.n_rows // layout.ROWS),
-                self._upload.table, self._row_group, self.steps, self.total, self._coefficients, self.grad_norm,
-                self.n_rows, CLIP=clip,
-            )
-            for clip in (False, True)
-        ]  # fmt: skip
-        self._launch_update = [
-            launch(
-                kernels.adamw_kernel, self.n_chunks,
-                *chunks, self._addresses, self._gradient_table, self._coefficients, self._partials, self.n_rows,
-                PARAM=tl.float32, GRAD=tl.float32, STATE=tl.float32, AMSGRAD=self.amsgrad, NORMS=norms,
-            )
-            for norms in (False, True)
-        ]  # fmt: skip
+        self._launch_coefficients = [self._coefficients_launch(0, self.n_rows, clip) for clip in (False, True)]
+        self._launch_update = [self._update_launch(0, self.n_chunks, norms) for norms in (False, True)]
+
+    def _coefficients_launch(self, first: int, last: int, clip: bool) -> Launch:
+        shared = self.shared
+        return self._launch(
+            kernels.coefficients_kernel, -(-(last - first) // layout.ROWS),
+            self._upload.table, self._row_group, self.steps, shared.totals, self._coefficients, shared.grad_norm,
+            self._skipped, self.n_rows, len(shared.totals), first, last, CLIP=clip,
+        )  # fmt: skip
+
+    def _update_launch(self, first: int, last: int, norms: bool) -> Launch:
+        constants = update_constants(self.storage, self._strided, self.amsgrad)
+        return self._launch(
+            kernels.adamw_kernel, last - first,
+            self._chunk_row, self._chunk_span, self._addresses, self._gradient_table, self._coefficients,
+            self._partials, self.steps, self._rounding, self.n_rows, first,
+            **constants, NORMS=norms,
+            options=launch_options(_backend(), self.storage, constants["BLOCK"], self._strided),
+        )  # fmt: skip
 
     def _table(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -187,19 +255,22 @@ class Plan:
     def set_groups(self, rows: NDArray[np.int64]) -> None:
         """Replace the hyperparameters of every group; int64[n_groups, GROUP], sent with the next `stage`."""
         self._upload.words[layout.HEADER + self.n_rows :] = rows.reshape(-1)
-        self._gradients = []
+        self._sent = False
 
-    def stage(self, gradients: list[int], max_grad_norm: float, grad_scale: int, found_inf: int) -> None:
+    def stage(self, gradients: list[int], header: Header) -> None:
         """Tell the device what this step works on: the gradient address of each row (0: none) and the header."""
-        header = (max_grad_norm, grad_scale, found_inf)
-        if gradients == self._gradients and header == self._header:
+        if self._sent and gradients == self._gradients and header == self._header:
             return
         upload = self._upload
         upload.words[layout.HEADER : layout.HEADER + self.n_rows] = gradients
-        upload.floats[0] = max_grad_norm
-        upload.words[1:3] = grad_scale, found_inf
+        self._write_header(header)
         upload.send()
-        self._gradients, self._header = gradients, header
+        self._gradients, self._sent = gradients, True
+
+    def _write_header(self, header: Header) -> None:
+        self._upload.floats[0] = header.max_grad_norm
+        self._upload.words[1:4] = header.grad_scale, header.found_inf, header.regardless
+        self._header = header
 
     def sum_gradients(self) -> None:
         """Write the sum of squares of this plan's gradients to `total`."""
@@ -211,15 +282,29 @@ class Plan:
         self._launch_coefficients[clip]()
         self._launch_update[norms]()
 
+    def run_row(self, row: int, gradient: int, norms: bool) -> None:
+        """Take the step of one parameter alone, from the same tables, without clipping or loss scale."""
+        upload, place = self._upload, layout.HEADER + row
+        upload.words[place] = gradient
+        if self._sent and self._header == Header():
+            upload.send(place, place + 1)
+        else:
+            self._write_header(Header())
+            upload.send()
+        self._gradients, self._sent = [], True
+        launches = self._row_launches.get(row)
+        if launches is None:
+            first, last = self._first_chunk[row : row + 2].tolist()
+            launches = [self._coefficients_launch(row, row + 1, False)]
+            launches += [self._update_launch(first, last, measured) for measured in (False, True)]
+            self._row_launches[row] = launches
+        launches[0]()
+        launches[1 + norms]()
+
     def norm_sums(self) -> Tensor:
         """float64[n_segments, 4]: sums of squares of weight, update, gradient, and <weight before, update>."""
         sums = torch.empty(self.n_segments, layout.STATISTICS, dtype=torch.float64, device=self.device)
+        arguments = (self._partials, self._segment_chunk, self._chunk_row, self._coefficients, sums)
         with self.on_device():
-            kernels.norms_kernel[(self.n_segments,)](
-                self._partials, self._segment_chunk, self._chunk_row, self._coefficients, sums, **_options()
-            )
+            self._launch(kernels.norms_kernel, self.n_segments, *arguments)()
         return sums
-
-
-def _options() -> dict[str, Any]:
-    return {"num_warps": layout.WARPS["hip" if torch.version.hip else "cuda"], "enable_fp_fusion": False}

@@ -1,7 +1,8 @@
 """torch backend: torch's own functional AdamW, fed with effective values.
 
-Serves the CPU, complex and low-precision parameters, and whoever asks for foreach, differentiable or fused=False.
-Parameters whose effective values agree share one call, however many groups they come from.
+Serves the CPU, complex and double-precision parameters, and whoever asks for foreach, differentiable or fused=False.
+Parameters whose effective values agree share one call, however many groups they come from. What torch cannot store as the
+group asks is unpacked to float32 one parameter at a time, updated, and packed again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from . import cpu
-from .backends import MOMENTS, Member, check_gradient, check_state, create_moments, effective, local
+from . import cpu, packing
+from .backends import Member, check_gradient, check_state, effective, gradient_of, local
 from .compare import same
+from .rounding import index_in_whole, row_of
+from .storage import CODES, MOMENTS, kept_weight, storage_of
 
 _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
@@ -31,6 +34,7 @@ class Entry:
     # Not None if torch's fused CPU kernel can take it as long as it stays there, its gradient and its group permitting.
     address: int | None
     completed_for: tuple[bool, bool] | None = None  # amsgrad, and whether `step` is on the parameter's device
+    sums: Tensor | None = None  # float64[4], statistics of the last step where that measured them
 
 
 @dataclass
@@ -39,10 +43,15 @@ class Bucket:
 
     options: dict[str, Any]  # keyword arguments of the functional AdamW
     direct: bool  # nobody asked for it, but torch's fused CPU kernel serves
+    packed: bool = False  # stored in some way that torch's implementations do not know
     entries: list[Entry] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     factor: Tensor | None = None  # what the step multiplied the gradients with
     skipped: Tensor | bool = False  # nonzero: the step left them alone
+
+    @property
+    def fused(self) -> bool:
+        return bool(self.options["fused"]) and not self.packed
 
     def params(self) -> list[Tensor]:
         return [entry.member.param for entry in self.entries]
@@ -55,10 +64,10 @@ class TorchBackend:
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         self._entries: dict[int, Entry] = {}
-        self._without_gradient: list[Tensor] = []
+        self._without_gradient: list[tuple[Tensor, str]] = []
         self._group_referents: list[Any] = []
 
-    def prepare(self, members: Iterable[Member], groups: Sequence[Mapping[str, Any]], state: Any, fresh: bool) -> bool:
+    def prepare(self, members: Iterable[Member], groups: Sequence[dict[str, Any]], state: Any, fresh: bool) -> bool:
         """Collect what this step updates; whether that created state.
 
         fresh: parameters and state are the objects of the last call; what was checked then is not checked again
@@ -74,14 +83,17 @@ class TorchBackend:
         entries = self._entries
         self._without_gradient = []
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        by_group: dict[tuple[int, bool], Bucket] = {}
+        by_group: dict[tuple[int, bool, bool], Bucket] = {}
         group_fuses: dict[int, bool] = {}
         for m in members:
             # Not the member's own group: a framework may have put a copy in its place.
             p, group = m.param, groups[m.group_index]
-            grad = p.grad
+            if m.group is not group:
+                m = m._replace(group=group)
+            attribute = group.get("grad_attribute", "grad")
+            grad = gradient_of(p, attribute)
             if grad is None:
-                self._without_gradient.append(p)
+                self._without_gradient.append((p, attribute))
                 continue
             if grad.layout != torch.strided:
                 check_gradient(m, grad)
@@ -89,17 +101,26 @@ class TorchBackend:
             if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
                 check_state(m, state[p])
                 entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if cpu.serves(p, state[p]) else None)
+            entry.member = m
+            packed = storage_of(p, grad, group, entry.state, m.segments) != (
+                p.dtype,
+                p.dtype,
+                p.dtype,
+                p.dtype,
+                "plain",
+            )
             direct = group_fuses.get(m.group_index)
             if direct is None:
                 direct = group_fuses[m.group_index] = cpu.serves_group(group)
             if direct:
-                direct = entry.address is not None and cpu.is_plain(p, grad)
-            bucket = by_group.get((m.group_index, direct))
+                direct = not packed and entry.address is not None and cpu.is_plain(p, grad)
+            place = (m.group_index, direct, packed)
+            bucket = by_group.get(place)
             if bucket is None:
                 names = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
                 values = (*effective(group), *group["betas"], *(group[flag] for flag in _FLAGS))
-                bucket = buckets.setdefault((direct, *values), Bucket(dict(zip(names, values, strict=True)), direct))
-                by_group[m.group_index, direct] = bucket
+                new = Bucket(dict(zip(names, values, strict=True)), direct, packed)
+                bucket = by_group[place] = buckets.setdefault((direct, packed, *values), new)
             bucket.entries.append(entry)
             bucket.grads.append(grad)
         self.buckets, self._group_referents = list(buckets.values()), referents
@@ -109,21 +130,24 @@ class TorchBackend:
         created = False
         for bucket in self.buckets:
             options = bucket.options
-            needs = (bool(options["amsgrad"]), bool(options["capturable"] or options["fused"] or bucket.direct))
+            needs = (bool(options["amsgrad"]), bool(options["capturable"] or bucket.fused or bucket.direct))
             for entry in bucket.entries:
                 if entry.completed_for != needs:
-                    _complete(entry.state, entry.member.param, *needs)
+                    _complete(entry.state, entry.member, *needs)
                     entry.completed_for, created = needs, True
         return created
 
     def _refill(self) -> bool:
         """Give the last step's buckets this step's gradients; False if they do not all take the fused CPU kernel again."""
-        if not all(bucket.direct for bucket in self.buckets) or any(p.grad is not None for p in self._without_gradient):
+        if not all(bucket.direct for bucket in self.buckets) or any(
+            gradient_of(p, attribute) is not None for p, attribute in self._without_gradient
+        ):
             return False
         grads: list[list[Any]] = []
         for bucket in self.buckets:
             params = bucket.params()
-            grads.append([p.grad for p in params])
+            attributes = (entry.member.group.get("grad_attribute", "grad") for entry in bucket.entries)
+            grads.append(list(map(gradient_of, params, attributes)))
             try:
                 moved = list(map(Tensor.data_ptr, params)) != [entry.address for entry in bucket.entries]
                 if moved or not all(map(cpu.is_plain, params, grads[-1])):
@@ -146,22 +170,28 @@ class TorchBackend:
         totals = [torch.linalg.vector_norm(torch.stack([n.double() for n in alike])) for alike in norms.values()]
         return [(t.full_tensor() if hasattr(t, "full_tensor") else t).square() for t in totals]
 
-    def run(self, *, factor: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def run(
+        self, *, factor: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None, norms: bool = False
+    ) -> None:
         """Take the step.
 
         factor: multiplies the gradients, scaled copies of which are updated with; None for no clipping
         grad_scale: divides the gradients; None if factor already does
         found_inf: 1 to leave everything alone. Where fused was asked for, it is read on the device, else here.
+        norms: measure them now where they cannot be found out later, from rounded weights and moments.
         """
         for bucket in self.buckets:
-            options, fused, params = bucket.options, bool(bucket.options["fused"]), bucket.params()
+            options, fused, params = bucket.options, bucket.fused, bucket.params()
             grads, bucket.grads = bucket.grads, []  # a gradient kept for the norms would keep its memory
             bucket.factor = 1 / grad_scale if grad_scale is not None else factor
             if found_inf is not None:
                 bucket.skipped = found_inf if fused else bool(found_inf)
                 if bucket.skipped is True:
                     continue
-            if bucket.direct:
+            if bucket.packed:
+                for entry, grad in zip(bucket.entries, grads, strict=True):
+                    _step_packed(entry, grad, bucket, norms)
+            elif bucket.direct:
                 moments = MOMENTS if options["amsgrad"] else MOMENTS[:2]
                 columns = [params, grads, *map(bucket.column, moments)]
                 cpu.step(columns, bucket.column("step"), bucket.factor, options)
@@ -191,6 +221,13 @@ class TorchBackend:
                     options[name] = options[name].detach().clone()
 
     @torch.no_grad()
+    def measure(self) -> None:
+        """Measure the last step now, while its gradients are there."""
+        for bucket in self.buckets:
+            for entry in bucket.entries:
+                entry.sums = _member_sums(bucket, entry)
+
+    @torch.no_grad()
     def norm_sums(self, members: Iterable[Member], state: Any) -> list[tuple[Member, Tensor]]:
         """(parameter, float64[4] of its statistics) of the last step, for every parameter that has taken one before.
 
@@ -199,19 +236,62 @@ class TorchBackend:
         done = {
             id(entry.member.param): _member_sums(bucket, entry) for bucket in self.buckets for entry in bucket.entries
         }
-        return [
-            (m, done[id(m.param)] if id(m.param) in done else _resting_sums(m)) for m in members if state.get(m.param)
-        ]
+        held = [m for m in members if state.get(m.param)]
+        return [(m, done[id(m.param)] if id(m.param) in done else _resting_sums(m, state[m.param])) for m in held]
 
 
-def _resting_sums(member: Member) -> Tensor:
-    weight = torch.stack([p.square().sum() for (p,) in _pieces(member.param)]).sum()
+@torch.no_grad()
+def _step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> None:
+    """The step of one parameter, in float32 however it is stored."""
+    member, state, options = entry.member, entry.state, bucket.options
+    p = member.param
+    kept = storage_of(p, grad, member.group, state).weight
+    weight = packing.read_weight(p, state, kept)
+    before = weight.clone() if norms else weight
+    moments = [key for key in MOMENTS if key in state and (key != "max_exp_avg_sq" or options["amsgrad"])]
+    columns = {key: packing.read_moment(state, key) for key in moments}
+    g = torch.empty_like(weight).copy_(local(grad))  # laid out in memory as the weight is
+    if bucket.factor is not None:
+        torch._foreach_mul_([g], bucket.factor.to(p.device))
+    arrays = [[packing.flat(array)] for array in (weight, g, *columns.values())]
+    if p.device.type == "cpu" and options["fused"] is not False and cpu.takes_numbers(options):
+        cpu.step(arrays, [state["step"]], None, options)
+    else:
+        w, g_, m, v, *x = arrays
+        adamw(w, g_, m, v, x[0] if x else [], [state["step"]], **{**options, "foreach": False, "fused": False})
+    bits = random = None
+    if kept == "stochastic" or any(state[key].dtype in CODES for key in moments):
+        seed, stream, *_ = row_of(member)
+        index, step = index_in_whole(member).view_as(packing.flat(weight)), int(state["step"])
+        bits = packing.hash_bits(index, seed, stream, step)
+        random = packing.random_bits(index, seed, stream, step) if kept == "stochastic" else None
+    for key, values in columns.items():
+        packing.write_moment(state, key, values, bits)
+    packing.write_weight(p, state, kept, weight, random)
+    if norms:
+        change, after = weight - before, weight
+        if kept not in ("master", "remainder"):
+            after = packing.read_weight(p, state, kept)
+            change = after - before
+        pairs = ((after, after), (change, change), (g, g), (before, change))
+        entry.sums = torch.stack([(a.double() * b.double()).sum() for a, b in pairs])
+
+
+def _resting_sums(member: Member, state: Mapping[str, Any]) -> Tensor:
+    p = member.param
+    kept = kept_weight(p, member.group, state)
+    whole = p if kept in ("plain", "stochastic") else packing.read_weight(p, state, kept)
+    weight = torch.stack([piece.square().sum() for (piece,) in _pieces(whole)]).sum()
     return torch.stack([weight, *torch.zeros_like(weight).expand(3)])
 
 
 def _member_sums(bucket: Bucket, entry: Entry) -> Tensor:
     options, state, param = bucket.options, entry.state, entry.member.param
-    grad = param.grad
+    if entry.sums is not None and not bucket.skipped:
+        return entry.sums
+    if bucket.packed:
+        return _resting_sums(entry.member, state)
+    grad = entry.member.gradient
     lr, beta1, beta2 = (_scalar(options[name], param) for name in ("lr", "beta1", "beta2"))
     decay = lr * options["weight_decay"]
     step = state["step"].to(param.device, torch.float64)
@@ -248,8 +328,9 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=like.device)
 
 
-def _complete(state: dict[str, Any], p: Tensor, amsgrad: bool, on_device: bool) -> None:
+def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: bool) -> None:
     """Create what is missing of a parameter's state, with `step` where torch's implementation wants it."""
+    p = member.param
     step = state.get("step", 0.0)
     if not isinstance(step, Tensor) or (not on_device and step.device.type != "cpu"):
         dtype = torch.float32 if on_device else torch.get_default_dtype()
@@ -257,4 +338,4 @@ def _complete(state: dict[str, Any], p: Tensor, amsgrad: bool, on_device: bool) 
         state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")
     elif on_device and (step.device != p.device or step.dtype != torch.float32):
         state["step"] = step.to(p.device, torch.float32)
-    create_moments(state, p, amsgrad)
+    packing.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)

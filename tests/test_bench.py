@@ -13,6 +13,8 @@ import torch
 
 import lwadamw
 from bench import gpu, harness, host, memory, peers, report, revision, step, tune, workloads
+from lwadamw.combinations import COMBINATIONS
+from lwadamw.storage import CODES
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -82,6 +84,7 @@ def test_gpu_dry_run_writes_what_a_real_one_would(tmp_path):
     record = json.loads(path.read_text())
     assert record["errors"] == {}
     assert [r["workload"] for r in record["step"]] == ["one_huge"]
+    assert ["fp32", *(r["storage"] for r in record["storage"])] == list(COMBINATIONS)
     assert {"host", "memory", "train"} <= record.keys()
     assert "clip+norms vs usual" in "\n".join(lines)
 
@@ -143,13 +146,46 @@ def test_bytes_are_those_of_the_algorithm():
     assert per_element["usual way: clip_grad_norm_, fused, norms"] == 28 + 12 + 8
 
 
+def test_step_takes_every_storage_combination(tmp_path):
+    arguments = ("--dry-run", "--workloads", "cpu_30m", "--storage", "all", "--groups", "1")
+    results = _run("bench.step", *arguments, json_to=tmp_path / "step.json")["results"]
+    assert [r["storage"] for r in results] == list(COMBINATIONS)
+    titles = {title for title, _ in peers.PEERS.values()}
+    for result in results:
+        assert titles == titles & (result["rows"].keys() | result["missing"].keys())
+        storage = COMBINATIONS[result["storage"]].storage
+        least, own = storage.moved_bytes(), result["rows"]["lwadamw"]["bytes"] / result["elements"]
+        # Small tensors keep float32 moments where 8 bits are asked for.
+        assert own == least or (storage.exp_avg in CODES and least < own < least + 1)
+        assert result["rows"]["lwadamw, clipping"]["bytes"] / result["elements"] == own + storage.grad.itemsize
+
+
+def test_an_unknown_storage_is_an_error_that_names_those_there_are():
+    done = _start("bench.step", "--dry-run", "--storage", "int3")
+    assert done.returncode == 2
+    assert "'int3' not in 'fp32', " in done.stderr
+
+
+def test_contestants_step_parameters_of_their_own_over_the_same_memory():
+    """A parameter that somebody else steps costs lwadamw a look at its master weight, which is no part of a step."""
+    shapes = workloads.WORKLOADS["cpu_30m"].shrunk()
+    field = peers.Field(workloads.make_params(shapes, CPU, torch.bfloat16), 2, "bf16, master")
+    first, second, *_ = peers.ours(field, lwadamw, "torch").values()
+    held = [[p for g in c.optimizer.param_groups for p in g["params"]] for c in (first, second)]
+    assert {p.data_ptr() for p in held[0]} == {p.data_ptr() for p in held[1]} == {p.data_ptr() for p in field.params}
+    versions = [p._version for p in held[1]]
+    first.step()
+    assert versions == [p._version for p in held[1]]
+    assert all(p._version > version for p, version in zip(held[0], versions, strict=True))
+
+
 def test_a_step_of_a_contestant_leaves_moments_unverified():
     """Handing shared moments to lwadamw must not make it verify them at every step, which a plain loop does not see."""
     field = peers.Field(workloads.make_params(workloads.WORKLOADS["cpu_30m"].shrunk(), CPU), 2)
     entered = peers.ours(field, lwadamw, "triton")["lwadamw"]
     entered.step()
     assert vars(entered.optimizer)["_state_was_shared"] is False
-    state = entered.optimizer.state[field.params[0]]
+    state = entered.optimizer.state[entered.optimizer.param_groups[0]["params"][0]]
     assert state["exp_avg"] is field.moments[0]["exp_avg"]
     assert float(state["step"]) == 2
 

@@ -51,7 +51,7 @@ def test_bad_segments_are_refused():
 
 
 REFUSED = {
-    "dtype": (lambda: _p(3, 4).bfloat16(), r"dtype is torch.bfloat16.*backend='torch'"),
+    "dtype": (lambda: _p(3, 4).double(), r"dtype is torch.float64.*backend='torch'"),
     "gaps": (lambda: torch.randn(3, 8)[:, ::2], r"strides \(8, 2\) leave gaps or overlap"),
     "complex": (lambda: torch.randn(3, 4, dtype=torch.complex64), "dtype is torch.complex64"),
 }

@@ -47,7 +47,7 @@ def test_capture_is_refused_where_it_would_go_wrong(backend, device, monkeypatch
     optimizer = AdamW(params, backend=backend)
     set_grads(params)
     monkeypatch.setattr("lwadamw.engine.capturing", lambda: True)
-    monkeypatch.setattr("lwadamw.plan.capturing", lambda: True)
+    monkeypatch.setattr("lwadamw.upload.capturing", lambda: True)
     before = [p.detach().clone() for p in params]
     with pytest.raises(RuntimeError, match="group 0 has capturable=False"):
         optimizer.step()
@@ -64,7 +64,7 @@ def test_capture_with_other_gradients_than_the_step_before_is_refused(device, mo
     set_grads(params)
     optimizer.step()
     monkeypatch.setattr("lwadamw.engine.capturing", lambda: True)
-    monkeypatch.setattr("lwadamw.plan.capturing", lambda: True)
+    monkeypatch.setattr("lwadamw.upload.capturing", lambda: True)
     optimizer.step()
     params[0].grad = params[0].grad.clone()
     with pytest.raises(RuntimeError, match="gradients or hyperparameters changed"):

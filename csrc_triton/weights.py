@@ -1,0 +1,77 @@
+r"""How the weight of a parameter is kept: in the parameter alone, or in it and a companion array (layout.PLAIN and on).
+
+MASTER      w = companion                     parameter = w rounded to nearest; companion fp32
+REMAINDER   bits of w = (bits of parameter << 16) + companion, a signed 16-bit number; exact
+KAHAN       w = parameter + companion         parameter = w rounded to nearest, companion what that left over, rounded
+STOCHASTIC  w = parameter                     rounded up with probability (distance to the lower neighbour) / spacing
+PLAIN       w = parameter                     rounded to nearest
+"""
+
+import triton
+import triton.language as tl
+
+from .layout import K_KAHAN, K_MASTER, K_REMAINDER, K_STOCHASTIC
+from .storage import load, load_raw, pointer_to, rounded, store, store_raw
+
+
+@triton.jit
+def load_weight(p_address, c_address, offsets, mask, PARAM: tl.constexpr, WEIGHT: tl.constexpr, MASKED: tl.constexpr):
+    ALIGNED: tl.constexpr = not MASKED
+    if WEIGHT == K_MASTER:
+        return load(pointer_to(c_address, tl.float32, ALIGNED), offsets, mask, MASKED)
+    elif WEIGHT == K_REMAINDER:
+        upper = load_raw(pointer_to(p_address, tl.int16, ALIGNED), offsets, mask, MASKED).to(tl.int32)
+        lower = load_raw(pointer_to(c_address, tl.int16, ALIGNED), offsets, mask, MASKED).to(tl.int32)
+        return ((upper << 16) + lower).to(tl.float32, bitcast=True)
+    else:
+        b_p = load(pointer_to(p_address, PARAM, ALIGNED), offsets, mask, MASKED)
+        if WEIGHT == K_KAHAN:
+            b_p += load(pointer_to(c_address, PARAM, ALIGNED), offsets, mask, MASKED)
+        return b_p
+
+
+@triton.jit
+def canonical_bits(block):
+    """Bits of an fp32 block as int32, of every NaN those that survive being cut in half: CUDA's, 0x7fffffff, do not."""
+    return tl.where(block == block, block.to(tl.int32, bitcast=True), 0x7FC00000)
+
+
+@triton.jit
+def store_weight(
+    p_address,
+    c_address,
+    offsets,
+    block,
+    random,  # int32 bits below 2^16 if STOCHASTIC
+    mask,
+    PARAM: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Write the fp32 weight, and return it as the next step will read it."""
+    ALIGNED: tl.constexpr = not MASKED
+    p = pointer_to(p_address, PARAM, ALIGNED)
+    if WEIGHT == K_MASTER:
+        store(pointer_to(c_address, tl.float32, ALIGNED), offsets, block, mask, MASKED)
+        store(p, offsets, block, mask, MASKED)
+        return block
+    elif WEIGHT == K_REMAINDER:
+        bits = canonical_bits(block)
+        lower = bits.to(tl.int16)
+        upper = ((bits - lower.to(tl.int32)) >> 16).to(tl.int16)
+        store_raw(pointer_to(p_address, tl.int16, ALIGNED), offsets, upper, mask, MASKED)
+        store_raw(pointer_to(c_address, tl.int16, ALIGNED), offsets, lower, mask, MASKED)
+        return block
+    elif WEIGHT == K_STOCHASTIC:
+        bits = (canonical_bits(block) + random) >> 16
+        store_raw(pointer_to(p_address, tl.int16, ALIGNED), offsets, bits.to(tl.int16), mask, MASKED)
+        return (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        near = rounded(block, PARAM)
+        store_raw(p, offsets, near, mask, MASKED)
+        kept = near.to(tl.float32)
+        if WEIGHT == K_KAHAN:
+            rest = rounded(block - kept, PARAM)
+            store_raw(pointer_to(c_address, PARAM, ALIGNED), offsets, rest, mask, MASKED)
+            kept += rest.to(tl.float32)
+        return kept
