@@ -52,11 +52,14 @@ SUITE = (
 
 
 def run_tests() -> list[dict[str, str]]:
-    """Every test of tests/test_gpu.py, as plain functions."""
-    from tests import test_gpu
+    """Every test of tests/test_gpu.py and test_gpu_storage.py, as plain functions."""
+    from tests import test_gpu, test_gpu_storage
 
     results = []
-    for name, test in inspect.getmembers(test_gpu, inspect.isfunction):
+    members = [
+        pair for module in (test_gpu, test_gpu_storage) for pair in inspect.getmembers(module, inspect.isfunction)
+    ]
+    for name, test in members:
         if not name.startswith("test_"):
             continue
         torch.manual_seed(0)

@@ -123,7 +123,7 @@ def update_blocks(
         store_moment(m_address, ms_address, i, offsets, b_m, bits, mask, end, EXP_AVG, SIZE, MASKED)
         store_moment_sq(v_address, vs_address, i, offsets, b_v, b_root, bits, mask, end, EXP_AVG_SQ, SIZE, MASKED)
         if NORMS:
-            if WEIGHT != K_MASTER and WEIGHT != K_REMAINDER and PARAM != tl.float32:
+            if (WEIGHT != K_MASTER and WEIGHT != K_REMAINDER) and PARAM != tl.float32:
                 # What rounding left of the update.
                 b_d = b_kept - b_w
             if MASKED:
@@ -202,7 +202,7 @@ def adamw_kernel(
         vs_address = element_address(tl.load(address), start // K_QUANT, tl.float32)
     aligned = ((p_address | g_address | m_address | v_address | x_address | c_address) & 15) == 0
     seed, stream, first, run, stride, step, key = 0, 0, 0, 0, 0, 0, 0
-    if WEIGHT == K_STOCHASTIC or EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8:
+    if WEIGHT == K_STOCHASTIC or (EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8):
         word = rounding + i_row
         seed = tl.load(word)
         stream = tl.load(word + n_rows).to(tl.uint32)

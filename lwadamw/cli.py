@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 130 after Ctrl-C, and argparse exits with 2 on bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m lwadamw", description="AdamW for width scaling.")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for add in (_add_demo,):
+    for add in (_add_demo, _add_storage):
         add(commands)
     args = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
@@ -50,6 +50,23 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)")
     add("--quick", action="store_true", help="a few steps of a tiny model, to see that everything works")
     parser.set_defaults(command=lambda args: _demo(parser, args))
+
+
+def _add_storage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "storage",
+        help="the storage combinations and what each costs",
+        description="Print the table of storage combinations: arguments of AdamW, bytes of state and bytes moved per "
+        "parameter, and when to use which.",
+    )
+    parser.set_defaults(command=_storage)
+
+
+def _storage(_: argparse.Namespace) -> int:
+    from .combinations import table
+
+    print(table())
+    return 0
 
 
 def _demo(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

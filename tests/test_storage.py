@@ -9,12 +9,13 @@ from lwadamw import AdamW, reference
 from lwadamw.combinations import COMBINATIONS
 from lwadamw.lab.data import batches, split_files
 from lwadamw.lab.model import ModelConfig, Transformer
+from lwadamw.storage import CODES
 
 from .cases import clone_params
 
 B, F, H = torch.bfloat16, torch.float32, torch.float16
 SHAPES = [(64, 70), (3,), (0,), (), (4097,), (33, 128)]
-LOSS_BOUND = 0.03  # nats, of a loss that falls from 5.5
+LOSS_BOUND = 0.03  # nats, of a loss that falls from 5.5; 0.2 where small updates are lost
 NEAREST = ("bf16", "bf16, fp32 moments")  # small updates are lost, as they are in torch
 BETAS = (0.9, 0.95)
 
@@ -62,6 +63,12 @@ def test_kernels_and_torch_store_alike(name, device):
             continue
         spacing = torch.finfo(p.dtype).eps * (1 if name in NEAREST else 0.02)
         assert ((p.float() - q.float()).abs() <= 1e-6 + 4 * spacing * q.float().abs()).float().mean() >= 0.99
+        drawn = [p, q] if "stochastic" in name else []
+        for key in ("exp_avg", "exp_avg_sq"):
+            if kernels.state[p][key].dtype in CODES:
+                drawn += [kernels.state[p][key], twin.state[q][key]]
+        for one, two in zip(drawn[::2], drawn[1::2], strict=True):
+            assert (one == two).float().mean() >= 0.999
         for key in ("exp_avg", "exp_avg_sq", "master_param"):
             values = [o.get_unscaled_state(t, key) for o, t in ((kernels, p), (twin, q)) if key in o.state[t]]
             if values and name not in NEAREST:
@@ -217,10 +224,10 @@ def exact_losses(corpus):
     return {lr: _losses(corpus, None, lr) for lr in (3e-3, 1e-4)}
 
 
-@pytest.mark.parametrize("name", [name for name in COMBINATIONS if name not in NEAREST])
+@pytest.mark.parametrize("name", COMBINATIONS)
 def test_a_small_llama_follows_the_float64_reference(name, corpus, exact_losses):
     losses = _losses(corpus, COMBINATIONS[name], 3e-3)
-    assert abs(losses - exact_losses[3e-3])[-20:].mean() < LOSS_BOUND
+    assert abs(losses - exact_losses[3e-3])[-20:].mean() < (0.2 if name in NEAREST else LOSS_BOUND)
     assert exact_losses[3e-3][-20:].mean() < exact_losses[3e-3][0] - 1.5
 
 
