@@ -49,7 +49,7 @@ class Engine:
         self._triton: TritonBackend | None = None
         self._torch = TorchBackend()
         self._torch_members: list[Member] = []
-        self._torch_ids: set[int] = set()
+        self._torch_by_id: dict[int, Member] = {}
         self._alone: dict[int, tuple[Member, TorchBackend]] = {}  # of the parameters that have taken a step alone
         self.grad_norm: Tensor | None = None
 
@@ -60,7 +60,8 @@ class Engine:
     @property
     def skipped(self) -> Tensor | None:
         """int64[], steps that no parameter took; None: none that could have been skipped has been asked for."""
-        return self._skipped if self._triton is None else self._triton.skipped
+        counter = None if self._triton is None else self._triton.skipped
+        return self._skipped if counter is None else counter
 
     def step(self, groups: Groups, state: State, request: Request, *, verify_state: bool) -> None:
         """Take one step. What is wrong with parameters, gradients or state is raised before anything is written.
@@ -98,8 +99,7 @@ class Engine:
         of_others = others.sum_gradients()
         totals = ([] if fused is None else fused.sum_gradients()) + of_others
         if fused is not None:
-            if of_others or fused.several:
-                fused.share_totals(of_others)
+            fused.share_totals(of_others)
             fused.run(clip=True, norms=request.norms)
             self.grad_norm = fused.grad_norm
         if others.buckets:
@@ -119,13 +119,13 @@ class Engine:
         """Take the step of one parameter, whose gradient is complete while others' are not."""
         if not same([group["params"] for group in groups], self._params):
             self._sort(groups, state, idle=False)
-        if id(p) not in self._torch_ids:
+        member = self._torch_by_id.get(id(p))
+        if member is None:
             for _ in range(2):
                 if self._triton is not None and self._triton.run_one(groups, p, norms, verify_state):
                     return
                 self._sort(groups, state, idle=False)
             raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while backward() runs.")
-        member = next(m for m in self._torch_members if m.param is p)
         _, alone = self._alone.setdefault(id(p), (member, TorchBackend()))
         alone.prepare([member], groups, state, fresh=False)
         alone.run(factor=None, grad_scale=None, found_inf=None, norms=norms)
@@ -159,14 +159,13 @@ class Engine:
                 "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
                 "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
             )
-        if self._triton is not None:
-            self._skipped = self._triton.skipped
+        self._skipped = self.skipped
         self._forget()
         members = list(members_of(groups))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
         chosen = {id(m.param) for m in for_triton}
         self._torch_members = [m for m in members if id(m.param) not in chosen]
-        self._torch_ids = {id(m.param) for m in self._torch_members}
+        self._torch_by_id = {id(m.param): m for m in self._torch_members}
         if for_triton:
             from .triton_backend import TritonBackend
 

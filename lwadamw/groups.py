@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .backends import WIDTH_KEYS
 from .roles import Decision, RoleSpec, check_spec, decide, matches, sites
 from .rules import Multipliers, Role, Rule, Scale, get_rule, with_output
+from .storage import check_options, check_parameter
 from .widths import ratios
 
 
@@ -198,3 +200,29 @@ def _folded(group: dict[str, Any], lr: float, weight_decay: float, eps: float) -
         out["eps"] = eps * multipliers.eps
     taken = {"params", "role", "rule", "segments", *WIDTH_KEYS}
     return out | {k: v for k, v in group.items() if k not in taken}
+
+
+def check_group(group: dict[str, Any], index: int) -> None:
+    """Raise a ValueError if a group's storage options, width multipliers or segments are not valid.
+
+    Width multipliers that are left out of a group that has one of them become 1.
+    """
+    check_options(group, f"group {index}: ")
+    names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+    for name, p in zip(names, group["params"], strict=True):
+        check_parameter(p, name, group)
+    if any(key in group for key in WIDTH_KEYS):
+        for key in WIDTH_KEYS:
+            value = group.setdefault(key, 1.0)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"group {index}: {key}={value!r} is not a finite number >= 0. Leave it out for 1.")
+    for name, rows in (group.get("segments") or {}).items():
+        params = dict(zip(group.get("param_names", ()), group["params"], strict=True))
+        if name not in params:
+            raise ValueError(f"group {index}: segments for {name!r}, which is not a named parameter of this group.")
+        shape = tuple(params[name].shape)
+        if not shape or sum(rows) != shape[0] or min(rows) < 1:
+            raise ValueError(
+                f"group {index}: segments {tuple(rows)} of {name!r} {shape} are not positive row counts that add up to "
+                f"its first dimension."
+            )

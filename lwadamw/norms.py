@@ -26,7 +26,7 @@ class Norms:
 
     names: tuple[str, ...]
     weight: Array  # after the step
-    update: Array  # of weight after minus weight before, weight decay included
+    update: Array  # of weight after minus weight before as kept, weight decay included, lost in rounding not
     grad: Array  # as the update saw it: unscaled and clipped
     angle: Array  # radians between the weight before and after
 

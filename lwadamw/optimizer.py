@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .backends import BACKENDS, WIDTH_KEYS, effective
+from .backends import BACKENDS, effective
 from .engine import Engine, Request
+from .groups import check_group
 from .norms import Norms
 from .release import GradientRelease
 from .stateful import Stateful
-from .storage import DEFAULTS, check_options, check_parameter
+from .storage import DEFAULTS, check_options
 
 NONFINITE = ("skip", "raise", "pass")
 
@@ -211,7 +211,7 @@ class AdamW(Stateful):
         try:
             for key, value in self._options["storage"].items():
                 group.setdefault(key, value)
-            _check_group(group, len(self.param_groups) - 1)
+            check_group(group, len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
@@ -349,25 +349,3 @@ class AdamW(Stateful):
                         p.decoupled_grad = None
                     else:
                         grad.zero_()
-
-
-def _check_group(group: dict[str, Any], index: int) -> None:
-    check_options(group, f"group {index}: ")
-    names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
-    for name, p in zip(names, group["params"], strict=True):
-        check_parameter(p, name, group)
-    if any(key in group for key in WIDTH_KEYS):
-        for key in WIDTH_KEYS:
-            value = group.setdefault(key, 1.0)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"group {index}: {key}={value!r} is not a finite number >= 0. Leave it out for 1.")
-    for name, rows in (group.get("segments") or {}).items():
-        params = dict(zip(group.get("param_names", ()), group["params"], strict=True))
-        if name not in params:
-            raise ValueError(f"group {index}: segments for {name!r}, which is not a named parameter of this group.")
-        shape = tuple(params[name].shape)
-        if not shape or sum(rows) != shape[0] or min(rows) < 1:
-            raise ValueError(
-                f"group {index}: segments {tuple(rows)} of {name!r} {shape} are not positive row counts that add up to "
-                f"its first dimension."
-            )

@@ -8,7 +8,7 @@ group asks is unpacked to float32 one parameter at a time, updated, and packed a
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ from . import cpu, packing
 from .backends import Member, check_gradient, check_state, effective, gradient_of, local
 from .compare import same
 from .rounding import index_in_whole, row_of
-from .storage import CODES, MOMENTS, kept_weight, storage_of
+from .storage import CODES, MOMENTS, storage_of
+from .torch_norms import resting_sums, step_sums
 
 _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
@@ -225,7 +226,7 @@ class TorchBackend:
         """Measure the last step now, while its gradients are there."""
         for bucket in self.buckets:
             for entry in bucket.entries:
-                entry.sums = _member_sums(bucket, entry)
+                entry.sums = _sums_of(bucket, entry)
 
     @torch.no_grad()
     def norm_sums(self, members: Iterable[Member], state: Any) -> list[tuple[Member, Tensor]]:
@@ -233,11 +234,30 @@ class TorchBackend:
 
         Reconstructed from weights and state. The gradient counts as NaN where it has been cleared since.
         """
-        done = {
-            id(entry.member.param): _member_sums(bucket, entry) for bucket in self.buckets for entry in bucket.entries
-        }
+        done = {id(entry.member.param): _sums_of(bucket, entry) for bucket in self.buckets for entry in bucket.entries}
         held = [m for m in members if state.get(m.param)]
-        return [(m, done[id(m.param)] if id(m.param) in done else _resting_sums(m, state[m.param])) for m in held]
+        return [(m, done[id(m.param)] if id(m.param) in done else resting_sums(m, state[m.param])) for m in held]
+
+
+def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: bool) -> None:
+    """Create what is missing of a parameter's state, with `step` where torch's implementation wants it."""
+    p = member.param
+    step = state.get("step", 0.0)
+    if not isinstance(step, Tensor) or (not on_device and step.device.type != "cpu"):
+        dtype = torch.float32 if on_device else torch.get_default_dtype()
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")
+    elif on_device and (step.device != p.device or step.dtype != torch.float32):
+        state["step"] = step.to(p.device, torch.float32)
+    packing.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
+
+
+def _sums_of(bucket: Bucket, entry: Entry) -> Tensor:
+    if entry.sums is not None and not bucket.skipped:
+        return entry.sums
+    if bucket.packed:
+        return resting_sums(entry.member, entry.state)
+    return step_sums(entry.member, entry.state, bucket.options, bucket.factor, bucket.skipped)
 
 
 @torch.no_grad()
@@ -275,67 +295,3 @@ def _step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> Non
             change = after - before
         pairs = ((after, after), (change, change), (g, g), (before, change))
         entry.sums = torch.stack([(a.double() * b.double()).sum() for a, b in pairs])
-
-
-def _resting_sums(member: Member, state: Mapping[str, Any]) -> Tensor:
-    p = member.param
-    kept = kept_weight(p, member.group, state)
-    whole = p if kept in ("plain", "stochastic") else packing.read_weight(p, state, kept)
-    weight = torch.stack([piece.square().sum() for (piece,) in _pieces(whole)]).sum()
-    return torch.stack([weight, *torch.zeros_like(weight).expand(3)])
-
-
-def _member_sums(bucket: Bucket, entry: Entry) -> Tensor:
-    options, state, param = bucket.options, entry.state, entry.member.param
-    if entry.sums is not None and not bucket.skipped:
-        return entry.sums
-    if bucket.packed:
-        return _resting_sums(entry.member, state)
-    grad = entry.member.gradient
-    lr, beta1, beta2 = (_scalar(options[name], param) for name in ("lr", "beta1", "beta2"))
-    decay = lr * options["weight_decay"]
-    step = state["step"].to(param.device, torch.float64)
-    scale, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
-    factor = _scalar(1.0 if bucket.factor is None else bucket.factor, param)
-    largest = state["max_exp_avg_sq" if options["amsgrad"] else "exp_avg_sq"]
-    rows = []
-    for p, m, v, g in _pieces(param, state["exp_avg"], largest, param if grad is None else grad):
-        u = scale * m / (v.sqrt() / root + options["eps"])
-        before = (p + u) / (1 - decay)
-        change = -decay * before - u
-        rows.append(torch.stack([p.square().sum(), change.square().sum(), g.square().sum(), (before * change).sum()]))
-    sums = torch.stack(rows).sum(0)
-    sums[2] = float("nan") if grad is None else sums[2] * factor**2
-    if bucket.skipped is not False:
-        skipped = torch.as_tensor(bucket.skipped, device=sums.device) != 0
-        sums[1:] = torch.where(skipped, torch.zeros_like(sums[1:]), sums[1:])
-    return sums
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same elements of every tensor, float64[n], a piece at a time: on a CPU as much as stays in its cache."""
-    flat = []
-    for tensor in tensors:
-        held = local(tensor.detach())
-        # By logical order, whatever that in memory.
-        flat.append((torch.view_as_real(held) if held.is_complex() else held).reshape(-1))
-    size = cpu.PIECE if flat[0].device.type == "cpu" else max(flat[0].numel(), 1)
-    for pieces in zip(*(torch.split(t, size) for t in flat), strict=True):
-        yield tuple([piece.double() for piece in pieces])
-
-
-def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device=like.device)
-
-
-def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: bool) -> None:
-    """Create what is missing of a parameter's state, with `step` where torch's implementation wants it."""
-    p = member.param
-    step = state.get("step", 0.0)
-    if not isinstance(step, Tensor) or (not on_device and step.device.type != "cpu"):
-        dtype = torch.float32 if on_device else torch.get_default_dtype()
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")
-    elif on_device and (step.device != p.device or step.dtype != torch.float32):
-        state["step"] = step.to(p.device, torch.float32)
-    packing.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)

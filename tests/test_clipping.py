@@ -123,3 +123,17 @@ def test_the_sum_over_chunks_has_room_for_equal_ones(n, exponent, device):
         partials[:, kernels.layout.GRAD_STATISTIC] = squares
         kernels.total_kernel[(1,)](partials, total, n, BITS=total_bits(n))
         assert float(total) == pytest.approx(float(squares.double().sum()), rel=1e-9)
+
+
+def test_a_backend_without_gradients_this_time_adds_nothing_to_the_norm(device, monkeypatch):
+    monkeypatch.setattr("lwadamw.backends.wants_torch", lambda group: False)
+    monkeypatch.setattr("lwadamw.engine.use_triton", lambda m, state, backend: m.param.dtype == torch.float32)
+    one = torch.nn.Parameter(torch.randn(50, device=device))
+    other = torch.nn.Parameter(torch.randn(60, device=device, dtype=torch.float64))
+    optimizer = AdamW([one, other], max_grad_norm=1.0)
+    for with_other in (True, False, True):
+        one.grad = torch.randn_like(one)
+        other.grad = torch.randn_like(other) if with_other else None
+        optimizer.step()
+        expected = torch.nn.utils.get_total_norm([p.grad.double() for p in (one, other) if p.grad is not None])
+        assert float(optimizer.grad_norm) == pytest.approx(float(expected), rel=1e-5)
