@@ -34,6 +34,10 @@ class Unavailable(Exception):
     """Why a peer cannot take part."""
 
 
+class OtherStorage(Exception):
+    """A peer has nothing to do with how this field is stored."""
+
+
 def _require_uniform(field: Field) -> None:
     if not field.uniform:
         raise Unavailable("keeps everything in the parameter's type")
@@ -58,7 +62,7 @@ def _fused_one_group(field: Field) -> Contestant:
 
 def _fused_mixed(field: Field) -> Contestant:
     if field.combination != "fp32, bf16 moments":
-        raise Unavailable("is float32 parameters with bf16 moments")
+        raise OtherStorage
     if torch.__version__ < (2, 12):
         raise Unavailable(f"torch {torch.__version__} has no such kernel, 2.12 has")
     if field.device.type != "cuda":
@@ -70,7 +74,7 @@ def _fused_mixed(field: Field) -> Contestant:
 def _fused_copies(field: Field) -> Contestant:
     """Mixed precision by hand: float32 copies of weights and gradients."""
     if field.storage.weight not in ("master", "remainder"):
-        raise Unavailable("is for 16-bit parameters with float32 weights")
+        raise OtherStorage
     masters = [torch.nn.Parameter(p.detach().float()) for p in field.params]
     for master in masters:
         master.grad = torch.zeros_like(master)
@@ -241,6 +245,8 @@ def peers(field: Field, wanted: Sequence[str] | None = None) -> tuple[dict[str, 
             contestant = make(field)
             contestant.step()
             entered[name] = contestant
+        except OtherStorage:
+            continue
         except Unavailable as reason:
             missing[name] = str(reason)
         except Exception as error:

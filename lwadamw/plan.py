@@ -167,8 +167,8 @@ class Plan:
         self._segment_chunk = self._table(np.array(segment_chunk, np.int32))
         self._addresses = self._table(addresses)
         self._row_group = self._table(np.array([row.group for row in rows], np.int32))
-        self._first_chunk = np.searchsorted(np.concatenate(chunk_row), np.arange(len(rows) + 1))
         self._row_launches: dict[int, list[Launch]] = {}
+        self._first_chunk: list[int] | None = None  # of each row, and n_chunks, once a row steps alone
         rounding = np.array([row.rounding for row in rows] if storage.draws else [], np.int64).reshape(
             -1, layout.ROUNDING
         )
@@ -294,7 +294,11 @@ class Plan:
         self._gradients, self._sent = [], True
         launches = self._row_launches.get(row)
         if launches is None:
-            first, last = self._first_chunk[row : row + 2].tolist()
+            if self._first_chunk is None:
+                self._first_chunk = torch.searchsorted(
+                    self._chunk_row, torch.arange(self.n_rows + 1, device=self.device)
+                ).tolist()
+            first, last = self._first_chunk[row : row + 2]
             launches = [self._coefficients_launch(row, row + 1, False)]
             launches += [self._update_launch(first, last, measured) for measured in (False, True)]
             self._row_launches[row] = launches

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from lwadamw import AdamW, reference
+from lwadamw import AdamW, reference, storage
 from lwadamw.combinations import COMBINATIONS
 from lwadamw.lab.data import batches, split_files
 from lwadamw.lab.model import ModelConfig, Transformer
@@ -248,6 +248,13 @@ def test_state_takes_the_bytes_of_the_table(name):
     optimizer.step()
     held = sum(t.numel() * t.element_size() for key, t in optimizer.state[p].items() if key != "step")
     assert held / p.numel() == c.storage.state_bytes()
+
+
+def test_kernels_and_state_have_blocks_of_the_same_size():
+    from lwadamw.kernels import layout
+
+    assert storage.QUANT == layout.QUANT
+    assert layout.MIN_CHUNK % layout.QUANT == 0
 
 
 def test_bytes_moved_are_at_the_floor():
