@@ -172,7 +172,7 @@ def test_a_moment_without_gradients_fades_as_in_fp32(backend, device):
             optimizer.step()
         before = p.detach().clone()
         stale = torch.arange(128, device=device) < 32
-        for _ in range(40):
+        for _ in range(25):
             p.grad = torch.randn_like(p).masked_fill(stale, 0.0)
             optimizer.step()
         ways.append((p.detach() - before)[:, stale].abs().mean().item())
