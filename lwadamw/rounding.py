@@ -10,6 +10,10 @@ from torch import Tensor
 
 from .backends import Member, local
 
+# Run and stride of elements that follow each other in the whole parameter as they do here: longer than any tensor, and a
+# multiple of the elements that share a draw.
+_WHOLE = 1 << 60
+
 
 def row_of(member: Member) -> tuple[int, int, int, int, int]:
     """(seed, stream, first, run, stride), a row of the rounding table, see kernels/layout.py.
@@ -28,14 +32,14 @@ def _places(member: Member) -> tuple[int, int, int]:
     p = member.param
     held = local(p)
     if held is p or held.numel() in (0, p.numel()):
-        return 0, 0, 0
+        return 0, _WHOLE, _WHOLE
     found = _offsets(p)
     if found is not None and held.is_contiguous():
         offsets, after = found, [math.prod(p.shape[d + 1 :]) for d in range(p.ndim)]
         last = max(d for d in range(p.ndim) if held.shape[d] != p.shape[d])
         first = sum(o * a for o, a in zip(offsets, after, strict=True))
         if last == 0:
-            return first, 0, 0
+            return first, _WHOLE, _WHOLE
         if all(held.shape[d] == p.shape[d] for d in range(1, last)):
             return first, held.shape[last] * after[last], p.shape[last] * after[last]
     raise RuntimeError(

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from lwadamw import AdamW, packing
+from lwadamw.backends import Member
+from lwadamw.rounding import row_of
 
 B = torch.bfloat16
 SPECIAL = [0.0, -0.0, 1.0, float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, -1.1754944e-38, 1.00390625]
@@ -177,6 +179,15 @@ def test_a_moment_without_gradients_fades_as_in_fp32(backend, device):
             optimizer.step()
         ways.append((p.detach() - before)[:, stale].abs().mean().item())
     assert ways[1] == pytest.approx(ways[0], rel=0.1)
+
+
+def test_a_whole_parameter_is_one_run():
+    """Of a length that may be divided by, since a plan may have shards beside it whose runs are counted."""
+    group = {"params": [], "rounding_seed": 3}
+    _, _, first, run, stride = row_of(Member(torch.zeros(5, 7), "w", group, 0, 0, ()))
+    assert first == 0
+    assert run == stride > 2**40
+    assert run % 8 == 0
 
 
 def test_codes_of_any_memory_layout_are_by_memory_order():

@@ -225,10 +225,9 @@ def _reshard(rank, world, folder, name, phase):
                 p.grad = distribute_tensor(g, mesh, p.placements)
             optimizer.step()
         if phase:
-            full = {key: t.full_tensor() for key, t in _tensors(optimizer).items()}
-            full |= {f"param{i}": p.detach().full_tensor() for i, p in enumerate(params)}
-            if rank == 0:
-                torch.save(full, f"{folder}/sharded.pt")
+            full = {key: t.to_local() for key, t in _tensors(optimizer).items()}
+            full |= {f"param{i}": p.detach().to_local() for i, p in enumerate(params)}
+            torch.save(full, f"{folder}/sharded.pt")
         else:
             dcp.save({"params": params, "state": _tensors(optimizer)}, checkpoint_id=f"{folder}/checkpoint")
         dist.barrier()
