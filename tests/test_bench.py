@@ -148,6 +148,7 @@ def test_bytes_are_those_of_the_algorithm():
     assert per_element["usual way: clip_grad_norm_, fused, norms"] == 28 + 12 + 8
 
 
+@pytest.mark.slow
 def test_step_takes_every_storage_combination(tmp_path):
     arguments = ("--dry-run", "--workloads", "cpu_30m", "--storage", "all", "--groups", "1")
     results = _run("bench.step", *arguments, json_to=tmp_path / "step.json")["results"]

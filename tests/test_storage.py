@@ -89,7 +89,14 @@ def test_kernels_and_torch_store_alike(name, device):
             assert getattr(kernels.norms(), column) == pytest.approx(expected, rel=1e-2 if c.param != F else 1e-4)
 
 
-@pytest.mark.parametrize("name", ["bf16, remainder", "bf16, stochastic", "fp32, 8-bit moments", "bf16, kahan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bf16, stochastic",
+        "fp32, 8-bit moments",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("bf16, remainder", "bf16, kahan")),
+    ],
+)
 def test_alignment_and_chunks_change_not_one_bit(name, device, monkeypatch):
     c = COMBINATIONS[name]
     n = 3 * 4096 + 77
@@ -141,7 +148,7 @@ def test_another_seed_rounds_otherwise(backend, device):
 
 
 @pytest.mark.parametrize("master", [F, "remainder"])
-@pytest.mark.parametrize("moments", [None, B])
+@pytest.mark.parametrize("moments", [None, pytest.param(B, marks=pytest.mark.slow)])
 def test_master_weights_are_bit_identical_to_fp32_training(master, moments, backend, device):
     moments = {"exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
     half = [torch.nn.Parameter(torch.randn(s, device=device).to(B)) for s in SHAPES]

@@ -196,7 +196,11 @@ def test_codes_without_their_scales_are_refused(device):
     assert torch.equal(params[2], before)
 
 
-RESHARDED = ["bf16, remainder, 8-bit moments", "bf16, stochastic", "bf16, master"]
+RESHARDED = [
+    "bf16, remainder, 8-bit moments",
+    "bf16, stochastic",
+    pytest.param("bf16, master", marks=pytest.mark.slow),
+]
 
 
 def _reshard(rank, world, folder, name, phase):
