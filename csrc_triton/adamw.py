@@ -36,7 +36,7 @@ from .layout import (
     K_TAIL,
     K_THREADS,
 )
-from .moments import load_moment, store_moment, store_moment_sq
+from .moments import load_moment, store_moment
 from .stochastic import hash_bits, hash_key, random_bits
 from .storage import element_address, load, pointer_to, store
 from .weights import load_weight, store_weight
@@ -120,8 +120,8 @@ def update_blocks(
         bits = 0
         if EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8:
             bits = hash_bits(start + i, first, run, stride, key, STRIDED, SIZE)
-        store_moment(m_address, ms_address, i, offsets, b_m, bits, mask, end, EXP_AVG, SIZE, MASKED)
-        store_moment_sq(v_address, vs_address, i, offsets, b_v, b_root, bits, mask, end, EXP_AVG_SQ, SIZE, MASKED)
+        store_moment(m_address, ms_address, i, offsets, b_m, b_m, bits, mask, end, EXP_AVG, SIZE, MASKED)
+        store_moment(v_address, vs_address, i, offsets, b_v, b_root, bits, mask, end, EXP_AVG_SQ, SIZE, MASKED)
         if NORMS:
             if (WEIGHT != K_MASTER and WEIGHT != K_REMAINDER) and PARAM != tl.float32:
                 # What rounding left of the update.

@@ -91,35 +91,24 @@ def store_codes(
     # eight.
     inverse = tl.rsqrt(tl.where(zero, 1.0, largest))
     power = tl.abs(block) * spread(tl.where(zero, 0.0, inverse * inverse * LARGEST**4), SIZE)
+    code = round_code(power, random & 0xFFFF, LARGEST, TYPE == tl.uint8) & 0xFF
     if TYPE == tl.int8:
-        code = round_code(power, random & 0xFFFF, LARGEST, False) & 0xFF
         code = tl.where(block < 0.0, -code, code)
     else:
-        code = tl.maximum(round_code(power, random >> 16 & 0xFFFF, LARGEST, True) & 0xFF, 1)
+        code = tl.maximum(code, 1)
     store_raw(pointer, offsets, code.to(TYPE), mask, MASKED)
 
 
 @triton.jit
 def store_moment(
-    address, scale_address, begin, offsets, block, random, mask, end,
-    TYPE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Write a block of exp_avg; random: int32 bits, of which 8-bit codes take the lower half."""
-    pointer = pointer_to(address, TYPE, not MASKED)
-    if TYPE == tl.int8:
-        store_codes(pointer, scale_address, begin, offsets, block, random, mask, end, TYPE, SIZE, MASKED)
-    else:
-        store(pointer, offsets, block, mask, MASKED)
-
-
-@triton.jit
-def store_moment_sq(
     address, scale_address, begin, offsets, block, root, random, mask, end,
     TYPE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of exp_avg_sq, whose root is known; random: int32 bits, of which 8-bit codes take the upper half."""
+    """Write a block of exp_avg, or of exp_avg_sq with its root; of the 32 random bits per element each takes a half."""
     pointer = pointer_to(address, TYPE, not MASKED)
-    if TYPE == tl.uint8:
-        store_codes(pointer, scale_address, begin, offsets, root, random, mask, end, TYPE, SIZE, MASKED)
+    if TYPE == tl.int8:
+        store_codes(pointer, scale_address, begin, offsets, block, random, mask, end, TYPE, SIZE, MASKED)
+    elif TYPE == tl.uint8:
+        store_codes(pointer, scale_address, begin, offsets, root, random >> 16, mask, end, TYPE, SIZE, MASKED)
     else:
         store(pointer, offsets, block, mask, MASKED)

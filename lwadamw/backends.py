@@ -34,6 +34,16 @@ class Member(NamedTuple):
         return [f"{self.name}[{i}]" for i in range(len(self.segments))] or [self.name]
 
 
+class Request(NamedTuple):
+    """What a step is to do besides the update."""
+
+    max_grad_norm: float | None = None
+    nonfinite: str = "skip"  # what becomes of a step whose norm to clip by is not finite: "skip", "raise" or "pass"
+    norms: bool = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
 class Effective(NamedTuple):
     """Hyperparameters of a group with its width multipliers applied."""
 
@@ -75,6 +85,16 @@ def gradient_of(p: Tensor, attribute: str) -> Tensor | None:
     """The gradient of a parameter, where its group says it is kept."""
     grad: Tensor | None = p.grad if attribute == "grad" else getattr(p, attribute, None)
     return grad
+
+
+def gradients_of(params: Sequence[Tensor], attribute: str) -> list[Any]:
+    """`gradient_of` of many, at the cost of a list comprehension where they are in `grad`."""
+    return [p.grad for p in params] if attribute == "grad" else [getattr(p, attribute, None) for p in params]
+
+
+def any_gradient(params: Mapping[str, Sequence[Tensor]]) -> bool:
+    """Whether any parameter has a gradient, given by where they would be."""
+    return any(grad is not None for attribute, some in params.items() for grad in gradients_of(some, attribute))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -175,6 +195,11 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
                 f"{key} of {member.name!r} {tuple(p.shape)} is on {tensor.device}, the parameter on {p.device}. "
                 "Move the optimizer state back before stepping."
             )
+    if member.group["amsgrad"] and "exp_avg_sq" in state and state["exp_avg_sq"].dtype in CODES:
+        raise RuntimeError(
+            f"exp_avg_sq of {member.name!r} {tuple(p.shape)} is kept in 8 bits, and amsgrad=True would need its maximum. Set "
+            "the group's exp_avg_sq_dtype to torch.bfloat16 or torch.float32 and call convert_state(), or set amsgrad=False."
+        )
     for key, scales in SCALES.items():
         if key in state and state[key].dtype in CODES:
             shape = tuple(state[scales].shape) if scales in state else "none"

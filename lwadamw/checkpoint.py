@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends import WIDTH_KEYS, effective
-from .packing import decode
+from .backends import WIDTH_KEYS, Member, effective
+from .packing import like, read_moment
 from .storage import ARRAYS, CODES, COMPANIONS, DEFAULTS, SCALES, wanted_companion, wanted_dtype
 
 # What loading may set in a group that the checkpoint does not mention: all of it describes the model, not the run.
@@ -153,18 +153,18 @@ def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
                     optimizer.state[p][key] = value.to(device=p.device, copy=True)
 
 
-def warn_of_types(groups: list[StateDict], state: Any) -> None:
-    """Warn if loaded state has other types than its groups ask for explicitly."""
+def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any) -> None:
+    """Warn if loaded state has other types than its groups ask for explicitly; members: those of the groups, in order."""
     found: list[str] = []
+    segments = {id(m.param): m.segments for m in members}
     for group in groups:
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
         for p, name in zip(group["params"], names, strict=True):
             for key in ("exp_avg", "exp_avg_sq"):
                 if group.get(f"{key}_dtype") is None or key not in state.get(p, {}):
                     continue
-                asked, loaded = wanted_dtype(p, group, key), state[p][key].dtype
-                # A parameter too small or too oddly divided for 8 bits is no difference.
-                if loaded not in (asked, torch.float32 if asked in CODES and group.get("segments") else asked):
+                asked, loaded = wanted_dtype(p, group, key, segments[id(p)]), state[p][key].dtype
+                if loaded != asked:
                     found.append(f"{key} of {name!r} is {loaded}, asked for is {asked}")
             if state.get(p) and (companion := wanted_companion(p, group)) and companion not in state[p]:
                 found.append(f"{name!r} has no {companion}, which the next step makes from the parameter")
@@ -187,8 +187,8 @@ def for_torch(groups: list[StateDict], state_dict: StateDict) -> StateDict:
     out_state = {}
     for i, saved in state_dict["state"].items():
         entry = {k: v for k, v in saved.items() if k not in (*COMPANIONS, *SCALES.values())}
-        for key, scales in SCALES.items():
+        for key in SCALES:
             if key in entry and entry[key].dtype in CODES:
-                entry[key] = decode(entry[key], saved[scales])
+                entry[key] = like(saved[key], read_moment(saved, key))
         out_state[i] = entry
     return {**state_dict, "state": out_state, "param_groups": out_groups}

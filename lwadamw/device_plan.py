@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import Member, check_gradient, gradient_of, local
-from .packing import create_state, read_moment, write_moment
-from .plan import Plan, Row, Shared
+from .backends import Member, check_gradient, gradients_of, local
+from .packing import create_state, lay_out, read_weight
+from .plan import NO_ROUNDING, Plan, Row, Shared
 from .rounding import row_of
-from .storage import ARRAYS, CODES, FLOATS, STATE, Storage, storage_of
+from .storage import FLOATS, STATE, Storage, storage_of
 
 _data_ptr = Tensor.data_ptr
 _is_contiguous = Tensor.is_contiguous
@@ -53,7 +53,7 @@ class DevicePlan:
                     state["step"],
                     m.group_index,
                     m.segments,
-                    *([row_of(m)] if storage.draws else []),
+                    row_of(m) if storage.draws else NO_ROUNDING,
                 )
                 for m, p, state in zip(members, params, states, strict=True)
             ],
@@ -77,8 +77,8 @@ class DevicePlan:
         self._empty = [i for i, p in enumerate(params) if p.numel() == 0]
         self._copies: list[Tensor] = []
         # A rounded copy of a master weight that somebody writes to is no copy any more.
-        self._masters = [local(state["master_param"]) for state in states] if storage.weight == "master" else []
-        self._versions: list[int] = list(map(_version, self.params)) if self._masters else []
+        self._mastered = states if storage.weight == "master" else []
+        self._versions = [-1] * len(self._mastered)  # whatever happened before this plan is looked at once
 
     def _current_addresses(self, tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_data_ptr, map(local, tensors) if self._distributed else tensors))
@@ -94,24 +94,19 @@ class DevicePlan:
 
         None: a gradient has come in another dtype, so that it takes another plan.
         """
-        name = self._attribute
-        if name == "grad":
-            grads: list[Any] = [p.grad for p in self.params]
-        else:
-            grads = [gradient_of(p, name) for p in self.params]
+        grads = gradients_of(self.params, self._attribute)
         if self._contiguous:
             try:
                 addresses = list(map(_data_ptr, grads))
-                if all(map(_is_contiguous, grads)) and not (self._any_dtype and self._changed_dtype(grads)):
+                if all(map(_is_contiguous, grads)) and (
+                    not self._any_dtype or set(map(_dtype, grads)) == {self._grad_dtype}
+                ):
                     for i in self._empty:
                         addresses[i] = _EMPTY
                     return addresses
             except (TypeError, RuntimeError):
                 pass  # a missing or sparse gradient
         return self._checked_gradients(grads)
-
-    def _changed_dtype(self, grads: Sequence[Tensor]) -> bool:
-        return set(map(_dtype, grads)) != {self._grad_dtype}
 
     @torch.no_grad()
     def _checked_gradients(self, grads: Sequence[Tensor | None], first: int = 0) -> list[int] | None:
@@ -139,27 +134,31 @@ class DevicePlan:
 
     def gradient_of_row(self, row: int) -> int | None:
         """Address of one parameter's gradient, as `gradients` gives it."""
-        addresses = self._checked_gradients([gradient_of(self.params[row], self._attribute)], row)
+        addresses = self._checked_gradients(gradients_of(self.params[row : row + 1], self._attribute), row)
         return None if addresses is None else addresses[0]
 
     @torch.no_grad()
-    def follow_parameters(self) -> None:
+    def follow_parameters(self, row: int | None = None) -> None:
         """Take over what somebody else has written to a parameter since the last step into its master weight.
 
         Where the parameter still is the rounded master weight, as after swapping averaged weights in and out, that keeps
-        its digits.
+        its digits. row: of this one only.
         """
-        if not self._masters or list(map(_version, self.params)) == self._versions:
-            return
-        for p, master, version in zip(map(local, self.params), self._masters, self._versions, strict=True):
-            if p._version != version:
-                torch.where(master.to(p.dtype) == p, master, p.to(master.dtype), out=master)
+        rows: Iterable[int] = ()
+        if self._mastered and (row is not None or list(map(_version, self.params)) != self._versions):
+            rows = range(len(self.params)) if row is None else (row,)
+        for i in rows:
+            if self.params[i]._version != self._versions[i]:
+                state = self._mastered[i]
+                local(state["master_param"]).copy_(read_weight(self.params[i], state, "master"))
 
     def note_versions(self, row: int | None = None) -> None:
         # The kernels wrote behind autograd's back; a backward through the old weights must still be an error.
         torch._C._increment_version(self.params if row is None else [self.params[row]])
-        if self._masters:
+        if self._mastered and row is None:
             self._versions = list(map(_version, self.params))
+        elif self._mastered and row is not None:
+            self._versions[row] = self.params[row]._version
 
 
 def kernel_storage(member: Member, state: Mapping[str, Any]) -> Storage:
@@ -169,15 +168,6 @@ def kernel_storage(member: Member, state: Mapping[str, Any]) -> Storage:
 
 def complete_state(state: dict[str, Any], member: Member) -> None:
     """Create what is missing of a parameter's state; lay its arrays out in memory as the parameter is."""
-    p = member.param
     state.setdefault("step", 0.0)
-    create_state(state, p, member.group, member.segments)
-    for key in ARRAYS:
-        if key in state and local(state[key]).stride() != local(p).stride():
-            old = state[key]
-            values = read_moment(state, key) if old.dtype in CODES else local(old)
-            state[key] = torch.empty_like(p, dtype=old.dtype)
-            if old.dtype in CODES:
-                write_moment(state, key, torch.empty_like(local(p), dtype=torch.float32).copy_(values))
-            else:
-                local(state[key]).copy_(values)
+    create_state(state, member.param, member.group, member.segments)
+    lay_out(state, member.param)

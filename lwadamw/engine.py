@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .backends import Member, capturing, check_capturable, is_sharded, local, use_triton
+from .backends import Member, Request, capturing, check_capturable, is_sharded, local, use_triton
 from .compare import same
 from .torch_backend import TorchBackend
 from .watch import Watch
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
 
 Groups = Sequence[dict[str, Any]]
 State = Mapping[Any, dict[str, Any]]
-
-
-class Request(NamedTuple):
-    """What a step is to do besides the update."""
-
-    max_grad_norm: float | None = None
-    nonfinite: str = "skip"  # what becomes of a step whose norm to clip by is not finite: "skip", "raise" or "pass"
-    norms: bool = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
 
 class Engine:
@@ -138,16 +128,11 @@ class Engine:
         )
         if not fresh:
             self._sort(groups, state)
-        if self._triton is not None:
-            regardless = request.nonfinite == "pass"
-            arguments = (
-                groups, verify_state, request.max_grad_norm or 0.0, regardless, request.grad_scale, request.found_inf
-            )  # fmt: skip
-            if not self._triton.stage(*arguments):
-                self._sort(groups, state)
-                fresh = False
-                if not self._triton.stage(*arguments):
-                    raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while step() runs.")
+        if self._triton is not None and not self._triton.stage(groups, request, verify_state):
+            self._sort(groups, state)
+            fresh = False
+            if self._triton is not None and not self._triton.stage(groups, request, verify_state):
+                raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while step() runs.")
         created = bool(self._torch_members) and self._torch.prepare(self._torch_members, groups, state, fresh)
         if created or not fresh:
             self._referents = gc.get_referents(*state.values())

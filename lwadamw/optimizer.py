@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .backends import BACKENDS, effective
-from .engine import Engine, Request
+from .backends import BACKENDS, Request, effective
+from .engine import Engine
 from .groups import check_group
 from .norms import Norms
 from .release import GradientRelease
@@ -181,6 +181,11 @@ class AdamW(Stateful):
     def max_grad_norm(self, value: float | None) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"max_grad_norm={value} is not positive. Give a norm to clip to, or None for no clipping.")
+        if value is not None and self.__dict__.get("_released") is not None:
+            raise RuntimeError(
+                f"max_grad_norm={value} while gradients are released: the global norm would be known too late. "
+                "Call remove() on the handle of release_gradients() first."
+            )
         self._max_grad_norm = None if value is None else float(value)
 
     @property

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from .backends import local
-from .storage import CODES, QUANT, SCALES, kept_weight, scale_shape, wanted_companion, wanted_dtype
+from .storage import (
+    ARRAYS,
+    CODES,
+    MOMENTS,
+    QUANT,
+    SCALES,
+    STATE,
+    kept_weight,
+    scale_shape,
+    wanted_companion,
+    wanted_dtype,
+)
 
 _TINY = 2.0**-90
 _MASK = 0xFFFFFFFF
@@ -111,10 +122,14 @@ def join_remainder(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def read_weight(p: Tensor, state: Mapping[str, Any], kept: str) -> Tensor:
-    """The weight a step updates, as a new local float32 tensor."""
+    """The weight a step updates, as a new local float32 tensor.
+
+    A master weight that its parameter is not the rounded copy of has been overtaken: somebody else wrote to the parameter.
+    """
     held = local(p.detach())
     if kept == "master":
-        return local(state["master_param"]).clone()
+        master = local(state["master_param"])
+        return torch.where(master.to(held.dtype) == held, master, held.float())
     if kept == "remainder":
         return join_remainder(held, local(state["master_param"]))
     return held.float() + local(state["kahan_comp"]) if kept == "kahan" else held.to(torch.float32, copy=True)
@@ -124,7 +139,7 @@ def read_weight(p: Tensor, state: Mapping[str, Any], kept: str) -> Tensor:
 def write_weight(p: Tensor, state: Mapping[str, Any], kept: str, weight: Tensor, random: Tensor | None = None) -> None:
     """Round a local float32 weight, laid out in memory as the parameter is, into parameter and companion.
 
-    random: as of `random_bits`, for each element in memory order; for stochastic rounding
+    random: as of `random_bits`, for each element in memory order; for stochastic rounding, which rounds `weight` too
     """
     held = local(p.detach())
     if kept == "master":
@@ -137,7 +152,8 @@ def write_weight(p: Tensor, state: Mapping[str, Any], kept: str, weight: Tensor,
     elif kept == "stochastic" and random is not None:
         w = flat(weight)
         bits = torch.where(w.isnan(), 0x7FC00000, w.view(torch.int32)) + random
-        flat(held).copy_((bits >> 16 << 16).view(torch.float32))
+        w.copy_((bits >> 16 << 16).view(torch.float32))
+        held.copy_(weight)
     else:
         held.copy_(weight)
         if kept == "kahan":
@@ -146,16 +162,15 @@ def write_weight(p: Tensor, state: Mapping[str, Any], kept: str, weight: Tensor,
 
 def random_bits(index: Tensor, seed: int, stream: int, step: int) -> Tensor:
     """int32 below 2^16 for elements of the whole parameter, int64 of any shape; see kernels/stochastic.py."""
-    mask = _MASK
     draw = index // _DRAW
-    c0, c1 = draw & mask, draw >> 32
-    c2, c3 = torch.full_like(draw, step & mask), torch.full_like(draw, stream & mask)
-    k0, k1 = seed & mask, seed >> 32 & mask
+    c0, c1 = draw & _MASK, draw >> 32
+    c2, c3 = torch.full_like(draw, step & _MASK), torch.full_like(draw, stream & _MASK)
+    k0, k1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(_ROUNDS):
         high_a, low_a = _product(0xD2511F53, c0)
         high_b, low_b = _product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     place = index % _DRAW
     word = torch.where(place < 4, torch.where(place < 2, c0, c1), torch.where(place < 6, c2, c3))
     return torch.where(place % 2 == 0, word & 0xFFFF, word >> 16).to(torch.int32)
@@ -187,10 +202,10 @@ def create_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], seg
 
     Weights that are there win: state with a master weight gets no compensation, and the other way round.
     """
-    for key in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())):
+    for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
         if key not in state:
-            like = state.get("exp_avg_sq") if key == "max_exp_avg_sq" else None
-            dtype = wanted_dtype(p, group, key, segments) if like is None else like.dtype
+            is_max = key == "max_exp_avg_sq"
+            dtype = state["exp_avg_sq"].dtype if is_max else wanted_dtype(p, group, key, segments)
             state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         if key in SCALES and state[key].dtype in CODES and SCALES[key] not in state:
             state[SCALES[key]] = _zero_scales(p)
@@ -203,6 +218,21 @@ def create_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], seg
         state[companion] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
     else:
         state[companion] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+
+@torch.no_grad()
+def lay_out(state: dict[str, Any], p: Tensor) -> None:
+    """Lay every array of a parameter's state out in memory as the parameter is: blocks of codes follow memory order."""
+    stride = torch.empty_like(local(p), device="meta").stride()
+    for key in ARRAYS:
+        if key not in state or local(state[key]).stride() == stride:
+            continue
+        old, state[key] = state[key], torch.empty_like(p, dtype=state[key].dtype)
+        if old.dtype in CODES:
+            values = read_moment({**state, key: old}, key)
+            write_moment(state, key, torch.empty_like(local(p), dtype=torch.float32).copy_(values))
+        else:
+            local(state[key]).copy_(local(old))
 
 
 def _zero_scales(p: Tensor) -> Tensor:
@@ -218,12 +248,10 @@ def _zero_scales(p: Tensor) -> Tensor:
 @torch.no_grad()
 def convert_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], segments: Sequence[int] = ()) -> None:
     """Bring a parameter's state to the types its group asks for, each value rounded once."""
-    if not state:
-        return
     kept = kept_weight(p, group, state)
     weight = read_weight(p, state, kept) if kept in ("master", "remainder", "kahan") else None
-    moments = {key: read_moment(state, key) for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state}
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", *SCALES.values(), "master_param", "kahan_comp"):
+    moments = {key: read_moment(state, key) for key in MOMENTS if key in state}
+    for key in STATE:
         state.pop(key, None)
     create_state(state, p, {**group, "amsgrad": "max_exp_avg_sq" in moments}, segments)
     for key, values in moments.items():

@@ -66,8 +66,8 @@ def _offsets(p: Tensor) -> list[int] | None:
     return offsets
 
 
-def index_in_whole(member: Member) -> Tensor:
-    """int64[n], for each local element in memory order the index that its bits are drawn by."""
-    _, _, first, run, stride = row_of(member)
+def draws_of(member: Member) -> tuple[int, int, Tensor]:
+    """(seed, stream, index int64[n]): what the bits of each local element, in memory order, are drawn by."""
+    seed, stream, first, run, stride = row_of(member)
     index = torch.arange(local(member.param).numel(), device=member.param.device)
-    return first + index + (index // run * (stride - run) if run != stride else 0)
+    return seed, stream, first + index + (index // run * (stride - run) if run != stride else 0)

@@ -36,7 +36,7 @@ class Stateful(torch.optim.AdamW):
         """
         with checkpoint.loading(self):
             super().load_state_dict(state_dict)
-        checkpoint.warn_of_types(self.param_groups, self.state)
+        checkpoint.warn_of_types(self.param_groups, self._members(), self.state)
 
     def to_torch_state_dict(self) -> dict[str, Any]:
         """A state dict that torch.optim.AdamW loads: 8-bit moments as float32, no master weights, torch's group keys.

@@ -57,6 +57,11 @@ class Storage(NamedTuple):
         return {"master": torch.float32, "remainder": torch.int16, "kahan": self.param}.get(self.weight)
 
     @property
+    def plain(self) -> bool:
+        """Whether torch's own implementations store it so."""
+        return self.weight == "plain" and {self.grad, self.exp_avg, self.exp_avg_sq} == {self.param}
+
+    @property
     def draws(self) -> bool:
         """Whether anything is rounded at random."""
         return self.weight == "stochastic" or self.exp_avg in CODES or self.exp_avg_sq in CODES

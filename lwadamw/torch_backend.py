@@ -17,9 +17,18 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import cpu, packing
-from .backends import Member, check_gradient, check_state, effective, gradient_of, local
+from .backends import (
+    Member,
+    any_gradient,
+    check_gradient,
+    check_state,
+    effective,
+    gradient_of,
+    gradients_of,
+    local,
+)
 from .compare import same
-from .rounding import index_in_whole, row_of
+from .rounding import draws_of
 from .storage import CODES, MOMENTS, storage_of
 from .torch_norms import resting_sums, step_sums
 
@@ -35,6 +44,7 @@ class Entry:
     # Not None if torch's fused CPU kernel can take it as long as it stays there, its gradient and its group permitting.
     address: int | None
     completed_for: tuple[bool, bool] | None = None  # amsgrad, and whether `step` is on the parameter's device
+    kept: str = "plain"  # how the weight is, see storage.py
     sums: Tensor | None = None  # float64[4], statistics of the last step where that measured them
 
 
@@ -43,8 +53,9 @@ class Bucket:
     """Parameters that one call updates."""
 
     options: dict[str, Any]  # keyword arguments of the functional AdamW
+    attribute: str  # where gradients are
     direct: bool  # nobody asked for it, but torch's fused CPU kernel serves
-    packed: bool = False  # stored in some way that torch's implementations do not know
+    packed: bool  # stored in some way that torch's implementations do not know
     entries: list[Entry] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     factor: Tensor | None = None  # what the step multiplied the gradients with
@@ -65,7 +76,7 @@ class TorchBackend:
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         self._entries: dict[int, Entry] = {}
-        self._without_gradient: list[tuple[Tensor, str]] = []
+        self._without_gradient: dict[str, list[Tensor]] = {}  # by where it would be
         self._group_referents: list[Any] = []
 
     def prepare(self, members: Iterable[Member], groups: Sequence[dict[str, Any]], state: Any, fresh: bool) -> bool:
@@ -82,7 +93,7 @@ class TorchBackend:
         if not fresh:
             self._entries = {}
         entries = self._entries
-        self._without_gradient = []
+        self._without_gradient = {}
         buckets: dict[tuple[Any, ...], Bucket] = {}
         by_group: dict[tuple[int, bool, bool], Bucket] = {}
         group_fuses: dict[int, bool] = {}
@@ -94,22 +105,16 @@ class TorchBackend:
             attribute = group.get("grad_attribute", "grad")
             grad = gradient_of(p, attribute)
             if grad is None:
-                self._without_gradient.append((p, attribute))
+                self._without_gradient.setdefault(attribute, []).append(p)
                 continue
             if grad.layout != torch.strided:
                 check_gradient(m, grad)
             entry = entries.get(m.order)
             if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
-                check_state(m, state[p])
                 entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if cpu.serves(p, state[p]) else None)
             entry.member = m
-            packed = storage_of(p, grad, group, entry.state, m.segments) != (
-                p.dtype,
-                p.dtype,
-                p.dtype,
-                p.dtype,
-                "plain",
-            )
+            storage = storage_of(p, grad, group, entry.state, m.segments)
+            entry.kept, packed = storage.weight, not storage.plain
             direct = group_fuses.get(m.group_index)
             if direct is None:
                 direct = group_fuses[m.group_index] = cpu.serves_group(group)
@@ -120,35 +125,36 @@ class TorchBackend:
             if bucket is None:
                 names = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
                 values = (*effective(group), *group["betas"], *(group[flag] for flag in _FLAGS))
-                new = Bucket(dict(zip(names, values, strict=True)), direct, packed)
-                bucket = by_group[place] = buckets.setdefault((direct, packed, *values), new)
+                new = Bucket(dict(zip(names, values, strict=True)), attribute, direct, packed)
+                bucket = by_group[place] = buckets.setdefault((attribute, direct, packed, *values), new)
             bucket.entries.append(entry)
             bucket.grads.append(grad)
         self.buckets, self._group_referents = list(buckets.values()), referents
         return self._complete()
 
     def _complete(self) -> bool:
-        created = False
+        stale: list[tuple[Bucket, Entry, tuple[bool, bool]]] = []
         for bucket in self.buckets:
             options = bucket.options
             needs = (bool(options["amsgrad"]), bool(options["capturable"] or bucket.fused or bucket.direct))
-            for entry in bucket.entries:
-                if entry.completed_for != needs:
-                    _complete(entry.state, entry.member, *needs)
-                    entry.completed_for, created = needs, True
-        return created
+            stale += [(bucket, entry, needs) for entry in bucket.entries if entry.completed_for != needs]
+        for _, entry, _ in stale:
+            check_state(entry.member, entry.state)
+        for bucket, entry, needs in stale:
+            _complete(entry.state, entry.member, *needs)
+            if bucket.packed:
+                packing.lay_out(entry.state, entry.member.param)
+            entry.completed_for = needs
+        return bool(stale)
 
     def _refill(self) -> bool:
         """Give the last step's buckets this step's gradients; False if they do not all take the fused CPU kernel again."""
-        if not all(bucket.direct for bucket in self.buckets) or any(
-            gradient_of(p, attribute) is not None for p, attribute in self._without_gradient
-        ):
+        if not all(bucket.direct for bucket in self.buckets) or any_gradient(self._without_gradient):
             return False
         grads: list[list[Any]] = []
         for bucket in self.buckets:
             params = bucket.params()
-            attributes = (entry.member.group.get("grad_attribute", "grad") for entry in bucket.entries)
-            grads.append(list(map(gradient_of, params, attributes)))
+            grads.append(gradients_of(params, bucket.attribute))
             try:
                 moved = list(map(Tensor.data_ptr, params)) != [entry.address for entry in bucket.entries]
                 if moved or not all(map(cpu.is_plain, params, grads[-1])):
@@ -263,9 +269,8 @@ def _sums_of(bucket: Bucket, entry: Entry) -> Tensor:
 @torch.no_grad()
 def _step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> None:
     """The step of one parameter, in float32 however it is stored."""
-    member, state, options = entry.member, entry.state, bucket.options
+    member, state, kept, options = entry.member, entry.state, entry.kept, bucket.options
     p = member.param
-    kept = storage_of(p, grad, member.group, state).weight
     weight = packing.read_weight(p, state, kept)
     before = weight.clone() if norms else weight
     moments = [key for key in MOMENTS if key in state and (key != "max_exp_avg_sq" or options["amsgrad"])]
@@ -281,17 +286,14 @@ def _step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> Non
         adamw(w, g_, m, v, x[0] if x else [], [state["step"]], **{**options, "foreach": False, "fused": False})
     bits = random = None
     if kept == "stochastic" or any(state[key].dtype in CODES for key in moments):
-        seed, stream, *_ = row_of(member)
-        index, step = index_in_whole(member).view_as(packing.flat(weight)), int(state["step"])
+        (seed, stream, index), step = draws_of(member), int(state["step"])
         bits = packing.hash_bits(index, seed, stream, step)
         random = packing.random_bits(index, seed, stream, step) if kept == "stochastic" else None
     for key, values in columns.items():
         packing.write_moment(state, key, values, bits)
     packing.write_weight(p, state, kept, weight, random)
     if norms:
-        change, after = weight - before, weight
-        if kept not in ("master", "remainder"):
-            after = packing.read_weight(p, state, kept)
-            change = after - before
+        after = packing.read_weight(p, state, kept)
+        change = after - before
         pairs = ((after, after), (change, change), (g, g), (before, change))
         entry.sums = torch.stack([(a.double() * b.double()).sum() for a, b in pairs])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Member, check_state, is_sharded, local
+from .backends import Member, Request, any_gradient, check_state, is_sharded, local
 from .device_plan import DevicePlan, complete_state, kernel_storage
 from .hyperparameters import GroupTable
 from .plan import Shared
@@ -40,8 +40,12 @@ class TritonBackend:
         Raises:
             RuntimeError: state that does not fit its parameter; nothing has been written.
         """
-        self._idle = [m for m in members if idle and m.gradient is None and not state.get(m.param)]
-        left_out = {id(m.param) for m in self._idle}
+        left_out: set[int] = set()
+        self._idle: dict[str, list[Tensor]] = {}  # by where their gradients would be
+        for m in members:
+            if idle and m.gradient is None and not state.get(m.param):
+                left_out.add(id(m.param))
+                self._idle.setdefault(m.group.get("grad_attribute", "grad"), []).append(m.param)
         self.members = [m for m in members if id(m.param) not in left_out]
         self.sharded = next((m for m in self.members if is_sharded(m.param)), None)
         for m in self.members:
@@ -73,31 +77,22 @@ class TritonBackend:
         self._had_others = False
         self._scalars: list[Tensor] = []  # the loss scale and found_inf, where the kernels read them
 
-    def stage(
-        self,
-        groups: Sequence[dict[str, Any]],
-        verify_state: bool,
-        max_grad_norm: float,
-        regardless: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
+    def stage(self, groups: Sequence[dict[str, Any]], request: Request, verify_state: bool) -> bool:
         """Bring every table up to date with this step; False if the plans have to be made again first.
 
         Raises:
             RuntimeError: a gradient the kernels cannot read; nothing has been written.
         """
-        if any(m.gradient is not None for m in self._idle):
-            return False
-        if not all(d.is_fresh(verify_state) for d in self._devices):
+        if any_gradient(self._idle) or not all(d.is_fresh(verify_state) for d in self._devices):
             return False
         gradients = [d.gradients() for d in self._devices]
         if any(addresses is None for addresses in gradients) or not self.refresh(groups):
             return False
         self._scalars = []
         for d, addresses in zip(self._devices, gradients, strict=True):
-            scale, inf = (self._address(scalar, d.plan.device) for scalar in (grad_scale, found_inf))
-            d.plan.stage(addresses or [], Header(max_grad_norm, scale, inf, int(regardless)))
+            scale, inf = (self._address(scalar, d.plan.device) for scalar in (request.grad_scale, request.found_inf))
+            header = Header(request.max_grad_norm or 0.0, scale, inf, int(request.nonfinite == "pass"))
+            d.plan.stage(addresses or [], header)
             d.follow_parameters()
         return True
 
@@ -161,7 +156,7 @@ class TritonBackend:
         address = d.gradient_of_row(row)
         if address is None:
             return False
-        d.follow_parameters()
+        d.follow_parameters(row)
         with d.plan.on_device():
             d.plan.run_row(row, address, norms)
         d.note_versions(row)

@@ -7,16 +7,9 @@ import torch
 from lwadamw import AdamW
 from lwadamw.combinations import COMBINATIONS
 
-try:
-    import pytest
+from . import test_gpu
 
-    pytestmark = [
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
-    ]
-except ImportError:
-    pass
-
+pytestmark = getattr(test_gpu, "pytestmark", [])
 DEVICE = "cuda"
 SHAPES = ((64, 70), (3,), (0,), (300, 1024), (4097,), (5000,))
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}

@@ -130,6 +130,8 @@ def test_what_needs_all_gradients_at_once_is_refused(device):
     optimizer.release_gradients()
     with pytest.raises(RuntimeError, match="released already"):
         optimizer.release_gradients()
+    with pytest.raises(RuntimeError, match="max_grad_norm=1.0 while gradients are released"):
+        optimizer.max_grad_norm = 1.0
 
 
 def test_parameters_added_later_are_released_too(backend, device):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from lwadamw import AdamW, reference, storage
+from lwadamw import AdamW, packing, reference, storage
 from lwadamw.combinations import COMBINATIONS
 from lwadamw.lab.data import batches, split_files
 from lwadamw.lab.model import ModelConfig, Transformer
@@ -86,7 +86,7 @@ def test_kernels_and_torch_store_alike(name, device):
     if name not in NEAREST:
         for column in ("weight", "update", "grad"):
             expected = getattr(twin.norms(), column)
-            assert getattr(kernels.norms(), column) == pytest.approx(expected, rel=1e-2 if c.param != F else 1e-4)
+            assert getattr(kernels.norms(), column) == pytest.approx(expected, rel=1e-3 if c.param != F else 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -318,10 +318,10 @@ def test_gradients_may_change_their_dtype_between_steps(backend, device):
         assert torch.equal(ours.master_weight(p), q.detach())
 
 
-def test_a_master_weight_follows_who_else_writes_to_its_parameter(device):
+def test_a_master_weight_follows_who_else_writes_to_its_parameter(backend, device):
     """And keeps its digits where the parameter is what it was: averaged weights swapped in and out."""
     p = torch.nn.Parameter(torch.randn(300, device=device).to(B))
-    optimizer = AdamW([p], backend="triton", master_weights=F, lr=1e-3)
+    optimizer = AdamW([p], backend=backend, master_weights=F, lr=1e-3)
     p.grad = torch.randn_like(p)
     optimizer.step()
     master, kept = optimizer.master_weight(p), p.detach().clone()
@@ -336,6 +336,77 @@ def test_a_master_weight_follows_who_else_writes_to_its_parameter(device):
     optimizer.step()
     assert torch.equal(p[:100], torch.full_like(p[:100], 7))
     assert torch.equal(optimizer.master_weight(p)[100:], master[100:])
+
+
+def test_a_master_weight_follows_across_a_new_plan(backend, device):
+    p, late = (torch.nn.Parameter(torch.randn(300, device=device).to(B)) for _ in range(2))
+    optimizer = AdamW([p], backend=backend, master_weights=F, lr=1e-3)
+    p.grad, late.grad = torch.randn_like(p), torch.randn_like(late)
+    optimizer.step()
+    with torch.no_grad():
+        p.fill_(7)
+    optimizer.add_param_group({"params": [late]})
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(p, torch.full_like(p, 7))
+
+
+@pytest.mark.parametrize("name", ["bf16, remainder, 8-bit moments", "bf16, stochastic, 8-bit moments", "bf16, kahan"])
+@pytest.mark.parametrize("moved", ["exp_avg", "exp_avg_sq", "companion"])
+def test_state_in_another_memory_layout_is_read_by_index(name, moved, backend, device):
+    c = COMBINATIONS[name]
+    start = torch.randn(96, 64, device=device).to(c.param)
+    runs = []
+    for transposed in (False, True):
+        p = torch.nn.Parameter(start.clone().t())
+        optimizer = optimizer_of(c, [p], backend=backend)
+        torch.manual_seed(1)
+        for step in range(3):
+            p.grad = torch.randn(64, 96, device=device).to(c.grad).t().contiguous().t()
+            if step == 2 and transposed:
+                _transpose(optimizer.state[p], moved)
+            optimizer.step()
+        runs.append((optimizer, p))
+    (one, p), (two, q) = runs
+    # Codes are read exactly and written again, to nearest, when their blocks change: that is another rounding.
+    coded = moved != "companion" and one.state[p][moved].dtype in CODES
+    tolerance = {"rtol": 0.05, "atol": 5e-3} if coded else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(one.master_weight(p), two.master_weight(q), **tolerance)
+    for key in ("exp_avg", "exp_avg_sq"):
+        values = [o.get_unscaled_state(t, key) for o, t in runs]
+        tolerance = {"rtol": 0.3, "atol": 0.02 * float(values[0].abs().max())} if coded else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(*values, **tolerance)
+
+
+def _transpose(state, moved):
+    """Lay one array of a state out the other way in memory; 8-bit codes with scales that follow."""
+    key = {"companion": "master_param" if "master_param" in state else "kahan_comp"}.get(moved, moved)
+    if key not in state:
+        return
+    if state[key].dtype in CODES:
+        values = packing.read_moment(state, key).contiguous()
+        state[key], scales = packing.encode(values, state[key].dtype)
+        state[f"{key}_scale"] = scales
+    else:
+        state[key] = state[key].contiguous()
+
+
+def test_parameters_with_gaps_in_memory_leave_them_alone(device):
+    """On torch's backend; the kernels refuse them."""
+    for name in ("bf16, stochastic", "bf16, remainder", "bf16, kahan"):
+        c = COMBINATIONS[name]
+        buffer = torch.randn(64, 20, device=device).to(c.param)
+        p, q = torch.nn.Parameter(buffer[:, ::2]), torch.nn.Parameter(buffer[:, ::2].contiguous())
+        between = buffer[:, 1::2].clone()
+        ours, dense = (optimizer_of(c, [t], backend="torch") for t in (p, q))
+        for _ in range(2):
+            p.grad = torch.randn(64, 10, device=device).to(c.grad)
+            q.grad = p.grad.clone()
+            ours.step()
+            dense.step()
+        assert torch.equal(p, q)
+        assert torch.equal(buffer[:, 1::2], between)
 
 
 REFUSED = {

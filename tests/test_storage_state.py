@@ -196,6 +196,16 @@ def test_codes_without_their_scales_are_refused(device):
     assert torch.equal(params[2], before)
 
 
+def test_an_8_bit_second_moment_under_amsgrad_is_refused(backend, device):
+    _, params, optimizer = _stepped("fp32, 8-bit moments", backend, device)
+    optimizer.param_groups[0]["amsgrad"] = True
+    before = [p.detach().clone() for p in params]
+    give_grads(COMBINATIONS["fp32"], params)
+    with pytest.raises(RuntimeError, match=r"exp_avg_sq of 'w0' \(64, 70\) is kept in 8 bits, and amsgrad=True"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
 RESHARDED = [
     "bf16, remainder, 8-bit moments",
     "bf16, stochastic",
