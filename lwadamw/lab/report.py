@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 
-import lwadamw
 from lwadamw.norms import Array
 
 from .training import STEADY_TAUS, Run
@@ -69,7 +68,7 @@ def closing(runs: Sequence[Run]) -> str:
 def across(runs: Sequence[Run]) -> str:
     """One sentence on what the rule predicts from the first to the last width, and what was seen."""
     proxy, target = runs[0], runs[-1]
-    scale = lwadamw.RULES[target.settings.rule].matrix
+    scale = target.rule.matrix
     a, b, m = scale.lr, scale.wd or 0.0, target.width / proxy.width
     # sqrt(lr/wd) width^(3/4) is what Fan et al. 2510.15262 observed; sqrt(lr wd) holds where gradients are noise.
     quantities = (
@@ -82,8 +81,9 @@ def across(runs: Sequence[Run]) -> str:
     ]
     late = [f"width {r.width}" for r in runs if r.steps_done < r.steady_step]
     doubt = f" It says little: {' and '.join(late)} not steady yet." if late else ""
-    rule = target.settings.rule
-    sentence = f"From width {proxy.width} to {target.width} the rule {rule} predicts {'; '.join(parts)}.{doubt}"
+    sentence = (
+        f"From width {proxy.width} to {target.width} the rule {target.rule.name} predicts {'; '.join(parts)}.{doubt}"
+    )
     return textwrap.fill(sentence, 118)
 
 
@@ -110,7 +110,7 @@ def draw(runs: Sequence[Run], out: Path) -> str:
         right.fill_between(steps, ratio.min(axis=1), ratio.max(axis=1), color=color, alpha=0.15, linewidth=0)
         right.axvline(run.steady.tau, color=color, linestyle=":", label=f"{name}: tau = {run.steady.tau:.0f} steps")
     right.axhline(1, color="black", linewidth=0.8, label="steady state of noise gradients")
-    title = f"Same base values, rule {runs[0].settings.rule}"
+    title = f"Same base values, rule {runs[0].rule.name}"
     left.set(title=title, xlabel="step", ylabel="training loss, nats per byte")
     right.set(title="Weights against their steady state", xlabel="step", ylabel="weight RMS / sqrt(lr/2wd)")
     right.set_yscale("log")

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import lwadamw
 from lwadamw.equilibrium import SteadyState
 from lwadamw.norms import Array
+from lwadamw.rules import Rule, get_rule
 
 from .data import Corpus, batches, windows
 from .model import ModelConfig, Transformer
@@ -30,13 +31,14 @@ VALIDATION_WINDOWS: Final = 128
 class Settings:
     """What all widths of a comparison have in common."""
 
-    rule: str = "fan2025"
+    rule: str | Rule = "fan2025"
     base_width: int = 64
     depth: int = 4
     context: int = 128
     batch: int = 8
     steps: int = 300
     lr: float = 1e-2  # base value, reached after the warm-up and then constant, so that there is a steady state
+    cooldown: float = 0.0  # share of the steps, at the end, in which the learning rate falls linearly to zero
     weight_decay: float = 2.5  # base value
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -46,6 +48,17 @@ class Settings:
     def warmup(self) -> int:
         """Steps of linear warm-up."""
         return max(1, self.steps // 25)
+
+    @property
+    def steady_steps(self) -> int:
+        """Steps before the learning rate falls."""
+        return self.steps - round(self.cooldown * self.steps)
+
+    def factor(self, step: int) -> float:
+        """What the schedule multiplies the learning rate of a step by; steps count from 0."""
+        rise = min(1.0, (step + 1) / self.warmup)
+        left = self.steps - step
+        return rise * min(1.0, left / (self.steps - self.steady_steps + 1))
 
     @property
     def every(self) -> int:
@@ -81,7 +94,8 @@ class Run:
         s = self.settings
         config = ModelConfig(width=self.width, depth=s.depth, context=s.context)
         self.model = Transformer(config, s.seed).to(self.device)
-        groups = lwadamw.param_groups(self.model, base_width=s.base_width, rule=s.rule)
+        self.rule = get_rule(s.rule)
+        groups = lwadamw.param_groups(self.model, base_width=s.base_width, rule=self.rule)
         self.optimizer = lwadamw.AdamW(
             groups, lr=s.lr, weight_decay=s.weight_decay, betas=s.betas, max_grad_norm=s.max_grad_norm
         )
@@ -106,7 +120,7 @@ class Run:
     def train(self) -> Iterator[Record]:
         """Train all steps, yielding a record every `settings.every` of them and after the last."""
         s = self.settings
-        schedule = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / s.warmup))
+        schedule = LambdaLR(self.optimizer, s.factor)
         source = batches(self.corpus.train, s.batch, s.context, s.seed)
         losses: list[Tensor] = []
         start = time.perf_counter()
@@ -123,12 +137,13 @@ class Run:
             schedule.step()
 
     @torch.no_grad()
-    def evaluate(self) -> None:
-        """Set `validation` and `top` from the weights as they are."""
+    def evaluate(self, spectra: bool = True) -> None:
+        """Set `validation`, and with `spectra` also `top`, from the weights as they are."""
         held_out = windows(self.corpus.validation, VALIDATION_WINDOWS, self.settings.context)
         parts = torch.split(held_out, self.settings.batch)
         self.validation = sum(float(self._loss(part)) * len(part) for part in parts) / len(held_out)
-        self.top = np.array([float(torch.linalg.matrix_norm(p, ord=2)) for p in self.matrices.values()])
+        if spectra:
+            self.top = np.array([float(torch.linalg.matrix_norm(p, ord=2)) for p in self.matrices.values()])
 
     def _loss(self, batch: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):

@@ -1,0 +1,131 @@
+"""`python -m lwadamw sweep`: the laboratory's language model over arms, widths, learning rates, decays and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from ..rules import RULES
+from .arguments import device, positive, whole
+
+# Minutes on two cores: one arm at three widths.
+MINI: Final[dict[str, Any]] = {
+    "arms": ["fan2025"],
+    "widths": [32, 64, 128],
+    "lr": [0.005, 0.01, 0.02, 0.04, 0.08],
+    "weight_decay": [2.5],
+    "seeds": 2,
+    "steps": 250,
+}
+FULL: Final[dict[str, Any]] = {
+    "arms": list(RULES),
+    "widths": [64, 128, 256],
+    "lr": [0.0025, 0.005, 0.01, 0.02, 0.04, 0.08],
+    "weight_decay": [2.5],
+    "seeds": 2,
+    "steps": 600,
+}
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "sweep",
+        help="train the laboratory's model over arms, widths, learning rates, decays and seeds",
+        description="Train a small LLaMA for every combination of arm, width, learning rate, weight decay and seed, several "
+        "at once, and append every run to a CSV file. Killed at any moment, the same command goes on where it was. Ends with "
+        "the transfer analysis of `python -m lwadamw transfer`.",
+    )
+    option = parser.add_argument
+    option("--out", type=Path, default=Path("sweep.csv"), metavar="CSV", help="the runs (default: %(default)s)")
+    option("--mini", action="store_true", help="one arm at three small widths: minutes on two cores")
+    option("--arms", nargs="+", metavar="A", help=f"of {', '.join(RULES)}, or exponents like lr=-0.5,wd=0.25")
+    option("--widths", nargs="+", type=whole, metavar="N", help="the first is the proxy's, unless --base-width says")
+    option("--base-width", type=whole, metavar="N", help="width at which all arms are the same")
+    option("--lr", nargs="+", type=positive, metavar="X", help="base learning rates")
+    option("--weight-decay", nargs="+", type=positive, metavar="X", help="base weight decays")
+    option("--seeds", type=whole, metavar="N", help="seeds 0 to N-1 of initial weights and batches (default: 2)")
+    option("--steps", type=whole, metavar="N", help="steps of every run (default: 600)")
+    option(
+        "--cooldown", type=float, default=0.2, metavar="X", help="share of them in which lr falls to 0 (default: 0.2)"
+    )
+    option("--depth", type=whole, default=2, metavar="N", help="layers (default: %(default)s)")
+    option("--context", type=whole, default=64, metavar="N", help="bytes per window (default: %(default)s)")
+    option("--batch", type=whole, default=8, metavar="N", help="windows per step (default: %(default)s)")
+    option(
+        "--data", type=Path, metavar="FILE", help="text to train on (default: the Python standard library's sources)"
+    )
+    option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)")
+    option("--jobs", type=whole, metavar="N", help="runs at once (default: one per core; on a GPU as many as fit)")
+    option("--plot", type=Path, metavar="PNG", help="loss against learning rate (default: next to --out)")
+    parser.set_defaults(command=lambda args: run(parser, args))
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from ..lab.study import RESULT, train
+    from ..lab.sweep import sweep
+
+    tasks = _tasks(parser, args)
+    if not args.out.parent.is_dir():
+        parser.error(f"argument --out: {str(args.out.parent)!r} does not exist. Give a file in an existing folder.")
+    place = device(parser, args.device)
+    try:
+        failures = sweep(
+            tasks, train, RESULT, args.out, place, jobs=args.jobs, show=lambda line: print(line, flush=True)
+        )
+    except ValueError as error:
+        parser.error(f"argument --out: {error}")
+    if failures:
+        print(
+            f"{len(failures)} runs failed and are not in {args.out}. The same command tries them again.",
+            file=sys.stderr,
+        )
+    from ..cli import main
+
+    code = main(["transfer", str(args.out), "--plot", str(args.plot or args.out.with_suffix(".png"))])
+    return 1 if failures else code
+
+
+def _tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
+    from ..lab import data
+    from ..lab.model import ModelConfig
+    from ..lab.study import STANDARD_LIBRARY, Training, arm_rule
+    from ..lab.training import Settings
+
+    preset = MINI if args.mini else FULL
+    given = {name: getattr(args, name) if getattr(args, name) is not None else preset[name] for name in preset}
+    base_width = args.base_width or given["widths"][0]
+    if not 0 <= args.cooldown < 1:
+        parser.error(
+            f"argument --cooldown: {args.cooldown} is not a share of the steps. Give a number from 0 to below 1."
+        )
+    for arm in given["arms"]:
+        try:
+            arm_rule(arm)
+        except ValueError as error:
+            parser.error(f"argument --arms: {error}")
+    for width in (base_width, *given["widths"]):
+        try:
+            ModelConfig(width=width)
+        except ValueError as error:
+            parser.error(f"argument --widths: {error}")
+    try:
+        corpus = data.standard_library() if args.data is None else data.from_file(args.data)
+        corpus.require(args.context)
+    except ValueError as error:
+        parser.error(f"argument --data: {error}")
+    grid = itertools.product(range(given["seeds"]), given["widths"], given["weight_decay"], given["lr"], given["arms"])
+    return [
+        Training.of(
+            arm,
+            width,
+            Settings(
+                base_width=base_width, depth=args.depth, context=args.context, batch=args.batch, steps=given["steps"],
+                cooldown=args.cooldown, lr=lr, weight_decay=wd, seed=seed,
+            ),
+            STANDARD_LIBRARY if args.data is None else str(args.data),
+        )
+        for seed, width, wd, lr, arm in grid
+    ]  # fmt: skip
