@@ -1,0 +1,63 @@
+"""`python -m lwadamw synthetic`: two layers under noise gradients, over arms, widths and seeds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..rules import RULES
+from .arguments import device, positive, whole
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "synthetic",
+        help="what each rule holds constant where gradients are noise",
+        description="Take a two-layer network to its steady state under noise gradients, for every combination of arm, "
+        "activation, width and seed, append every run to a CSV file, and fit the width exponents of gain, singular values and "
+        "weight RMS. Killed at any moment, the same command goes on where it was.",
+    )
+    option = parser.add_argument
+    option("--out", type=Path, default=Path("synthetic.csv"), metavar="CSV", help="the runs (default: %(default)s)")
+    option("--arms", nargs="+", default=list(RULES), metavar="A", help="rules, or exponents like lr=-0.5,wd=0.25")
+    option("--variants", nargs="+", default=["relu", "swiglu"], choices=["relu", "swiglu"], help="activations")
+    option("--widths", nargs="+", type=whole, default=[64, 128, 256, 512], metavar="N", help="the first is the proxy's")
+    option("--seeds", type=whole, default=4, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
+    option("--lr", type=positive, default=4e-3, metavar="X", help="base learning rate (default: %(default)s)")
+    option("--weight-decay", type=positive, default=1.0, metavar="X", help="base weight decay (default: %(default)s)")
+    option("--batch", type=whole, default=16, metavar="N", help="rows per step (default: %(default)s)")
+    option("--taus", type=positive, default=6.0, metavar="X", help="length of every run (default: %(default)s)")
+    option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)")
+    option("--jobs", type=whole, metavar="N", help="runs at once (default: one per core; on a GPU as many as fit)")
+    parser.set_defaults(command=lambda args: run(parser, args))
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from ..lab.sweep import sweep
+    from ..lab.synthetic import RESULT, Noise
+    from ..lab.synthetic import run as work
+
+    setting = {
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "base_width": args.widths[0],
+        "batch": args.batch,
+        "run_taus": args.taus,
+    }
+    try:
+        tasks = [
+            Noise.of(arm, variant, width, seed, **setting)
+            for seed in range(args.seeds)
+            for variant in args.variants
+            for width in args.widths
+            for arm in args.arms
+        ]
+    except ValueError as error:
+        parser.error(f"argument --arms: {error}")
+    if not args.out.parent.is_dir():
+        parser.error(f"argument --out: {str(args.out.parent)!r} does not exist. Give a file in an existing folder.")
+    try:
+        failures = sweep(tasks, work, RESULT, args.out, device(parser, args.device), jobs=args.jobs)
+    except ValueError as error:
+        parser.error(f"argument --out: {error}")
+    return 1 if failures else 0
