@@ -4,6 +4,15 @@ from . import layout
 from .adamw import adamw_kernel
 from .coefficients import coefficients_kernel
 from .grad_norm import grad_norm_kernel, total_kernel
+from .huber import threshold_kernel
 from .norms import norms_kernel
 
-__all__ = ["adamw_kernel", "coefficients_kernel", "grad_norm_kernel", "layout", "norms_kernel", "total_kernel"]
+__all__ = [
+    "adamw_kernel",
+    "coefficients_kernel",
+    "grad_norm_kernel",
+    "layout",
+    "norms_kernel",
+    "threshold_kernel",
+    "total_kernel",
+]

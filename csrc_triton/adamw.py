@@ -10,6 +10,8 @@ settles 1.3e-5 away from v. d is added once, so the weight is rounded once.
 Everything is computed in fp32, from storage of any type: w through weights.py, m and v through moments.py. The update
 uses m and v as they are before they are rounded to be stored.
 
+With HUBER the decay is huber.py's instead of -a3 w, and the sum of |w| after the step is left for the next threshold.
+
 Division and square root round to nearest and no multiply-add is fused that is not written as one
 (enable_fp_fusion off), so every path, chunking and target computes the same bits.
 
@@ -22,6 +24,7 @@ Bytes per element, fp32: read p g m v (16), write p m v (12); amsgrad 8 more. Pe
 import triton
 import triton.language as tl
 
+from .huber import huber_step
 from .layout import (
     K_COEFFICIENTS,
     K_COUNT_BITS,
@@ -68,6 +71,7 @@ def update_blocks(
     a4,
     a5,
     a6,
+    limit,  # read if HUBER, whose a3 is the shrinkage
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
@@ -75,17 +79,19 @@ def update_blocks(
     WEIGHT: tl.constexpr,
     STRIDED: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    HUBER: tl.constexpr,
     NORMS: tl.constexpr,
     SIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Update [begin, end) in blocks of SIZE; the chunk's four sums (zeros without NORMS)."""
+    """Update [begin, end) in blocks of SIZE; the chunk's four sums (zeros without NORMS), and that of |w| (0 without HUBER)."""
     EACH: tl.constexpr = SIZE // K_THREADS
     g = pointer_to(g_address, GRAD, not MASKED)
     sum_w = tl.zeros([K_THREADS], tl.float32)
     sum_d = tl.zeros([K_THREADS], tl.float32)
     sum_g = tl.zeros([K_THREADS], tl.float32)
     sum_wd = tl.zeros([K_THREADS], tl.float32)
+    sum_abs = tl.zeros([K_THREADS], tl.float32)
     lanes = tl.arange(0, SIZE)
     x_end = tl.where(x_address != 0, end, 0)
     for i in range(begin, end, SIZE):
@@ -111,7 +117,10 @@ def update_blocks(
         else:
             b_root = tl.sqrt_rn(b_x)
             b_u = tl.div_rn(b_m, b_root + a5)
-        b_d = tl.fma(b_u, -a4, b_w * -a3)
+        if HUBER:
+            b_d = huber_step(b_w, b_u * -a4, a3, limit)
+        else:
+            b_d = tl.fma(b_u, -a4, b_w * -a3)
         b_new = b_w + b_d
         random = 0
         if WEIGHT == K_STOCHASTIC:
@@ -122,6 +131,11 @@ def update_blocks(
             bits = hash_bits(start + i, first, run, stride, key, STRIDED, SIZE)
         store_moment(m_address, ms_address, i, offsets, b_m, b_m, bits, mask, end, EXP_AVG, SIZE, MASKED)
         store_moment(v_address, vs_address, i, offsets, b_v, b_root, bits, mask, end, EXP_AVG_SQ, SIZE, MASKED)
+        if HUBER:
+            b_abs = tl.abs(b_kept)
+            if MASKED:
+                b_abs = tl.where(mask, b_abs, 0.0)
+            sum_abs += tl.sum(tl.reshape(b_abs, [K_THREADS, EACH]), 1)
         if NORMS:
             if (WEIGHT != K_MASTER and WEIGHT != K_REMAINDER) and PARAM != tl.float32:
                 # What rounding left of the update.
@@ -135,7 +149,7 @@ def update_blocks(
             sum_d += tl.sum(tl.reshape(b_d * b_d, [K_THREADS, EACH]), 1)
             sum_g += tl.sum(tl.reshape(b_g * b_g, [K_THREADS, EACH]), 1)
             sum_wd += tl.sum(tl.reshape(b_w * b_d, [K_THREADS, EACH]), 1)
-    return tl.sum(sum_w), tl.sum(sum_d), tl.sum(sum_g), tl.sum(sum_wd)
+    return tl.sum(sum_w), tl.sum(sum_d), tl.sum(sum_g), tl.sum(sum_wd), tl.sum(sum_abs)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -157,6 +171,7 @@ def adamw_kernel(
     WEIGHT: tl.constexpr,  # how the weight is kept: PLAIN, MASTER, REMAINDER, KAHAN or STOCHASTIC
     STRIDED: tl.constexpr,  # if random bits are drawn: some parameter is a shard of several runs of elements
     AMSGRAD: tl.constexpr,  # some parameter keeps max_exp_avg_sq; address 0 for those that do not
+    HUBER: tl.constexpr,  # the decay is Huber's; two more rows of addresses: thresholds, and absolutes, float32[n_chunks], out
     NORMS: tl.constexpr,
     BLOCK: tl.constexpr,  # elements per iteration of the aligned path
 ):
@@ -200,6 +215,11 @@ def adamw_kernel(
     vs_address = p_address * 0
     if EXP_AVG_SQ == tl.uint8:
         vs_address = element_address(tl.load(address), start // K_QUANT, tl.float32)
+        address += n_rows
+    limit = a3
+    if HUBER:
+        limit = tl.load(tl.load(address).to(tl.pointer_type(tl.float32))) * (1.0 + a3)
+        a3 = tl.div_rn(a3, 1.0 + a3)
     aligned = ((p_address | g_address | m_address | v_address | x_address | c_address) & 15) == 0
     seed, stream, first, run, stride, step, key = 0, 0, 0, 0, 0, 0, 0
     if WEIGHT == K_STOCHASTIC or (EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8):
@@ -216,16 +236,19 @@ def adamw_kernel(
             aligned = aligned & (((first | run | stride) & (K_DRAW - 1)) == 0)
     full = tl.where(aligned, count // BLOCK * BLOCK, 0)
 
-    w_1, d_1, g_1, wd_1 = update_blocks(
+    w_1, d_1, g_1, wd_1, abs_1 = update_blocks(
         p_address, g_address, m_address, v_address, x_address, c_address, ms_address, vs_address,
-        start, seed, stream, first, run, stride, step, key, 0, full, a1, a2, a3, a4, a5, a6,
-        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, NORMS, BLOCK, False,
+        start, seed, stream, first, run, stride, step, key, 0, full, a1, a2, a3, a4, a5, a6, limit,
+        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, HUBER, NORMS, BLOCK, False,
     )  # fmt: skip
-    w_2, d_2, g_2, wd_2 = update_blocks(
+    w_2, d_2, g_2, wd_2, abs_2 = update_blocks(
         p_address, g_address, m_address, v_address, x_address, c_address, ms_address, vs_address,
-        start, seed, stream, first, run, stride, step, key, full, count, a1, a2, a3, a4, a5, a6,
-        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, NORMS, K_TAIL, True,
+        start, seed, stream, first, run, stride, step, key, full, count, a1, a2, a3, a4, a5, a6, limit,
+        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, HUBER, NORMS, K_TAIL, True,
     )  # fmt: skip
+    if HUBER:
+        absolutes = tl.load(address + n_rows).to(tl.pointer_type(tl.float32))
+        tl.store(absolutes + i_chunk, abs_1 + abs_2, mask=active != 0)
     if NORMS:
         out = partials + i_chunk * K_STATISTICS
         if active != 0:

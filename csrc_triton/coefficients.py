@@ -1,7 +1,7 @@
 r"""Coefficients kernel: from hyperparameters and steps to the fp32 numbers the update multiplies with.
 
 For every parameter, in fp64 and rounded once to fp32 (t = step + 1; eta, lambda, epsilon are base value times
-width multiplier; c the clip factor, s the loss scale):
+width multiplier, lambda of the law that decays it, see lwadamw/decay.py; c the clip factor, s the loss scale):
 
     1 - beta1      1 - beta2      eta lambda      eta sqrt(1 - beta2^t) / (1 - beta1^t)
     epsilon sqrt(1 - beta2^t)     +-c / s         active
@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .layout import (
     K_COEFFICIENTS,
+    K_CORRECTED,
     K_GROUP,
     K_GROUP_ADDRESSES,
     K_GROUP_KINDS,
@@ -102,11 +103,13 @@ def coefficients_kernel(
     wd_mult = tl.load(group + K_GROUP_MULTIPLIERS + 1, mask=mask, other=0).to(tl.float64, bitcast=True)
     eps_mult = tl.load(group + K_GROUP_MULTIPLIERS + 2, mask=mask, other=0).to(tl.float64, bitcast=True)
     sign = tl.load(group + K_GROUP_SIGN, mask=mask, other=0).to(tl.float64, bitcast=True)
-    lr = hyperparameter(group, 0, mask) * lr_mult
+    base_lr = hyperparameter(group, 0, mask)
+    lr = base_lr * lr_mult
     beta1 = hyperparameter(group, 1, mask)
     beta2 = hyperparameter(group, 2, mask)
     eps = hyperparameter(group, 3, mask) * eps_mult
-    weight_decay = hyperparameter(group, 4, mask) * wd_mult
+    corrected = (tl.load(group + K_GROUP_KINDS, mask=mask, other=0) >> K_CORRECTED & 1) != 0
+    weight_decay = hyperparameter(group, 4, mask) * wd_mult * tl.where(corrected, base_lr, 1.0)
 
     t = step.to(tl.float64)
     root = tl.sqrt(one_minus_power(beta2, t))

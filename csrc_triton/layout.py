@@ -71,16 +71,17 @@ ROUNDING = 5
 #   one word per row: address of the gradient, 0 where there is none
 #   GROUP words per group:
 #     0..4   lr, beta1, beta2, eps, weight_decay
-#     5..7   width multipliers of lr, weight_decay, eps
+#     5..7   width multipliers of lr, weight_decay, eps; that of weight_decay over the peak lr where a law divides by it
 #     8      sign of the gradient: 1, or -1 to maximize
 #     9..13  address of the device scalar that replaces value 0..4, or 0
-#     14     bit i set: that scalar is float64, else float32
+#     14     bit i below 5 set: that scalar is float64, else float32; bit CORRECTED: weight_decay times base lr
 HEADER = 4
 GROUP = 16
 GROUP_MULTIPLIERS = 5
 GROUP_SIGN = 8
 GROUP_ADDRESSES = 9
 GROUP_KINDS = 14
+CORRECTED = 5
 
 # Whether the kernels run on Triton's interpreter, decided as it decides it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
@@ -103,6 +104,7 @@ K_GROUP_MULTIPLIERS = tl.constexpr(GROUP_MULTIPLIERS)
 K_GROUP_SIGN = tl.constexpr(GROUP_SIGN)
 K_GROUP_ADDRESSES = tl.constexpr(GROUP_ADDRESSES)
 K_GROUP_KINDS = tl.constexpr(GROUP_KINDS)
+K_CORRECTED = tl.constexpr(CORRECTED)
 K_PLAIN = tl.constexpr(PLAIN)
 K_MASTER = tl.constexpr(MASTER)
 K_REMAINDER = tl.constexpr(REMAINDER)

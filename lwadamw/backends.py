@@ -10,10 +10,12 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from . import decay
 from .storage import ARRAYS, CODES, FLOATS, MOMENTS, SCALES, scale_shape
 
 BACKENDS: Final = (None, "triton", "torch")
 WIDTH_KEYS: Final = ("width_lr_mult", "width_wd_mult", "width_eps_mult")
+WARMUP: Final = "width_warmup"  # key of what schedules.py multiplies a group's learning rate with
 
 
 class Member(NamedTuple):
@@ -45,7 +47,7 @@ class Request(NamedTuple):
 
 
 class Effective(NamedTuple):
-    """Hyperparameters of a group with its width multipliers applied."""
+    """Hyperparameters of a group with its width multipliers and decay law applied."""
 
     lr: float | Tensor
     weight_decay: float | Tensor
@@ -54,6 +56,9 @@ class Effective(NamedTuple):
 
 def effective(group: Mapping[str, Any]) -> Effective:
     """What the step uses of a group: base values times width multipliers (1 where a group has none).
+
+    weight_decay is the one that torch's law, eta lambda, would need at this lr to decay as the group's own does, so that
+    1/(lr weight_decay) is tau under every law. With decay="huber" it acts so on weights below the threshold.
 
     >>> effective({"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8, "width_lr_mult": 0.25, "width_wd_mult": 2.0})
     Effective(lr=0.00025, weight_decay=0.2, eps=1e-08)
@@ -64,7 +69,12 @@ def effective(group: Mapping[str, Any]) -> Effective:
         return value if multiplier == 1 else value * multiplier
 
     lr_mult, wd_mult, eps_mult = (group.get(key, 1.0) for key in WIDTH_KEYS)
-    return Effective(scaled("lr", lr_mult), scaled("weight_decay", wd_mult), scaled("eps", eps_mult))
+    if WARMUP in group:
+        lr_mult *= group[WARMUP]
+    weight_decay = scaled("weight_decay", wd_mult)
+    if "decay" in group:
+        weight_decay = weight_decay * decay.per_lr(group)
+    return Effective(scaled("lr", lr_mult), weight_decay, scaled("eps", eps_mult))
 
 
 def has_triton() -> bool:
@@ -195,6 +205,8 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
                 f"{key} of {member.name!r} {tuple(p.shape)} is on {tensor.device}, the parameter on {p.device}. "
                 "Move the optimizer state back before stepping."
             )
+    if decay.is_huber(member.group):
+        _check_threshold(member, state)
     if member.group["amsgrad"] and "exp_avg_sq" in state and state["exp_avg_sq"].dtype in CODES:
         raise RuntimeError(
             f"exp_avg_sq of {member.name!r} {tuple(p.shape)} is kept in 8 bits, and amsgrad=True would need its maximum. Set "
@@ -208,6 +220,21 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
                     f"{scales} of {member.name!r} {tuple(p.shape)} has shape {shape}, and its 8-bit {key} needs "
                     f"{scale_shape(p)}. Delete optimizer.state[p] to start its moments anew, or load both from one checkpoint."
                 )
+
+
+def _check_threshold(member: Member, state: Mapping[str, Any]) -> None:
+    p, threshold = member.param, state.get(decay.THRESHOLD)
+    if is_sharded(p):
+        raise RuntimeError(
+            f"decay='huber' of {member.name!r} {tuple(p.shape)}, of which this process holds {tuple(local(p).shape)}: its "
+            "threshold is the mean over the whole parameter. Give it a group with another decay."
+        )
+    if threshold is None or (threshold.shape, threshold.dtype, threshold.device) == ((), torch.float32, p.device):
+        return
+    raise RuntimeError(
+        f"{decay.THRESHOLD} of {member.name!r} {tuple(p.shape)} is {threshold.dtype}{list(threshold.shape)} on "
+        f"{threshold.device}, and has to be torch.float32[] on {p.device}. Delete it from optimizer.state[p] to start anew."
+    )
 
 
 def check_gradient(member: Member, grad: Tensor) -> None:

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends import WIDTH_KEYS, Member, effective
+from . import decay
+from .backends import WARMUP, WIDTH_KEYS, Member, effective
 from .packing import like, read_moment
 from .storage import ARRAYS, CODES, COMPANIONS, DEFAULTS, SCALES, wanted_companion, wanted_dtype
 
 # What loading may set in a group that the checkpoint does not mention: all of it describes the model, not the run.
 _MODEL_KEYS = (*WIDTH_KEYS, "role", "rule", "width_ratio", "segments")
+# What this optimizer keeps of its own where the checkpoint, of torch's AdamW for instance, does not mention it.
+_OPTION_KEYS = (*DEFAULTS, *decay.DEFAULTS, WARMUP)
 
 StateDict = dict[str, Any]
 
@@ -117,10 +120,16 @@ def _with_model_keys(saved: StateDict, group: StateDict, index: int) -> StateDic
                 "they follow different rules or base widths. Build param_groups with the checkpoint's, or keep this "
                 f"optimizer's: for g in state_dict['param_groups']: g.pop({key!r}, None)."
             )
+    law = decay.law_of(group)
+    if saved.get("decay", law) != law:
+        raise ValueError(
+            f"load_state_dict: group {index} has decay={saved['decay']!r} in the checkpoint and {law!r} here. Build AdamW "
+            "with the checkpoint's, or keep this optimizer's: for g in state_dict['param_groups']: g.pop('decay', None)."
+        )
     # Where gradients are kept is the framework's matter, not the checkpoint's.
     kept = {key: value for key, value in saved.items() if key != "grad_attribute"}
-    storage = {key: group[key] for key in DEFAULTS if key in group and key not in kept}
-    return {**kept, **storage, **{key: group[key] for key in _MODEL_KEYS if key in group}}
+    options = {key: group[key] for key in _OPTION_KEYS if key in group and key not in kept}
+    return {**kept, **options, **{key: group[key] for key in _MODEL_KEYS if key in group}}
 
 
 def _check_shapes(state_dict: StateDict, groups: list[StateDict]) -> None:
@@ -178,15 +187,24 @@ def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any
 
 
 def for_torch(groups: list[StateDict], state_dict: StateDict) -> StateDict:
-    """A state dict of ours as torch.optim.AdamW would have written it."""
-    own = {*DEFAULTS, *_MODEL_KEYS}
+    """A state dict of ours as torch.optim.AdamW would have written it.
+
+    Raises:
+        ValueError: a group decays as torch's cannot.
+    """
+    own = {*_OPTION_KEYS, *_MODEL_KEYS}
     out_groups = []
-    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+    for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
+        if (law := decay.law_of(group)) in ("corrected", "huber"):
+            raise ValueError(
+                f"to_torch_state_dict: group {index} has decay={law!r}, which no weight_decay of torch.optim.AdamW is. "
+                "Set the group's decay to 'coupled' or 'independent' first, and go on with that."
+            )
         plain = {key: value for key, value in saved.items() if key not in own}
         out_groups.append({**plain, **effective(group)._asdict()})
     out_state = {}
     for i, saved in state_dict["state"].items():
-        entry = {k: v for k, v in saved.items() if k not in (*COMPANIONS, *SCALES.values())}
+        entry = {k: v for k, v in saved.items() if k not in (*COMPANIONS, *SCALES.values(), decay.THRESHOLD)}
         for key in SCALES:
             if key in entry and entry[key].dtype in CODES:
                 entry[key] = like(saved[key], read_moment(saved, key))

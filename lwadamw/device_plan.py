@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import Member, check_gradient, gradients_of, local
+from .decay import THRESHOLD, is_huber
 from .packing import create_state, lay_out, read_weight
 from .plan import NO_ROUNDING, Plan, Row, Shared
 from .rounding import row_of
@@ -19,6 +20,7 @@ from .storage import FLOATS, STATE, Storage, storage_of
 _data_ptr = Tensor.data_ptr
 _is_contiguous = Tensor.is_contiguous
 _dtype = attrgetter("dtype")
+_STATE = (*STATE, THRESHOLD)
 _version = attrgetter("_version")
 
 # Stands for the address of a gradient without elements, whose own address is 0 as that of no gradient is.
@@ -49,11 +51,12 @@ class DevicePlan:
             [
                 Row(
                     p,
-                    {key: local(state[key]) for key in STATE if key in state},
+                    {key: local(state[key]) for key in _STATE if key in state},
                     state["step"],
                     m.group_index,
                     m.segments,
                     row_of(m) if storage.draws else NO_ROUNDING,
+                    m.group.get("huber_scale", 1.0) if is_huber(m.group) else None,
                 )
                 for m, p, state in zip(members, params, states, strict=True)
             ],
@@ -66,8 +69,8 @@ class DevicePlan:
             state["step"] = step
         # Distributed tensors are looked through anew each step: their local tensor may be replaced.
         self._distributed = any(map(is_not, params, self.params))
-        self._state = [state[key] for state in states for key in STATE if key in state]
-        ends = list(itertools.accumulate((sum(key in state for key in STATE) for state in states), initial=0))
+        self._state = [state[key] for state in states for key in _STATE if key in state]
+        ends = list(itertools.accumulate((sum(key in state for key in _STATE) for state in states), initial=0))
         self._state_places = [slice(*place) for place in itertools.pairwise(ends)]
         self._addresses = self._current_addresses(self.params)
         self._state_addresses = self._current_addresses(self._state)

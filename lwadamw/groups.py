@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from . import decay
 from .backends import WIDTH_KEYS
 from .roles import Decision, RoleSpec, check_spec, decide, matches, sites
 from .rules import Multipliers, Role, Rule, Scale, get_rule, with_output
@@ -203,11 +204,12 @@ def _folded(group: dict[str, Any], lr: float, weight_decay: float, eps: float) -
 
 
 def check_group(group: dict[str, Any], index: int) -> None:
-    """Raise a ValueError if a group's storage options, width multipliers or segments are not valid.
+    """Raise a ValueError if a group's storage options, decay law, width multipliers or segments are not valid.
 
-    Width multipliers that are left out of a group that has one of them become 1.
+    Width multipliers that are left out of a group that has one of them become 1, a peak_lr that a law needs its lr.
     """
     check_options(group, f"group {index}: ")
+    decay.complete(group, f"group {index}: ")
     names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
     for name, p in zip(names, group["params"], strict=True):
         check_parameter(p, name, group)

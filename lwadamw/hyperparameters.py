@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import WIDTH_KEYS
+from . import decay
+from .backends import WARMUP, WIDTH_KEYS
 from .compare import same
 from .kernels import layout
 from .storage import DEFAULTS
 
 # What decides which parameters the Triton backend updates, and with which state.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
-_OPTIONAL = ("segments", *DEFAULTS)
+_OPTIONAL = ("segments", "decay", "huber_scale", *DEFAULTS)
 # The order of the first five words of a group, see kernels/layout.py.
 _NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
@@ -32,6 +33,9 @@ class GroupTable:
     def __init__(self, groups: Sequence[Mapping[str, Any]], devices: Sequence[torch.device]) -> None:
         self.words = {device: np.zeros((len(groups), layout.GROUP), np.int64) for device in devices}
         self._flags = _read_flags(groups)
+        self._has_laws = any([decay.law_of(group, f"group {i}: ") != "coupled" for i, group in enumerate(groups)])
+        for words in self.words.values():
+            words[:, layout.GROUP_KINDS] = [(g.get("decay") == "corrected") << layout.CORRECTED for g in groups]
         self._referents: list[Any] = []
         self._lr_places = slice(0)
         self._has_tensors = False
@@ -51,6 +55,10 @@ class GroupTable:
                 return "changed"
         if _read_flags(groups) != self._flags:
             return "replan"
+        # With lr 1 where a law multiplies by it: the kernel does that, with lr as it is at the step.
+        per_lr = (
+            [decay.per_lr({**g, "lr": 1.0}, f"group {i}: ") for i, g in enumerate(groups)] if self._has_laws else []
+        )
         self._referents = referents
         self._copies, self._volatile, self._has_tensors = [], False, False
         columns = {key: _column(groups, key) for key in ("lr", "eps", "weight_decay")}
@@ -59,6 +67,10 @@ class GroupTable:
             self._write_numbers(j, columns[key])
         for j, key in enumerate(WIDTH_KEYS):
             self._write(layout.GROUP_MULTIPLIERS + j, [group.get(key, 1.0) for group in groups])
+        if any(WARMUP in group for group in groups):
+            self._multiply(layout.GROUP_MULTIPLIERS, [group.get(WARMUP, 1.0) for group in groups])
+        if self._has_laws:
+            self._multiply(layout.GROUP_MULTIPLIERS + 1, per_lr)
         self._write(layout.GROUP_SIGN, np.where(_column(groups, "maximize"), -1.0, 1.0))
         stride = len(referents) // len(groups)
         first = next(i for i, value in enumerate(referents) if value is columns["lr"][0])
@@ -79,6 +91,10 @@ class GroupTable:
     def _write(self, j: int, values: Any) -> None:
         for words in self.words.values():
             words.view(np.float64)[:, j] = values
+
+    def _multiply(self, j: int, values: Any) -> None:
+        for words in self.words.values():
+            words.view(np.float64)[:, j] *= values
 
     def _write_numbers(self, j: int, column: tuple[Any, ...]) -> None:
         if not _any_tensor(column):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from . import decay as laws
 from .backends import BACKENDS, Request, effective
 from .engine import Engine
 from .groups import check_group
@@ -30,7 +31,7 @@ class AdamW(Stateful):
         m <- beta1 m + (1 - beta1) g                 v <- beta2 v + (1 - beta2) g^2
         p <- p - eta lambda p - eta (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 
-    As in torch, the decay is multiplied by the learning rate; Loshchilov & Hutter's original is not.
+    As in torch, the decay is multiplied by the learning rate; Loshchilov & Hutter's original is not. `decay` knows others.
 
     `group["lr"]`, `group["weight_decay"]` and `group["eps"]` stay the base values tuned at the proxy width.
     The step multiplies them by `group["width_lr_mult"]`, `group["width_wd_mult"]` and `group["width_eps_mult"]`
@@ -68,9 +69,15 @@ class AdamW(Stateful):
         rounding_seed: of the random bits of stochastic rounding and 8-bit moments. They follow from it, the parameter's
             name, its step and the element, so they are the same however parameters are grouped or sharded.
         grad_attribute: where gradients are: "grad", or "main_grad" or "decoupled_grad" of frameworks that put them there.
+        decay: what weight_decay takes from a weight: "coupled", as in torch; "independent" of the peak learning rate
+            (Wortsman et al. 2309.14322); "corrected" for schedules (AdamC, Defazio 2506.02285); "huber" (Guo & Fan
+            2511.14721). May differ by group. docs/decay.md has the formulas.
+        peak_lr: highest base learning rate of the schedule, which "independent" and "corrected" divide by. None: a group's
+            `lr`, or its `initial_lr`, as it is added. To be given where a scheduler has a peak of its own, as OneCycleLR has.
+        huber_scale: threshold of "huber" over the mean of |w|.
 
-    The storage options, from `exp_avg_dtype` on, may differ by group. They hold for state that is created; state that is
-    there decides itself, until `convert_state()`. docs/storage.md has the table of what each costs.
+    The storage options, from `exp_avg_dtype` to `grad_attribute`, may differ by group. They hold for state that is created;
+    state that is there decides itself, until `convert_state()`. docs/storage.md has the table of what each costs.
 
     Raises:
         ValueError, TypeError: an argument or a group is not valid.
@@ -110,6 +117,9 @@ class AdamW(Stateful):
         rounding: str = "nearest",
         rounding_seed: int = 0,
         grad_attribute: str = "grad",
+        decay: str = "coupled",
+        peak_lr: float | None = None,
+        huber_scale: float = 1.0,
     ) -> None:
         given = {
             "exp_avg_dtype": exp_avg_dtype,
@@ -131,11 +141,14 @@ class AdamW(Stateful):
         # Groups have only those that are not the default, so that a plain AdamW's checkpoints are torch's.
         storage = {name: value for name, value in given.items() if value != DEFAULTS[name]}
         check_options({**given, "foreach": foreach, "differentiable": differentiable, "amsgrad": amsgrad}, "")
+        laws.law_of({"decay": decay})
+        law = {"decay": decay, "peak_lr": peak_lr, "huber_scale": huber_scale}
         self._options: dict[str, Any] = {
             "norms": bool(norms),
             "backend": backend,
             "nonfinite": nonfinite,
             "storage": storage,
+            "decay": {name: value for name, value in law.items() if value != laws.DEFAULTS[name]},
         }
         self.max_grad_norm = max_grad_norm
         self._engine = Engine(backend)
@@ -209,12 +222,13 @@ class AdamW(Stateful):
         """As in torch; width multipliers left out of a group that has one of them count as 1.
 
         Raises:
-            ValueError: a width multiplier is not a finite number >= 0, or segments do not fit their parameter.
+            ValueError: a width multiplier is not a finite number >= 0, a decay law is not known or lacks a peak_lr, or segments
+                do not fit their parameter.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for key, value in self._options["storage"].items():
+            for key, value in (self._options["storage"] | self._options["decay"]).items():
                 group.setdefault(key, value)
             check_group(group, len(self.param_groups) - 1)
         except Exception:
@@ -285,7 +299,7 @@ class AdamW(Stateful):
         return self._engine.norm_sums(self.__dict__["state"])
 
     def effective(self) -> list[dict[str, float | Tensor]]:
-        """Per group, the lr, weight_decay and eps the step uses: base values times width multipliers."""
+        """Per group, the lr, weight_decay and eps the step uses, see `lwadamw.effective`."""
         return [effective(group)._asdict() for group in self.param_groups]
 
     @property

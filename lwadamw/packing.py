@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import decay
 from .backends import local
 from .storage import (
     ARRAYS,
@@ -202,6 +203,9 @@ def create_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], seg
 
     Weights that are there win: state with a master weight gets no compensation, and the other way round.
     """
+    if decay.is_huber(group) and decay.THRESHOLD not in state:
+        weight = read_weight(p, state, kept_weight(p, {}, state))
+        state[decay.THRESHOLD] = decay.threshold_of(weight, group.get("huber_scale", 1.0))
     for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
         if key not in state:
             is_max = key == "max_exp_avg_sq"

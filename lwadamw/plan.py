@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import kernels
+from .decay import THRESHOLD
 from .kernels import layout
 from .launch import Launch
 from .storage import CODES, HALVES, SCALES, Storage
+from .thresholds import Thresholds
 from .upload import Header, Upload
 
 # A row of the rounding table for who draws no random bits: see kernels/layout.py.
@@ -56,6 +58,7 @@ class Row:
     group: int
     segments: Sequence[int] = field(default_factory=tuple)  # elements of each segment, in memory order; (): one segment
     rounding: Sequence[int] = NO_ROUNDING
+    huber_scale: float | None = None  # None: its decay is a multiple of the weight; the same for all rows of a plan
 
 
 def chunk_length(elements: int) -> int:
@@ -67,11 +70,12 @@ def chunk_length(elements: int) -> int:
     return int(min(max(length, layout.MIN_CHUNK), layout.MAX_CHUNK))
 
 
-def update_constants(storage: Storage, strided: bool, amsgrad: bool) -> dict[str, Any]:
+def update_constants(storage: Storage, strided: bool, amsgrad: bool, huber: bool = False) -> dict[str, Any]:
     """What the update kernel is compiled for, apart from NORMS.
 
     strided: some parameter is a shard of several runs of elements, and something is rounded at random
     amsgrad: some parameter keeps max_exp_avg_sq
+    huber: the decay of all of them is Huber's
     """
     halves = all(dtype in HALVES for dtype in storage[:4]) and storage.weight != "master"
     return {
@@ -82,6 +86,7 @@ def update_constants(storage: Storage, strided: bool, amsgrad: bool) -> dict[str
         "WEIGHT": _WEIGHTS[storage.weight],
         "STRIDED": strided,
         "AMSGRAD": amsgrad,
+        "HUBER": huber,
         "BLOCK": 2 * layout.BLOCK if halves and not amsgrad else layout.BLOCK,
     }
 
@@ -137,6 +142,7 @@ class Plan:
         self.device = device
         self.storage = storage
         self.n_rows = len(rows)
+        self.huber = any(row.huber_scale is not None for row in rows)
         self.amsgrad = any("max_exp_avg_sq" in row.state for row in rows)
         self.shared, self.total = shared, shared.totals[slot : slot + 1]
         self._skipped = shared.skipped if counts else torch.zeros_like(shared.skipped)
@@ -157,10 +163,10 @@ class Plan:
         self.n_chunks, self.n_segments = n_chunks, len(segment_chunk) - 1
 
         arrays = self._arrays()
-        addresses = np.zeros((1 + len(arrays), len(rows)), np.int64)
+        addresses = np.zeros((1 + len(arrays) + self.huber, len(rows)), np.int64)
         for i, row in enumerate(rows):
             tensors = (row.param, *(row.state.get(key) for key in arrays))
-            addresses[:, i] = [0 if t is None else t.data_ptr() for t in tensors]
+            addresses[: len(tensors), i] = [0 if t is None else t.data_ptr() for t in tensors]
 
         self._chunk_row = self._table(np.concatenate(chunk_row))
         self._chunk_span = self._table(np.concatenate(chunk_span))
@@ -184,6 +190,13 @@ class Plan:
         self._coefficients = torch.zeros(len(rows), layout.COEFFICIENTS, dtype=torch.float32, device=device)
         # NaN until a parameter takes its first step: nobody has read its weight yet.
         self._partials = torch.full((n_chunks, layout.STATISTICS), float("nan"), dtype=torch.float32, device=device)
+        self._thresholds: Thresholds | None = None
+        if self.huber:
+            factors = [(row.huber_scale or 0.0) / max(row.param.numel(), 1) for row in rows]
+            self._thresholds = Thresholds(
+                factors, self._addresses[-2], self._coefficients, self._chunk_row, launch_options(_backend())
+            )
+            self._addresses[-1] = self._thresholds.absolutes.data_ptr()
         self._prepare_launches()
 
     def _arrays(self) -> list[str]:
@@ -191,7 +204,8 @@ class Plan:
         keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
         if self.storage.companion is not None:
             keys.append("kahan_comp" if self.storage.weight == "kahan" else "master_param")
-        return keys + [scales for key, scales in SCALES.items() if getattr(self.storage, key) in CODES]
+        keys += [scales for key, scales in SCALES.items() if getattr(self.storage, key) in CODES]
+        return keys + [THRESHOLD] * self.huber
 
     def _launch(
         self,
@@ -214,6 +228,7 @@ class Plan:
         )
         self._launch_coefficients = [self._coefficients_launch(0, self.n_rows, clip) for clip in (False, True)]
         self._launch_update = [self._update_launch(0, self.n_chunks, norms) for norms in (False, True)]
+        self._launch_after = () if self._thresholds is None else (self._thresholds.launch(0, self.n_rows),)
 
     def _coefficients_launch(self, first: int, last: int, clip: bool) -> Launch:
         shared = self.shared
@@ -224,7 +239,7 @@ class Plan:
         )  # fmt: skip
 
     def _update_launch(self, first: int, last: int, norms: bool) -> Launch:
-        constants = update_constants(self.storage, self._strided, self.amsgrad)
+        constants = update_constants(self.storage, self._strided, self.amsgrad, self.huber)
         return self._launch(
             kernels.adamw_kernel, last - first,
             self._chunk_row, self._chunk_span, self._addresses, self._gradient_table, self._coefficients,
@@ -278,9 +293,11 @@ class Plan:
         self._launch_total()
 
     def run(self, *, clip: bool, norms: bool) -> None:
-        """Take the step: every chunk of every parameter of every group, in two launches."""
+        """Take the step: every chunk of every parameter of every group, in two launches; a third for huber thresholds."""
         self._launch_coefficients[clip]()
         self._launch_update[norms]()
+        for launch in self._launch_after:
+            launch()
 
     def run_row(self, row: int, gradient: int, norms: bool) -> None:
         """Take the step of one parameter alone, from the same tables, without clipping or loss scale."""
@@ -301,9 +318,12 @@ class Plan:
             first, last = self._first_chunk[row : row + 2]
             launches = [self._coefficients_launch(row, row + 1, False)]
             launches += [self._update_launch(first, last, measured) for measured in (False, True)]
+            launches += [] if self._thresholds is None else [self._thresholds.launch(row, 1)]
             self._row_launches[row] = launches
         launches[0]()
         launches[1 + norms]()
+        for launch in launches[3:]:
+            launch()
 
     def norm_sums(self) -> Tensor:
         """float64[n_segments, 4]: sums of squares of weight, update, gradient, and <weight before, update>."""

@@ -12,11 +12,20 @@ by the learning rate), with layerwise width scaling, clipping by the global norm
     d = -eta lambda p - eta u
     p <- p + d
 
+The decay eta lambda is that of decay="coupled". With the base values lr and peak_lr, and the prox of the Huber function:
+
+    independent            eta lambda / peak_lr                  (Wortsman et al. 2309.14322)
+    corrected              eta lambda lr / peak_lr               (AdamC, Defazio 2506.02285)
+    huber                  p <- p - eta u                        (AdamHuberDecay, Guo & Fan 2511.14721)
+        tau = eta lambda   p <- p / (1 + tau) where |p| <= (1 + tau) delta, else p - tau delta sign(p)
+                           delta <- 0.99 delta + 0.01 huber_scale mean |p|, from huber_scale mean |p| before the first step
+
 Nothing at all happens, t included, when found_inf is set or |g| is to be clipped and is not finite.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -37,6 +46,9 @@ class Group:
     weight_decay: float = 1e-2
     amsgrad: bool = False
     maximize: bool = False
+    decay: str = "coupled"
+    peak_lr: float | None = None
+    huber_scale: float = 1.0
     width_lr_mult: float = 1.0
     width_wd_mult: float = 1.0
     width_eps_mult: float = 1.0
@@ -52,6 +64,7 @@ class Parameter:
     exp_avg: Array | None = None
     exp_avg_sq: Array | None = None
     max_exp_avg_sq: Array | None = None
+    huber_threshold: float | None = None
 
 
 class StepNorms(NamedTuple):
@@ -105,11 +118,35 @@ def _update(p: Parameter, g: Array) -> StepNorms:
 
     corrected = p.exp_avg / (1 - beta1**p.step)
     u = corrected / (np.sqrt(second) / np.sqrt(1 - beta2**p.step) + eps)
-    d = -eta * decay * p.value - eta * u
+    d = -_shrinkage(p.group, eta * decay) * p.value - eta * u
+    if p.group.decay == "huber":
+        d = _huber_update(p, eta * decay, -eta * u)
     before, p.value = p.value, p.value + d
     return StepNorms(
         float(np.linalg.norm(p.value)), float(np.linalg.norm(d)), float(np.linalg.norm(g)), angle(before, d)
     )
+
+
+def _shrinkage(group: Group, decay: float) -> float:
+    if group.decay == "independent":
+        return decay / (group.peak_lr or math.nan)
+    if group.decay == "corrected":
+        return decay * group.lr / (group.peak_lr or math.nan)
+    return decay
+
+
+def _huber_update(p: Parameter, tau: float, update: Array) -> Array:
+    """The change of a parameter, decay included; moves its threshold."""
+
+    def mean(value: Array) -> float:
+        return p.group.huber_scale * float(np.abs(value).sum()) / max(value.size, 1)
+
+    if p.huber_threshold is None:
+        p.huber_threshold = mean(p.value)
+    delta, moved = p.huber_threshold, p.value + update
+    after = np.where(np.abs(moved) <= (1 + tau) * delta, moved / (1 + tau), moved - tau * delta * np.sign(moved))
+    p.huber_threshold = 0.99 * delta + 0.01 * mean(after)
+    return np.asarray(after - p.value)
 
 
 def angle(before: Array, change: Array) -> float:

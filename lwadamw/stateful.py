@@ -28,11 +28,11 @@ class Stateful(torch.optim.AdamW):
 
         Everything keeps the dtype it was saved in; where a group asks for another, a warning says so, and
         `convert_state()` converts. Where checkpoint and optimizer both have parameter names, state is matched by name,
-        whatever the order and grouping; without names, by position, as in torch. Width multipliers and storage options
-        the checkpoint lacks stay this optimizer's.
+        whatever the order and grouping; without names, by position, as in torch. Width multipliers, storage options and
+        a decay law that the checkpoint lacks stay this optimizer's.
 
         Raises:
-            ValueError: names, shapes or width multipliers do not match. Nothing has been loaded then.
+            ValueError: names, shapes, width multipliers or decay laws do not match. Nothing has been loaded then.
         """
         with checkpoint.loading(self):
             super().load_state_dict(state_dict)
@@ -43,6 +43,9 @@ class Stateful(torch.optim.AdamW):
 
         Base values are multiplied with their width multipliers, so that torch takes the same steps. torch casts moments to
         the parameter's dtype as it loads them. Load parameters of bfloat16 with master weights from `master_weight(p)`.
+
+        Raises:
+            ValueError: a group has decay="corrected" or "huber", which torch's AdamW does not have.
         """
         state_dict = self.state_dict()
         return checkpoint.for_torch(self.param_groups, state_dict)
@@ -129,7 +132,7 @@ class Stateful(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Not torch.optim.AdamW's, which fails on state that has no step yet.
         Optimizer.__setstate__(self, state)
-        options: dict[str, Any] = {"norms": True, "backend": None, "nonfinite": "skip", "storage": {}}
+        options: dict[str, Any] = {"norms": True, "backend": None, "nonfinite": "skip", "storage": {}, "decay": {}}
         self.__dict__["_options"] = options | self.__dict__.get("_options", {})
         self.__dict__.setdefault("_max_grad_norm", None)
         self.__dict__.setdefault("_evidence", {})

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .backends import effective
+from .decay import law_of
 from .groups import Evidence, Groups
 
 _HEADER = ("parameter", "shape", "role", "fan_in", "m", "lr", "wd", "tau", "why")
@@ -27,6 +28,7 @@ class _Row:
 def summary(optimizer: Optimizer | Groups, *, steps: int | None = None, full: bool = False) -> str:
     """One line per parameter: role, fan_in, width ratio m, effective lr and weight decay, tau, and the evidence.
 
+    wd is as `lwadamw.effective` gives it: under any decay law, lr wd is what a step takes from a weight at the present lr.
     tau = 1/(lr wd) is the number of steps a matrix needs to forget where it started: about three of them until norms
     are steady. Layers that agree share a line, their numbers replaced by `*` and counted.
 
@@ -68,7 +70,7 @@ def _named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:
 
 
 def _cells(p: Tensor, role: str, found: Evidence | None, group: dict[str, Any], steps: int | None) -> tuple[str, ...]:
-    values = effective({"lr": 1.0, "weight_decay": 1.0, "eps": 0.0, **group})
+    values = effective({"lr": 1.0, "weight_decay": 1.0, "eps": 0.0, "peak_lr": 1.0, **group})
     lr, wd = float(values.lr), float(values.weight_decay)
     tau = 1 / (lr * wd) if lr * wd > 0 and "lr" in group else None
     shown = "-" if tau is None else f"{tau:.0f}" + (f" = {tau / steps:.2g} run" if steps else "")
@@ -94,7 +96,10 @@ def _title(groups: Sequence[dict[str, Any]]) -> str:
     def distinct(key: str) -> str:
         return ", ".join(dict.fromkeys(f"{float(g[key]):.3g}" for g in groups if key in g)) or "not set"
 
-    return f"rule {', '.join(rules)}   base lr {distinct('lr')}   base weight_decay {distinct('weight_decay')}   tau in steps"
+    laws = list(dict.fromkeys(map(law_of, groups)))
+    decay = "" if laws == ["coupled"] else f"   decay {', '.join(laws)}"
+    base = f"base lr {distinct('lr')}   base weight_decay {distinct('weight_decay')}"
+    return f"rule {', '.join(rules)}   {base}{decay}   tau in steps"
 
 
 def _human(n: int) -> str:

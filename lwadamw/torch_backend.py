@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from . import cpu, packing
+from . import cpu, decay, packing
 from .backends import (
     Member,
     any_gradient,
@@ -43,9 +43,10 @@ class Entry:
     state: dict[str, Any]
     # Not None if torch's fused CPU kernel can take it as long as it stays there, its gradient and its group permitting.
     address: int | None
-    completed_for: tuple[bool, bool] | None = None  # amsgrad, and whether `step` is on the parameter's device
+    completed_for: tuple[bool, ...] | None = None  # amsgrad, whether `step` is on the parameter's device, huber
     kept: str = "plain"  # how the weight is, see storage.py
     sums: Tensor | None = None  # float64[4], statistics of the last step where that measured them
+    threshold: Tensor | None = None  # float32[], huber's, that the last step used
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Bucket:
     attribute: str  # where gradients are
     direct: bool  # nobody asked for it, but torch's fused CPU kernel serves
     packed: bool  # stored in some way that torch's implementations do not know
+    tau: float | Tensor | None  # of huber decay; None: torch's own
     entries: list[Entry] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     factor: Tensor | None = None  # what the step multiplied the gradients with
@@ -114,7 +116,9 @@ class TorchBackend:
                 entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if cpu.serves(p, state[p]) else None)
             entry.member = m
             storage = storage_of(p, grad, group, entry.state, m.segments)
-            entry.kept, packed = storage.weight, not storage.plain
+            # In 16 bits torch's step and the decay would each round the weight.
+            huber = decay.is_huber(group)
+            entry.kept, packed = storage.weight, not storage.plain or (huber and p.dtype.itemsize < 4)
             direct = group_fuses.get(m.group_index)
             if direct is None:
                 direct = group_fuses[m.group_index] = cpu.serves_group(group)
@@ -124,24 +128,28 @@ class TorchBackend:
             bucket = by_group.get(place)
             if bucket is None:
                 names = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
-                values = (*effective(group), *group["betas"], *(group[flag] for flag in _FLAGS))
-                new = Bucket(dict(zip(names, values, strict=True)), attribute, direct, packed)
-                bucket = by_group[place] = buckets.setdefault((attribute, direct, packed, *values), new)
+                used, tau = effective(group), None
+                if huber:
+                    tau, used = used.lr * used.weight_decay, used._replace(weight_decay=0.0)
+                values = (*used, *group["betas"], *(group[flag] for flag in _FLAGS))
+                new = Bucket(dict(zip(names, values, strict=True)), attribute, direct, packed, tau)
+                bucket = by_group[place] = buckets.setdefault((attribute, direct, packed, tau, *values), new)
             bucket.entries.append(entry)
             bucket.grads.append(grad)
         self.buckets, self._group_referents = list(buckets.values()), referents
         return self._complete()
 
     def _complete(self) -> bool:
-        stale: list[tuple[Bucket, Entry, tuple[bool, bool]]] = []
+        stale: list[tuple[Bucket, Entry, tuple[bool, bool, bool]]] = []
         for bucket in self.buckets:
             options = bucket.options
-            needs = (bool(options["amsgrad"]), bool(options["capturable"] or bucket.fused or bucket.direct))
+            on_device = bool(options["capturable"] or bucket.fused or bucket.direct)
+            needs = (bool(options["amsgrad"]), on_device, bucket.tau is not None)
             stale += [(bucket, entry, needs) for entry in bucket.entries if entry.completed_for != needs]
         for _, entry, _ in stale:
             check_state(entry.member, entry.state)
         for bucket, entry, needs in stale:
-            _complete(entry.state, entry.member, *needs)
+            _complete(entry.state, entry.member, *needs[:2])
             if bucket.packed:
                 packing.lay_out(entry.state, entry.member.param)
             entry.completed_for = needs
@@ -219,6 +227,8 @@ class TorchBackend:
                         found_inf=found_inf if fused else None,
                         **options,
                     )
+            if bucket.tau is not None and not bucket.packed:
+                _decay(bucket, bucket.tau)
             if bucket.direct or (fused and params[0].device.type == "cpu"):
                 # That kernel writes behind autograd's back; a backward through the old weights must still be an error.
                 torch._C._increment_version(params)
@@ -258,12 +268,26 @@ def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: b
     packing.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
 
 
+def _decay(bucket: Bucket, tau: float | Tensor) -> None:
+    """Huber decay, after a step without."""
+    for entry in bucket.entries:
+        weight, threshold = local(entry.member.param.detach()), entry.state[decay.THRESHOLD]
+        entry.threshold = threshold.clone()
+        skipped = None
+        if isinstance(bucket.skipped, Tensor):
+            skipped = bucket.skipped.to(weight.device)
+            tau = torch.where(skipped == 0, tau, 0.0)
+        decay.shrink(weight, threshold, tau)
+        decay.follow(threshold, weight, entry.member.group.get("huber_scale", 1.0), skipped)
+
+
 def _sums_of(bucket: Bucket, entry: Entry) -> Tensor:
     if entry.sums is not None and not bucket.skipped:
         return entry.sums
     if bucket.packed:
         return resting_sums(entry.member, entry.state)
-    return step_sums(entry.member, entry.state, bucket.options, bucket.factor, bucket.skipped)
+    huber = None if bucket.tau is None or entry.threshold is None else (entry.threshold, bucket.tau)
+    return step_sums(entry.member, entry.state, bucket.options, bucket.factor, bucket.skipped, huber)
 
 
 @torch.no_grad()
@@ -284,6 +308,8 @@ def _step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> Non
     else:
         w, g_, m, v, *x = arrays
         adamw(w, g_, m, v, x[0] if x else [], [state["step"]], **{**options, "foreach": False, "fused": False})
+    if bucket.tau is not None:
+        decay.shrink(weight, state[decay.THRESHOLD], bucket.tau)
     bits = random = None
     if kept == "stochastic" or any(state[key].dtype in CODES for key in moments):
         (seed, stream, index), step = draws_of(member), int(state["step"])
@@ -292,8 +318,11 @@ def _step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> Non
     for key, values in columns.items():
         packing.write_moment(state, key, values, bits)
     packing.write_weight(p, state, kept, weight, random)
-    if norms:
+    if norms or bucket.tau is not None:
         after = packing.read_weight(p, state, kept)
+    if bucket.tau is not None:
+        decay.follow(state[decay.THRESHOLD], after, member.group.get("huber_scale", 1.0))
+    if norms:
         change = after - before
         pairs = ((after, after), (change, change), (g, g), (before, change))
         entry.sums = torch.stack([(a.double() * b.double()).sum() for a, b in pairs])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, packing
+from . import cpu, decay, packing
 from .backends import Member, local
 from .storage import kept_weight
 
@@ -26,25 +26,35 @@ def resting_sums(member: Member, state: Mapping[str, Any]) -> Tensor:
 
 
 def step_sums(
-    member: Member, state: Mapping[str, Any], options: Mapping[str, Any], factor: Tensor | None, skipped: Tensor | bool
+    member: Member,
+    state: Mapping[str, Any],
+    options: Mapping[str, Any],
+    factor: Tensor | None,
+    skipped: Tensor | bool,
+    huber: tuple[Tensor, float | Tensor] | None = None,
 ) -> Tensor:
     """Statistics of the last step, from what it left.
 
     options: effective hyperparameters the step used
     factor: what it multiplied the gradient with
     skipped: nonzero: it left the parameter alone
+    huber: (threshold, tau) of the huber decay that came after it
     """
     param, grad = member.param, member.gradient
     lr, beta1, beta2 = (_scalar(options[name], param) for name in ("lr", "beta1", "beta2"))
-    decay = lr * options["weight_decay"]
+    shrinkage = lr * options["weight_decay"]
     step = state["step"].to(param.device, torch.float64)
     scale, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
     largest = state["max_exp_avg_sq" if options["amsgrad"] else "exp_avg_sq"]
     rows = []
     for p, m, v, g in _pieces(param, state["exp_avg"], largest, param if grad is None else grad):
         u = scale * m / (v.sqrt() / root + options["eps"])
-        before = (p + u) / (1 - decay)
-        change = -decay * before - u
+        if huber is None:
+            before = (p + u) / (1 - shrinkage)
+            change = -shrinkage * before - u
+        else:
+            before = decay.unshrink(p, *huber) + u
+            change = p - before
         rows.append(torch.stack([p.square().sum(), change.square().sum(), g.square().sum(), (before * change).sum()]))
     sums = torch.stack(rows).sum(0)
     sums[2] = float("nan") if grad is None else sums[2] * _scalar(1.0 if factor is None else factor, param) ** 2

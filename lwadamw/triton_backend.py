@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import Member, Request, any_gradient, check_state, is_sharded, local
+from .decay import is_huber
 from .device_plan import DevicePlan, complete_state, kernel_storage
 from .hyperparameters import GroupTable
 from .plan import Shared
@@ -53,14 +54,15 @@ class TritonBackend:
         plans: dict[tuple[Any, ...], list[Member]] = {}
         for m in self.members:
             complete_state(state[m.param], m)
-            key = (local(m.param).device, m.group.get("grad_attribute", "grad"), kernel_storage(m, state[m.param]))
+            attribute, huber = m.group.get("grad_attribute", "grad"), is_huber(m.group)
+            key = (local(m.param).device, attribute, kernel_storage(m, state[m.param]), huber)
             plans.setdefault(key, []).append(m)
         # In an order that regrouping cannot change, because the global norm is summed in it.
         keys = sorted(plans, key=str)
         self._shared: dict[torch.device, Shared] = {}
         self._devices: list[DevicePlan] = []
         for slot, key in enumerate(keys):
-            device, attribute, storage = key
+            device, attribute, storage, _ = key
             if device not in self._shared:
                 counter = torch.zeros((), dtype=torch.int64, device=device)
                 if skipped is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,16 @@ def set_grads(*copies: Sequence[Tensor], scale: float = 1.0) -> None:
         grad = torch.randn_like(same[0]) * scale
         for p in same:
             p.grad = grad.clone(memory_format=torch.preserve_format)
+
+
+def train_on_noise(optimizer: AdamW, steps: int, schedule: Callable[[int], float] | None = None) -> None:
+    """Steps with fresh gradients; the schedule gives the first group's learning rate by the step, from 1 on."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(1, steps + 1):
+        if schedule is not None:
+            optimizer.param_groups[0]["lr"] = schedule(step)
+        set_grads(params)
+        optimizer.step()
 
 
 def make_optimizer(params: Sequence[Tensor], options: dict[str, Any], **more: Any) -> AdamW:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from lwadamw import AdamW, param_groups, storage
+from lwadamw import AdamW, decay, param_groups, storage
 
 from .cases import (
     FEW_SHAPES,
@@ -26,7 +26,7 @@ def test_arguments_are_torchs_in_torchs_order():
     ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (AdamW, torch.optim.AdamW))
     assert [(p.name, p.default) for p in ours[:6]] == [(p.name, p.default) for p in theirs[:6]]
     assert {p.name: p.default for p in theirs}.items() <= {p.name: p.default for p in ours}.items()
-    own = ["max_grad_norm", "nonfinite", "norms", "backend", *storage.DEFAULTS]
+    own = ["max_grad_norm", "nonfinite", "norms", "backend", *storage.DEFAULTS, *decay.DEFAULTS]
     assert sorted(p.name for p in ours if p.name not in {q.name for q in theirs}) == sorted(own)
     assert list(inspect.signature(AdamW.load_state_dict).parameters) == ["self", "state_dict"]
     assert issubclass(AdamW, torch.optim.AdamW)
