@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
-COMMANDS: Final = ("demo", "storage", "sweep", "synthetic")  # modules of lwadamw.commands
+COMMANDS: Final = ("demo", "compare", "storage", "sweep", "synthetic")  # modules of lwadamw.commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:

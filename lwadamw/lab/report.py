@@ -10,9 +10,10 @@ from typing import Final
 
 import numpy as np
 
+from lwadamw.equilibrium import STEADY_TAUS
 from lwadamw.norms import Array
 
-from .training import STEADY_TAUS, Run
+from .training import Run
 
 LAB_HINT: Final = 'pip install "lwadamw[lab]"'
 

@@ -14,16 +14,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import lwadamw
-from lwadamw.equilibrium import SteadyState
+from lwadamw.equilibrium import STEADY_TAUS, SteadyState
 from lwadamw.norms import Array
 from lwadamw.rules import Rule, get_rule
 
 from .data import Corpus, batches, windows
 from .model import ModelConfig, Transformer
 
-# After this many tau a matrix keeps e^-3, 5 %, of its initial weights. Those start 2 to 4 times larger than the steady
-# state here, so after 2 tau their remains would still add a tenth to the norm, and after 3 they do not.
-STEADY_TAUS: Final = 3
 VALIDATION_WINDOWS: Final = 128
 
 

@@ -1,0 +1,98 @@
+"""`python -m lwadamw compare`: what grew or shrank from a proxy's profile to a target's, against the prediction."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..comparison import Comparison, Row
+    from ..profile import Profile
+
+_HEADER = ("role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off by", "")
+_LEFT = ("role", "layers", "statistic", "")
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "compare",
+        help="compare the profiles of two runs with what their learning rates and decays predict",
+        description="Print, per role and type of layer, what grew and what shrank from one run to another, and whether their "
+        "effective learning rates and weight decays predict it. Profiles are what Monitor.save() writes. Exits with 1 where "
+        "something is outside the tolerance, with 0 where nothing is; what is too early to be judged is not.",
+    )
+    option = parser.add_argument
+    option("proxy", type=Path, metavar="proxy.json")
+    option("target", type=Path, metavar="target.json")
+    option(
+        "--tolerance", type=float, metavar="X", help="factor by which a ratio may be off, either way (default: 1.25)"
+    )
+    option(
+        "--statistic",
+        action="append",
+        metavar="NAME",
+        help="compare this one only, also if nothing predicts it; repeatable",
+    )
+    option("--full", action="store_true", help="judge and print layer by layer, and what has no prediction")
+    parser.set_defaults(command=lambda args: run(parser, args))
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from ..comparison import TOLERANCE, compare
+    from ..profile import load
+
+    try:
+        profiles = load(args.proxy), load(args.target)
+        found = compare(
+            *profiles,
+            TOLERANCE if args.tolerance is None else args.tolerance,
+            statistics=args.statistic,
+            by_layer=args.full,
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    keep_all = args.full or args.statistic
+    rows = [row for row in found.rows if keep_all or row.verdict != "no prediction"]
+    print("\n".join([*_titles(profiles), *_table(rows), *_summary(found)]))
+    if found.unmatched:
+        print(f"in one of the runs only: {', '.join(found.unmatched)}", file=sys.stderr)
+    return 1 if found.drifted else 0
+
+
+def _titles(profiles: Sequence[Profile]) -> list[str]:
+    return [
+        f"{name:<6}  rule {p.rule}   base {', '.join(f'{k} {v}' for k, v in p.base.items())}   "
+        f"steps {p.window[0]} to {p.window[1]} of {p.steps}" + "".join(f"   {k} {v}" for k, v in p.meta.items())
+        for name, p in zip(("proxy", "target"), profiles, strict=True)
+    ]
+
+
+def _summary(found: Comparison) -> list[str]:
+    counts: dict[str, int] = {}
+    for row in found.rows:
+        counts[row.verdict] = counts.get(row.verdict, 0) + 1
+    judged = sum(n for verdict, n in counts.items() if verdict not in ("too early", "no prediction"))
+    text = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no statistic is in both runs"
+    return [f"tolerance {found.tolerance:g}: {text}" + ("" if judged else "; nothing could be judged")]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    cells = [_HEADER, *(_cells(row) for row in rows)]
+    widths = [max(len(row[j]) for row in cells) for j in range(len(_HEADER))]
+    return [
+        "  ".join(
+            cell.ljust(w) if name in _LEFT else cell.rjust(w)
+            for name, cell, w in zip(_HEADER, row, widths, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    numbers = (row.proxy, row.target, row.ratio, row.predicted, row.off)
+    shown = tuple("-" if math.isnan(x) else f"{x:.3g}" for x in numbers)
+    return (row.role, row.layers, row.statistic, *shown, row.verdict)
