@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
-COMMANDS: Final = ("demo", "compare", "storage", "sweep", "synthetic")  # modules of lwadamw.commands
+# Modules of lwadamw.commands, in the order of --help.
+COMMANDS: Final = ("demo", "rule", "table", "compare", "transfer", "sweep", "synthetic", "figures", "storage")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 130 after Ctrl-C, and argparse exits with 2 on bad arguments."""
+    """Run a command; returns its exit code, 130 after Ctrl-C. argparse exits with 2 on bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m lwadamw", description="AdamW for width scaling.")
     commands = parser.add_subparsers(metavar="command", required=True)
     for name in COMMANDS:

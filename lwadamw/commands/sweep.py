@@ -59,12 +59,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)")
     option("--jobs", type=whole, metavar="N", help="runs at once (default: one per core; on a GPU as many as fit)")
+    option(
+        "--series", action="store_true", help="write gain, alignment and norms against step, instead of what came out"
+    )
     option("--plot", type=Path, metavar="PNG", help="loss against learning rate (default: next to --out)")
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from ..lab.study import RESULT, train
+    from ..lab.study import RESULT, SERIES, train, watch
     from ..lab.sweep import sweep
 
     tasks = _tasks(parser, args)
@@ -72,8 +75,9 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"argument --out: {str(args.out.parent)!r} does not exist. Give a file in an existing folder.")
     place = device(parser, args.device)
     try:
+        work, columns = (watch, SERIES) if args.series else (train, RESULT)
         failures = sweep(
-            tasks, train, RESULT, args.out, place, jobs=args.jobs, show=lambda line: print(line, flush=True)
+            tasks, work, columns, args.out, place, jobs=args.jobs, show=lambda line: print(line, flush=True)
         )
     except ValueError as error:
         parser.error(f"argument --out: {error}")
@@ -82,6 +86,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             f"{len(failures)} runs failed and are not in {args.out}. The same command tries them again.",
             file=sys.stderr,
         )
+    if args.series:
+        return 1 if failures else 0
     from ..cli import main
 
     code = main(["transfer", str(args.out), "--plot", str(args.plot or args.out.with_suffix(".png"))])

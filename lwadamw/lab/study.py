@@ -12,9 +12,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from lwadamw import Monitor
 from lwadamw.rules import RULES, Rule, Scale, get_rule
 
-from .data import Corpus, from_file, standard_library
+from .data import Corpus, from_file, standard_library, windows
 from .model import FFN_RATIO
 from .training import Run, Settings
 
@@ -36,6 +37,11 @@ RESULT: Final = (
     "parameters",
     "tokens",
 )
+
+# Against step, medians over the matrices.
+SERIES: Final = ("step", "name", "statistic", "value")
+WATCHED: Final = ("gain", "alignment_ratio", "weight_alignment", "relative_update", "rms_ratio", "top")
+READINGS: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +159,24 @@ def train(task: Training, device: torch.device, alive: Callable[[], None]) -> di
         "tokens": run.steps_done * s.batch * s.context,
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def watch(task: Training, device: torch.device, alive: Callable[[], None]) -> list[dict[str, Any]]:
+    """Make the run under a monitor; rows of `SERIES`."""
+    run = Run(task.settings, task.width, _corpus(task.data), device)
+    probe = windows(run.corpus.validation, 8, task.context)[:, :-1].to(device)
+    every = max(1, task.steps // READINGS)
+    monitor = Monitor(run.optimizer, run.model, every=every, spectrum_every=every, probe=probe, history=task.steps)
+    for _ in run.train():
+        alive()
+    rows = []
+    for reading in monitor.readings:
+        matrices = np.array([role == "matrix" for role in reading.roles])
+        for statistic in WATCHED:
+            values = reading.columns[statistic][matrices]
+            if np.isfinite(values).any():
+                rows.append({"step": reading.step, "statistic": statistic, "value": float(np.nanmedian(values))})
+    return [{"name": "median of the matrices", **row} for row in rows]
 
 
 def _spectra(run: Run) -> dict[str, float]:

@@ -54,7 +54,7 @@ def sweep(
 
     Args:
         tasks: in the order in which they are begun; see `Task`.
-        work: see `pool.run_all`; returns the columns in `result`.
+        work: see `pool.run_all`; returns the columns in `result`, or a list of such rows.
         result: columns that say what came of a run.
         path: the CSV file. Killed at any moment, it has all runs that had ended, and another call goes on from there.
         jobs: how many at once; by default one per core, and on a GPU as many as fit in its memory.
@@ -92,8 +92,9 @@ def sweep(
                 show(f"{rate}  FAILED {_label(task)}\n{outcome.text}")
                 continue
             members = computations[task.shared()]
-            table.append([{**asdict(member), **outcome, **place} for member in members])
-            show(f"{rate}  {_label(task)}  {_outcome(outcome)}")
+            rows = outcome if isinstance(outcome, list) else [outcome]
+            table.append([{**asdict(member), **row, **place} for member in members for row in rows])
+            show(f"{rate}  {_label(task)}  {_outcome(rows[-1])}")
     return failures
 
 

@@ -95,18 +95,19 @@ class Network(nn.Module):
     def __init__(self, width: int, variant: str, generator: torch.Generator) -> None:
         super().__init__()
         names = ("in", "out") if variant == "relu" else MATRICES
-        self.layers = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in names})
+        self.matrices = {name: nn.Linear(width, width, bias=False) for name in names}
+        self.layers = nn.ModuleDict(self.matrices)
         with torch.no_grad():
-            for layer in self.layers.values():
+            for layer in self.matrices.values():
                 layer.weight.copy_(torch.randn(width, width, generator=generator) * width**-0.5)
 
     def hidden(self, x: Tensor) -> Tensor:
         """What W_out is applied to, [batch, d]."""
-        z: Tensor = self.layers["in"](x)
-        return F.relu(z) if "gate" not in self.layers else F.silu(self.layers["gate"](x)) * z
+        z: Tensor = self.matrices["in"](x)
+        return F.relu(z) if "gate" not in self.matrices else F.silu(self.matrices["gate"](x)) * z
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers["out"](self.hidden(x))
+        y: Tensor = self.matrices["out"](self.hidden(x))
         return y
 
 
@@ -140,7 +141,7 @@ def run(task: Noise, device: torch.device, alive: Callable[[], None]) -> dict[st
         "taus": task.steps * lr * wd,
         "steady_rms": math.sqrt(lr / (2 * wd)),
         **{name: math.exp(float(np.mean([math.log(s[name]) for s in seen]))) for name in seen[0]},
-        **{f"spectrum_{name}": _spectrum(layer.weight) for name, layer in network.layers.items()},
+        **{f"spectrum_{name}": _spectrum(layer.weight) for name, layer in network.matrices.items()},
         "seconds": round(time.perf_counter() - start, 2),
     }
 
@@ -150,7 +151,7 @@ def _measure(network: Network, x: Tensor) -> dict[str, float]:
     hidden = network.hidden(x)
     inputs = {"in": x, "gate": x, "out": hidden}
     out = {"gain_network": _ratio(network(x), x)}
-    for name, layer in network.layers.items():
+    for name, layer in network.matrices.items():
         weight = layer.weight
         values = torch.linalg.svdvals(weight).double()
         left = (values[2:] ** 2).sum() / weight.numel()

@@ -66,15 +66,17 @@ class RunTable:
         return tuple(cell(row[name]) for name in self._setting)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write rows in one piece and wait until they are on disk.
+        """Write all rows of one run, or of several, in one piece and wait until they are on disk.
 
         Raises:
             ValueError: a run is there already.
         """
         rows = list(rows)
         keys = [self.key(row) for row in rows]
-        if len({*keys} - self.done) < len(keys):
-            raise ValueError(f"{self.path}: a run is there already, {dict(zip(self._setting, keys[0], strict=True))}.")
+        if there := self.done.intersection(keys):
+            raise ValueError(
+                f"{self.path}: a run is there already, {dict(zip(self._setting, there.pop(), strict=True))}."
+            )
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([[cell(row.get(c)) for c in self.columns] for row in rows])
         self._write(text.getvalue())

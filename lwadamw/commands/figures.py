@@ -1,0 +1,47 @@
+"""`python -m lwadamw figures`: the figures and tables of the documentation, from its CSV files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+DATA: Final = Path("docs/data")
+REPORT: Final = Path("docs/width_transfer.md")
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "figures",
+        help="remake the figures and tables of the documentation from its CSV files",
+        description="Draw every figure whose CSV file is there, and fill in the tables of the report. The same files give the "
+        "same bytes.",
+    )
+    option = parser.add_argument
+    option("--data", type=Path, default=DATA, metavar="DIR", help="CSV files (default: %(default)s)")
+    option("--out", type=Path, default=Path("docs/figures"), metavar="DIR", help="figures (default: %(default)s)")
+    option(
+        "--report",
+        type=Path,
+        metavar="MD",
+        help="whose tables to fill in (default: docs/width_transfer.md, if it is there)",
+    )
+    parser.set_defaults(command=lambda args: run(parser, args))
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from ..lab import figures, findings
+
+    if not args.data.is_dir():
+        parser.error(f"argument --data: {str(args.data)!r} is no folder. Give the one with the CSV files.")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for line in figures.remake(args.data, args.out):
+            print(line, flush=True)
+        report = args.report or REPORT
+        if args.report or (args.data == DATA and report.is_file()):
+            report.write_text(findings.refresh(report.read_text(), args.data))
+            print(f"{report}: tables from {args.data}")
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error))
+    return 0

@@ -1,0 +1,275 @@
+"""`python -m lwadamw rule`: what to type at another width, in any framework, and what the other rules would say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import Final
+
+from ..equilibrium import STEADY_TAUS
+from ..planning import Base, Horizon, Target
+from ..rules import ROLES, RULES, Rule, Scale, get_rule, with_output
+from .arguments import positive, whole
+
+OWN: Final = "own"  # the name of a rule given by its exponents
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "rule",
+        help="what to type at another width, and what the other rules would say",
+        description="Take lr and weight decay tuned at one width to another under a width rule: values for every role, in "
+        "both conventions for weight decay, as lwadamw's and as plain parameter groups; tau against the length of the run; "
+        "what the rule predicts of the weights; and the same by every other rule.",
+    )
+    option = parser.add_argument
+    option("rule", nargs="?", choices=tuple(RULES), help="width rule (default: fan2025)")
+    option("--from", dest="base_width", type=whole, required=True, metavar="N", help="width of the proxy, or a fan_in")
+    option(
+        "--to", dest="width", type=whole, required=True, metavar="N", help="width of the target, or that fan_in there"
+    )
+    option("--lr", type=positive, required=True, metavar="X", help="learning rate tuned at the proxy, its peak")
+    option(
+        "--wd",
+        type=positive,
+        required=True,
+        metavar="X",
+        help="weight decay tuned at the proxy, as torch's AdamW has it",
+    )
+    option(
+        "--betas", type=float, nargs=2, default=(0.9, 0.95), metavar="X", help="of the optimizer (default: 0.9 0.95)"
+    )
+    option("--eps", type=positive, default=1e-8, metavar="X", help="of the optimizer (default: 1e-8)")
+    option("--steps", type=whole, metavar="N", help="length of the target's run, to hold tau against")
+    option("--batch-tokens", type=whole, metavar="N", help="tokens per step, to give tau in tokens too; needs --steps")
+    option(
+        "--exponents",
+        type=exponents,
+        metavar="lr=A,wd=B",
+        help="exponents of the width ratio for matrices in place of a rule, like lr=-0.75,wd=0.75; eps=C too",
+    )
+    option(
+        "--output", choices=("output", "vector"), default="output", help="'vector' if the model divides its logits by m"
+    )
+    option("--all", action="store_true", help="every rule at the same length, not only in the table")
+    option("--json", action="store_true", help="all numbers of all rules as JSON")
+    parser.set_defaults(command=lambda args: run(parser, args))
+
+
+def exponents(text: str) -> Scale:
+    given: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            if name not in ("lr", "wd", "eps") or name in given:
+                raise ValueError(name)
+            given[name] = float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not exponents of lr, wd and eps, like lr=-0.75,wd=0.75"
+            ) from None
+    try:
+        return Scale(**given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.exponents is not None and args.rule is not None:
+        parser.error(f"argument --exponents: they are in place of a rule. Leave out {args.rule!r}, or --exponents.")
+    if args.batch_tokens is not None and args.steps is None:
+        parser.error("argument --batch-tokens: it needs --steps, the length of the run.")
+    named = [with_output(rule, args.output) for rule in RULES.values()]
+    if args.exponents is None:
+        chosen = with_output(get_rule(args.rule or "fan2025"), args.output)
+        rules = named
+    else:
+        chosen = with_output(Rule(OWN, matrix=args.exponents, holds="your exponents"), args.output)
+        rules = [chosen, *named]
+    try:
+        base = Base(args.base_width, args.lr, args.wd, (args.betas[0], args.betas[1]), args.eps)
+        targets = {rule.name: Target(rule, base, args.width) for rule in rules}
+    except ValueError as error:
+        parser.error(str(error))
+    horizon = Horizon(args.steps, args.batch_tokens) if args.steps is not None else None
+    if args.json:
+        print(json.dumps(_document(targets[chosen.name], targets, horizon), indent=1))
+        return 0
+    pages = [_page(t, horizon, args.output) for t in targets.values() if args.all or t.rule == chosen]
+    print("\n\n".join([*pages, _others(targets, chosen.name, horizon), _remarks(targets[chosen.name], horizon)]))
+    return 0
+
+
+def _document(chosen: Target, targets: dict[str, Target], horizon: Horizon | None) -> dict[str, object]:
+    base = chosen.base
+    document: dict[str, object] = {
+        "rule": chosen.rule.name,
+        "m": chosen.m,
+        "width": chosen.width,
+        "base": {"width": base.width, "lr": base.lr, "weight_decay": base.weight_decay, "betas": base.betas}
+        | {"eps": base.eps, "tau": base.steady.tau, "weight_rms": base.steady.weight_rms}
+        | {"relative_update": base.steady.relative_update},
+        "rules": {name: target.as_dict(horizon) for name, target in targets.items()},
+    }
+    if horizon is not None:
+        document["run"] = {"steps": horizon.steps, "batch_tokens": horizon.batch_tokens}
+    return document
+
+
+def _page(target: Target, horizon: Horizon | None, output: str) -> str:
+    base = target.base
+    title = (
+        f"rule {target.rule.name}   width {base.width} to {target.width}, m = {target.m:g}   base lr {base.lr:g}, "
+        f"weight decay {base.weight_decay:g}, betas {base.betas[0]:g} {base.betas[1]:g}"
+    )
+    return "\n\n".join([title, _typed(target), _groups(target, output), _predictions(target, horizon)])
+
+
+def _typed(target: Target) -> str:
+    scales_eps = any(target.rule[role].eps for role in ROLES)
+    header = [
+        "role",
+        "lr",
+        "weight decay, times lr (1)",
+        "weight decay, independent (2)",
+        *(["eps"] if scales_eps else []),
+    ]
+    rows = [header]
+    for role in ROLES:
+        values, scale = target.values(role), target.rule[role]
+        row = [role, _scaled(values.lr, scale.lr)]
+        if scale.wd is None:
+            row += ["0", "0"]
+        else:
+            row += [_scaled(values.weight_decay, scale.wd), _scaled(values.decay_per_step, scale.lr + scale.wd)]
+        rows.append([*row, *([_scaled(values.eps, scale.eps)] if scales_eps else [])])
+    notes = [
+        "(1) PyTorch, Megatron, optax: a step takes lr * weight decay off a weight.",
+        "(2) fully decoupled: a step at peak lr takes this much off, lr not multiplied in, with or without the schedule.",
+    ]
+    return "\n".join([*_align(rows), *notes])
+
+
+def _scaled(value: float, exponent: float) -> str:
+    return f"{value:.6g}" + (f" = base * m^{exponent:g}" if exponent else "")
+
+
+def _groups(target: Target, output: str) -> str:
+    base, rule = target.base, target.rule
+    called = f'"{rule.name}"'
+    if rule.name == OWN:
+        scale = ", ".join(f"{k}={v:g}" for k in ("lr", "wd", "eps") if (v := getattr(rule.matrix, k)))
+        called = f'lwadamw.Rule("{OWN}", matrix=lwadamw.Scale({scale}))'
+    more = ', output="vector"' if output == "vector" else ""
+    betas = f"betas=({base.betas[0]:g}, {base.betas[1]:g})"
+    eps = f", eps={base.eps:g}" if base.eps != 1e-8 else ""
+    lines = [
+        "lwadamw, with base values:",
+        f"  groups = lwadamw.param_groups(model, base_width={base.width}, rule={called}{more})",
+        f"  optimizer = lwadamw.AdamW(groups, lr={base.lr:g}, weight_decay={base.weight_decay:g}, {betas}{eps})",
+        f"any AdamW of kind (1), {betas}{eps}:",
+    ]
+    for role in ROLES:
+        values = target.values(role)
+        own = f', "eps": {values.eps:.6g}' if rule[role].eps else ""
+        lines.append(f'  {{"params": {role}, "lr": {values.lr:.6g}, "weight_decay": {values.weight_decay:.6g}{own}}},')
+    return "\n".join(lines)
+
+
+def _predictions(target: Target, horizon: Horizon | None) -> str:
+    base, there = target.base.steady, target.steady
+    taus = (base.tau, there.tau)
+    rows = [
+        ["matrices", f"width {target.base.width}", f"width {target.width}", "ratio"],
+        ["tau = 1/(lr wd), steps", *map(_count, taus), f"{target.tau_ratio:.3g}"],
+    ]
+    if horizon is not None:
+        rows.append(
+            [f"  of a run of {_count(horizon.steps)} steps", *(f"{horizon.share(tau):.2g}" for tau in taus), ""]
+        )
+        if horizon.batch_tokens is not None:
+            rows.append(["  in tokens", *(_count(tau * horizon.batch_tokens) for tau in taus), ""])
+    rows += [
+        ["steady after 3 tau, steps (3)", *(_steady(tau, horizon) for tau in taus), ""],
+        ["weight RMS sqrt(lr/2wd)", f"{base.weight_rms:.3g}", f"{there.weight_rms:.3g}", f"{target.rms_ratio:.3g}"],
+        [
+            "relative update per step sqrt(2 lr wd (1-b1)/(1+b1))",
+            *(f"{s.relative_update:.3g}" for s in (base, there)),
+            f"{target.update_ratio:.3g}",
+        ],
+        ["top singular value, ~ weight RMS * width^0.75 (4)", "", "", f"{target.top_ratio:.3g}"],
+    ]
+    notes = [
+        "(3) at constant lr; warm-up and a decaying lr only make it later. Predictions hold where gradients are mostly noise.",
+        "(4) observed in LLaMA-style models by Fan et al. 2510.15262, not derived, and not the same everywhere: measure it.",
+    ]
+    return "\n".join([*_align(rows), *notes])
+
+
+def _steady(tau: float, horizon: Horizon | None) -> str:
+    late = horizon is not None and not horizon.reaches(tau)
+    return _count(STEADY_TAUS * tau) + (": not in this run" if late else "")
+
+
+def _others(targets: dict[str, Target], chosen: str, horizon: Horizon | None) -> str:
+    of_run = ["tau/run"] if horizon is not None else []
+    rows = [["rule", "lr", "wd", "lr*wd", "tau", *of_run, "RMS", "update", "top"]]
+    for name, target in targets.items():
+        values, tau = target.values("matrix"), target.steady.tau
+        share = [f"{horizon.share(tau):.2g}"] if horizon is not None else []
+        ratios = (target.rms_ratio, target.update_ratio, target.top_ratio)
+        row = [f"{name} *" if name == chosen else name, f"{values.lr:.4g}", f"{values.weight_decay:.4g}"]
+        rows.append([*row, f"{values.decay_per_step:.4g}", _count(tau), *share, *(f"{ratio:.3g}" for ratio in ratios)])
+    quantities = {
+        "lr": [t.values("matrix").lr for t in targets.values()],
+        "weight decay": [t.values("matrix").weight_decay for t in targets.values()],
+        "tau": [t.steady.tau for t in targets.values()],
+        "relative update": [t.update_ratio for t in targets.values()],
+        "top singular value": [t.top_ratio for t in targets.values()],
+    }
+    spread = ", ".join(f"{name} x{max(values) / min(values):.3g}" for name, values in quantities.items())
+    width = max(len(name) for name in targets)
+    holds = [
+        f"  {name.ljust(width)}  {t.rule.holds}" + (f" ({t.rule.source})" if t.rule.source else "")
+        for name, t in targets.items()
+    ]
+    return "\n".join(
+        [
+            "What the rules say of matrices; RMS, update and top are ratios, target over proxy:",
+            *_align(rows),
+            f"From one rule to another: {spread}.",
+            "What each holds constant across widths:",
+            *holds,
+        ]
+    )
+
+
+def _remarks(target: Target, horizon: Horizon | None) -> str:
+    remarks = [
+        "Only the width is scaled here: depth, batch size and tokens are taken to be the same. Where they change, lr and "
+        "weight decay need more than this. Which rule transfers best is an open question.",
+        "Remark: Qiu et al. 2512.05620 find lr*wd ~ 1/width nearly optimal for compute-optimal runs, whose tokens grow with "
+        "the model; of the rules above `mup` has that.",
+    ]
+    if horizon is not None:
+        remarks.append(
+            "Remark: Bergsma et al. 2505.13738 find that the best tau/run falls as a power of tokens per parameter, in their "
+            "setup: muP, SlimPajama, lr decayed linearly to 0. Second hand: the power is about -0.52, and 0.21 of the run is "
+            "best at 20 tokens per parameter; whether with base or effective lr is not known here. tau/run of these matrices, "
+            f"effective: {horizon.share(target.steady.tau):.2g}."
+        )
+    return "\n".join(textwrap.fill(remark, 120) for remark in remarks)
+
+
+def _count(value: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9)):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

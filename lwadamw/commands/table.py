@@ -1,0 +1,181 @@
+"""`python -m lwadamw table`: the role of every parameter of a model, built without memory on the meta device."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..rules import ROLES, RULES
+from .arguments import positive, whole
+from .factory import EXAMPLE, build, literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..groups import Groups
+    from ..roles import RoleSpec
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "table",
+        help="the role, width ratio and effective values of every parameter of a model",
+        description="Build a model on the meta device, which takes no memory, and print what every parameter is to a width "
+        "rule and why. Exits with 1 where a parameter's role cannot be told, and lists every such parameter.",
+    )
+    option = parser.add_argument
+    option("factory", metavar="module:factory", help=f"class or function that returns the model, like {EXAMPLE}")
+    option(
+        "--args", nargs="+", default=[], metavar="k=v", help="its arguments, values as Python literals, like depth=4"
+    )
+    option(
+        "--base-width",
+        nargs="+",
+        metavar="N",
+        help="the proxy's width; or its fan_in by name pattern, like '*.down.weight=1024' '*=256'. Without it and --base "
+        "the model is its own proxy: every m is 1",
+    )
+    option("--base", metavar="module:factory", help="class or function that returns the proxy model, without arguments")
+    option("--width", type=whole, metavar="N", help="this model's width (default: its config's, or its embedding's)")
+    option("--rule", choices=tuple(RULES), default="fan2025", help="width rule (default: %(default)s)")
+    option(
+        "--output", choices=("output", "vector"), default="output", help="'vector' if the model divides its logits by m"
+    )
+    option(
+        "--role",
+        action="append",
+        default=[],
+        metavar="pattern=role",
+        help="role of the parameters a pattern matches: matrix, vector or output; matrix:-1 where dimension -1 is the fan_in",
+    )
+    option("--lr", type=positive, metavar="X", help="base learning rate, for effective values; without it multipliers")
+    option("--wd", type=positive, metavar="X", help="base weight decay; goes with --lr")
+    option(
+        "--steps", type=whole, metavar="N", help="length of the run, to print tau as a part of it; needs --lr and --wd"
+    )
+    option("--full", action="store_true", help="one line for every parameter")
+    option("--json", action="store_true", help="one object per parameter")
+    parser.set_defaults(command=lambda args: run(parser, args))
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from ..groups import param_groups
+    from ..summary import summary
+
+    if (args.lr is None) != (args.wd is None):
+        parser.error("arguments --lr and --wd go together: both base values, or neither for the multipliers.")
+    if args.steps is not None and args.lr is None:
+        parser.error("argument --steps: tau needs --lr and --wd.")
+    if args.base is not None and args.base_width is not None:
+        parser.error("argument --base: --base-width says the same. Give one of them.")
+    try:
+        roles = dict(_role(text) for text in args.role)
+        model = build("module:factory", args.factory, dict(literal(text) for text in args.args))
+        if undecided := _undecided(model, roles):
+            print(_complaint(undecided, args.full), file=sys.stderr)
+            return 1
+        base: Any = model
+        if args.base is not None:
+            base = build("--base", args.base, {})
+        elif args.base_width is not None:
+            base = _base_width(args.base_width)
+        groups = param_groups(model, base, args.rule, roles, width=args.width, output=args.output)
+    except (ValueError, TypeError, RuntimeError) as error:
+        parser.error(str(error))
+    if args.lr is not None:
+        for group in groups:
+            group |= {"lr": args.lr, "weight_decay": args.wd}
+    if args.json:
+        print(json.dumps(_rows(groups, args.steps), indent=1))
+    else:
+        print(summary(groups, steps=args.steps, full=args.full))
+    return 0
+
+
+def _base_width(texts: Sequence[str]) -> int | dict[str, int]:
+    if len(texts) == 1 and "=" not in texts[0]:
+        return _whole(texts[0], texts[0])
+    pairs = {}
+    for text in texts:
+        pattern, equals, value = text.rpartition("=")
+        if not equals:
+            raise ValueError(
+                f"argument --base-width: {text!r} is not pattern=fan_in, like '*=256'; one number alone is the width."
+            )
+        pairs[pattern] = _whole(value, text)
+    return pairs
+
+
+def _whole(value: str, text: str) -> int:
+    try:
+        return whole(value)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"argument --base-width: {error}, in {text!r}") from None
+
+
+def _role(text: str) -> tuple[str, RoleSpec]:
+    from ..roles import Matrix, Output
+
+    pattern, _, spec = text.rpartition("=")
+    role, colon, dimension = spec.partition(":")
+    kinds: dict[str, type[Matrix] | type[Output]] = {"matrix": Matrix, "output": Output}
+    if pattern and colon and role in kinds and re.fullmatch(r"-?\d+", dimension):
+        return pattern, kinds[role](fan_in=int(dimension))
+    if pattern and not colon:
+        for known in ROLES:
+            if role == known:
+                return pattern, known
+    raise ValueError(
+        f"argument --role: {text!r} is not pattern=role, like '*.A_log=vector' or '*.experts.w1=matrix:-1'. Roles are "
+        f"{', '.join(ROLES)}."
+    )
+
+
+def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[str, tuple[int, ...], str]]:
+    from ..roles import decide, sites
+
+    found = [(p, places[0].name, decide(p, places, model, roles)) for p, places in sites(model) if p.requires_grad]
+    return [(name, tuple(p.shape), decision.why) for p, name, decision in found if decision.role is None]
+
+
+def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool) -> str:
+    alike: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
+    for name, shape, why in undecided:
+        alike.setdefault((name if full else re.sub(r"\d+", "*", name), shape, why), []).append(name)
+    lines = [
+        f"  {names[0] if len(names) == 1 else f'{pattern} x{len(names)}'}  {shape}  {why}"
+        for (pattern, shape, why), names in alike.items()
+    ]
+    pattern = next(iter(alike))[0]
+    return "\n".join(
+        [
+            f"The role of {len(undecided)} parameter(s) cannot be told:",
+            *lines,
+            f"Decide it: --role '{pattern}=vector' for constant lr and no decay, '{pattern}=matrix:-1' for the width rule with",
+            "dimension -1 as fan_in, 'output:-1' for a head or router. In a program: param_groups(roles={...}), or",
+            "lwadamw.register_role for the module class.",
+        ]
+    )
+
+
+def _rows(groups: Groups, steps: int | None) -> list[dict[str, Any]]:
+    from ..backends import effective
+
+    rows: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        values = effective({"lr": 1.0, "weight_decay": 1.0, "eps": 0.0, **group})
+        lr, wd = float(values.lr), float(values.weight_decay)
+        tau = 1 / (lr * wd) if "lr" in group and lr * wd > 0 else None
+        for name, p in group["params"]:
+            rows[name] = {"shape": list(p.shape), "lr": lr, "weight_decay": wd, "tau": tau}
+            if steps is not None:
+                rows[name]["tau_of_run"] = None if tau is None else tau / steps
+    out = []
+    for name, found in groups.evidence.items():
+        row = {"name": name, "role": found.role, "fan_in": found.fan_in, "m": found.m, "why": found.why}
+        out.append(row | {"frozen": found.frozen} | rows.get(name, {}))
+    return out

@@ -1,0 +1,160 @@
+"""Loss against learning rate: where its lowest point is, and how well the noise of the runs lets one tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lwadamw.norms import Array
+
+from .outcomes import Outcome
+
+DRAWS: Final = 2000
+VALLEY: Final = 2  # learning rates on either side of the best one from which noise is estimated
+
+Edge = Literal["", "lowest lr", "highest lr", "next to a diverged run", "no run ended"]
+Reached = Literal["run", "interpolated", "diverged", "outside the grid"]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The runs of one arm, width and weight decay."""
+
+    arm: str
+    width: int
+    weight_decay: float | None
+    seeds: tuple[str, ...]  # () where the file has none
+    lr: Array  # float64[lrs], rising
+    losses: Array  # float64[max(1, seeds), lrs]; inf where diverged, NaN where not run
+    runs: Array  # float64[lrs], how many runs stand behind each mean
+
+    @classmethod
+    def of(cls, rows: Sequence[Outcome]) -> Curve:
+        """From the runs of one arm, width and weight decay. Runs without a seed that are otherwise equal are averaged."""
+        seeds = tuple(sorted({row.seed for row in rows if row.seed is not None}))
+        lr = np.array(sorted({row.lr for row in rows}))
+        sums, runs = np.zeros((max(1, len(seeds)), len(lr))), np.zeros((max(1, len(seeds)), len(lr)))
+        for row in rows:
+            i = seeds.index(row.seed) if row.seed is not None else 0
+            j = int(np.searchsorted(lr, row.lr))
+            sums[i, j] += row.loss
+            runs[i, j] += 1
+        losses = np.divide(sums, runs, out=np.full_like(sums, np.nan), where=runs > 0)
+        first = rows[0]
+        return cls(first.arm, first.width, first.weight_decay, seeds, lr, losses, runs.sum(axis=0))
+
+    @cached_property
+    def log2_lr(self) -> Array:
+        return np.asarray(np.log2(self.lr))
+
+    @cached_property
+    def mean(self) -> Array:
+        """float64[lrs], over seeds; inf where one of them diverged."""
+        return np.asarray(np.nanmean(self.losses, axis=0))
+
+    @cached_property
+    def best(self) -> int:
+        """Place in `lr` of the lowest mean; of several, the one nearest to the fitted optimum, then the first."""
+        tied = np.flatnonzero(self.mean == self.mean.min())
+        return int(tied[np.argmin(np.abs(self.log2_lr[tied] - lowest(self.log2_lr, self.mean)[0]))])
+
+    @property
+    def edge(self) -> Edge:
+        """Why the optimum is a point of the grid and not a fit, if it is."""
+        if not np.isfinite(self.mean.min()):
+            return "no run ended"
+        if _inner(self.mean[None]).any():
+            return ""
+        if self.best == 0:
+            return "lowest lr"
+        return "highest lr" if self.best == len(self.lr) - 1 else "next to a diverged run"
+
+    def redraw(self, noise: float, generator: np.random.Generator) -> Array:
+        """Means as they might have been, float64[DRAWS, lrs]: each moved by the noise of a mean of so many runs."""
+        moves = generator.standard_normal((DRAWS, len(self.lr))) * (noise / np.sqrt(self.runs))
+        return np.asarray(self.mean + moves)
+
+    def at(self, lr: float) -> tuple[float, Reached]:
+        """Mean loss at a learning rate: of a run, or else linear in log2 lr between two; NaN outside the grid."""
+        near = int(np.argmin(np.abs(self.log2_lr - np.log2(lr))))
+        how: Reached = "run"
+        if np.isclose(self.lr[near], lr, rtol=1e-6):
+            loss = float(self.mean[near])
+        elif self.lr[0] < lr < self.lr[-1]:
+            right = int(np.searchsorted(self.lr, lr))
+            start, stop = self.log2_lr[right - 1 : right + 1]
+            share = (np.log2(lr) - start) / (stop - start)
+            loss = float((1 - share) * self.mean[right - 1] + share * self.mean[right])
+            how = "interpolated"
+        else:
+            return float("nan"), "outside the grid"
+        return loss, how if np.isfinite(loss) else "diverged"
+
+
+def lowest(x: Array, y: Array) -> Array:
+    """Place of the lowest point of each row: the vertex of the parabola through it and its neighbours.
+
+    At the ends of the grid and next to a diverged run it is the point itself, without extrapolation. Equally low points
+    are averaged. NaN where nothing is finite.
+
+    Args:
+        x: float64[lrs], rising.
+        y: float64[rows, lrs] or float64[lrs]; inf where diverged.
+
+    Returns:
+        float64[rows].
+    """
+    y = np.atleast_2d(y)
+    tied = np.isfinite(y) & (y == y.min(axis=1, keepdims=True))
+    inner = _inner(y)
+    tied = np.where(inner.any(axis=1, keepdims=True), inner, tied)
+    finite = np.where(np.isfinite(y), y, 0.0)
+    left, right = np.diff(x, prepend=x[0] - 1), np.diff(x, append=x[-1] + 1)
+    rise_left = -np.diff(finite, axis=1, prepend=finite[:, :1])
+    rise_right = np.diff(finite, axis=1, append=finite[:, -1:])
+    slope, curvature = rise_left * right**2 - rise_right * left**2, rise_left * right + rise_right * left
+    move = np.divide(slope, 2 * curvature, out=np.zeros_like(slope), where=inner & (curvature > 0))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.sum(np.where(tied, x + move, 0.0), axis=1) / np.sum(tied, axis=1))
+
+
+def _inner(y: Array) -> NDArray[np.bool_]:
+    """Lowest points with a finite neighbour on either side, bool like y."""
+    around = np.pad(np.isfinite(y), ((0, 0), (1, 1)))
+    lowest_ = np.isfinite(y) & (y == y.min(axis=1, keepdims=True))
+    return np.asarray(lowest_ & around[:, :-2] & around[:, 2:])
+
+
+def noise_of(curves: Iterable[Curve]) -> float | None:
+    """Standard deviation of a run's loss about its curve, from how seeds differ around each optimum.
+
+    What a seed adds to the whole curve moves no optimum and does not count. Pooled over the curves. None where no curve
+    has two seeds at two learning rates.
+    """
+    squares = freedom = 0.0
+    for curve in curves:
+        valley = curve.losses[:, max(0, curve.best - VALLEY) : curve.best + VALLEY + 1]
+        valley = valley[:, np.isfinite(valley).all(axis=0)]
+        degrees = (valley.shape[0] - 1) * (valley.shape[1] - 1)
+        if degrees > 0:
+            rest = valley - valley.mean(axis=0) - valley.mean(axis=1, keepdims=True) + valley.mean()
+            squares += float(np.sum(rest**2))
+            freedom += degrees
+    return float(np.sqrt(squares / freedom)) if freedom else None
+
+
+def slope_weights(x: Array) -> Array:
+    """float64 like x; their scalar product with y is the least-squares slope of y against x."""
+    centred = x - x.mean()
+    return np.asarray(centred / (centred @ centred))
+
+
+def interval(draws: Array) -> tuple[float, float]:
+    """The middle 95 % of draws."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)

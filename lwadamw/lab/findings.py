@@ -1,0 +1,173 @@
+"""The report's tables, made from the CSV files of the runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from .exponents import Exponent, exponent
+from .figures import rows_of
+from .outcomes import read
+from .transfer import Arm, Transfer, analyse
+
+Rows = Sequence[Mapping[str, str]]
+Table = Callable[[Path], str]
+
+
+def refresh(report: str, data: Path) -> str:
+    """A report in which every block `<!-- NAME:begin -->` to `<!-- NAME:end -->` of `TABLES` is made anew.
+
+    Raises:
+        ValueError: a CSV file is missing or lacks a column.
+    """
+    for name, (source, table) in TABLES.items():
+        block = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        if block.search(report):
+            text = table(data / source)
+            report = block.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", report)  # type: ignore[misc]
+    return report
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    line = "| " + " | ".join(header) + " |"
+    rule = "| --- |" + " ---: |" * (len(header) - 1)
+    return "\n".join([line, rule, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def fit(rows: Rows, column: str) -> Exponent:
+    """Width exponent of a column over the seeds that have every width."""
+    known = {(row["seed"], int(row["width"])): float(row[column]) for row in rows if row[column]}
+    widths = sorted({width for _, width in known})
+    seeds = [seed for seed in sorted({s for s, _ in known}) if all((seed, width) in known for width in widths)]
+    return exponent(widths, [[known[seed, width] for width in widths] for seed in seeds])
+
+
+def _arms(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def _noise(variant: str, matrices: Sequence[str]) -> Table:
+    columns = [
+        "gain_network",
+        *(f"{what}_{name}" for what in ("gain", "top", "second", "bulk", "rms") for name in matrices),
+    ]
+
+    def table(path: Path) -> str:
+        rows = [row for row in rows_of(path, ["arm", "variant", *columns]) if row["variant"] == variant]
+        arms = _arms(rows)
+        lines = [
+            [column.replace("_", " "), *(str(fit([r for r in rows if r["arm"] == arm], column)) for arm in arms)]
+            for column in columns
+        ]
+        return markdown(["width exponent of", *arms], lines)
+
+    return table
+
+
+def _steady(path: Path) -> str:
+    """Measured over predicted weight RMS, by width: range over arms, matrices and seeds."""
+    rows = rows_of(path, ["arm", "variant", "width", "steady_rms", "rms_in", "rms_out"])
+    widths = sorted({int(row["width"]) for row in rows})
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = []
+        for width in widths:
+            here = [row for row in rows if row["variant"] == variant and int(row["width"]) == width]
+            names = [name for name in here[0] if name.startswith("rms_") and here[0][name]]
+            ratios = [float(row[name]) / float(row["steady_rms"]) for row in here for name in names]
+            cells.append(f"{np.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        lines.append([variant, *cells])
+    return markdown(["weight RMS / sqrt(lr/2wd)", *(f"width {width}" for width in widths)], lines)
+
+
+def _transfer(path: Path) -> str:
+    found = analyse(read(path).rows)
+    widths = sorted({optimum.width for arm in found.arms for optimum in arm.optima})
+    header = ["arm", *(f"best lr, {width}" for width in widths), "drift per octave of width"]
+    header += [f"regret, {width}" for width in widths[1:]] + [f"best loss, {width}" for width in widths]
+    return markdown(header, [_line(arm) for arm in found.arms])
+
+
+def _line(arm: Arm) -> list[str]:
+    best = [f"{o.lr:.2g} ({_ends(o.low, o.high)})" for o in arm.optima]
+    drift = (
+        "-"
+        if arm.drift is None
+        else f"{arm.drift.slope:+.2f} ({arm.drift.slope_low:+.2f} to {arm.drift.slope_high:+.2f})"
+    )
+    regrets = [_regret(r.regret) for r in arm.regrets[1:]]
+    return [arm.name, *best, drift, *regrets, *(f"{o.best_loss:.3f}" for o in arm.optima)]
+
+
+def _ends(low: float, high: float) -> str:
+    return f"{low:.2g} to {high:.2g}" if low > 0 and math.isfinite(high) else "at the edge"
+
+
+def _regret(value: float) -> str:
+    return "diverged" if math.isinf(value) else f"{value:.3f}"
+
+
+def _weights(path: Path) -> str:
+    """Width exponents of what the weights are when the learning rate begins to fall, at the lr that is best at the proxy."""
+    columns = ("effective_lr", "effective_wd", "relative_update", "top", "second", "median_singular")
+    rows = [row for row in rows_of(path, ["arm", "width", "lr", "seed", "taus", "rms_ratio", *columns]) if row["loss"]]
+    found = analyse(read(path).rows)
+    lines = []
+    for arm in found.arms:
+        lr = next(o for o in arm.optima if o.width == found.proxy).best_lr
+        here = [row for row in rows if row["arm"] == arm.name and float(row["lr"]) == lr]
+        a, b = (fit(here, column).slope for column in columns[:2])
+        widest = max(int(row["width"]) for row in here)
+        taus = [float(row["taus"]) for row in here if int(row["width"]) == widest]
+        ratio = [float(row["rms_ratio"]) for row in here if int(row["width"]) == widest]
+        predicted = f"{(a + b) / 2:+.2f}", f"{(a - b) / 2 + 0.75:+.2f}", f"{(a - b) / 2 + 0.5:+.2f}"
+        update, top, second, median = (str(fit(here, column)) for column in columns[2:])
+        lines.append([
+            arm.name, f"{lr:g}", f"{np.mean(taus):.1f}", f"{np.mean(ratio):.2f}", predicted[0], update, predicted[1], top,
+            second, predicted[2], median,
+        ])  # fmt: skip
+    header = [
+        "arm", "lr", "tau passed at the widest", "its RMS / steady RMS", "relative update: predicted", "seen",
+        "top singular value: predicted", "seen", "second: seen", "median: predicted", "seen",
+    ]  # fmt: skip
+    return markdown(header, lines)
+
+
+def _ridge(path: Path) -> str:
+    found: Transfer = analyse(read(path).rows)
+    lines = [
+        [f"{wd:g}", f"{lr:.2g}", f"{lr * wd:.2g}", f"{lr / wd:.2g}"]
+        for ridge in found.ridges
+        for wd, lr in zip(ridge.weight_decay, ridge.lr, strict=True)
+    ]
+    slopes = [f"{r.slope:+.2f} ({r.slope_low:+.2f} to {r.slope_high:+.2f})" for r in found.ridges]
+    axes = ["not fitted" if r.axis is None else f"{r.axis:+.2f}" for r in found.ridges]
+    table = markdown(["weight decay", "best lr", "lr·wd", "lr/wd"], lines)
+    return (
+        f"{table}\n\nSlope of log best lr against log weight decay: {', '.join(slopes)}. Flattest direction of a quadratic "
+        f"form around the lowest runs: {', '.join(axes)}."
+    )
+
+
+def _published(path: Path) -> str:
+    found = analyse(read(path).rows, lr=0.008)
+    widths = [o.width for o in found.arms[0].optima]
+    lines = [[arm.name, *(f"{o.best_lr:g}" for o in arm.optima), _regret(arm.regrets[-1].regret)] for arm in found.arms]
+    return markdown(["arm", *(f"best lr, {width}" for width in widths), f"regret of lr 0.008 at {widths[-1]}"], lines)
+
+
+TABLES: Final[Mapping[str, tuple[str, Table]]] = {
+    "published": ("kosson2025_fig1.csv", _published),
+    "steady": ("synthetic.csv", _steady),
+    "relu": ("synthetic.csv", _noise("relu", ("in", "out"))),
+    "swiglu": ("synthetic.csv", _noise("swiglu", ("in", "gate", "out"))),
+    "transfer": ("transfer.csv", _transfer),
+    "weights": ("transfer.csv", _weights),
+    "ridge": ("heatmap.csv", _ridge),
+}

@@ -1,0 +1,160 @@
+"""Figures of what weights and activations did: against width, over the spectrum, and over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from .exponents import exponent
+from .plots import by_name, by_width, fold, hide, legend, log2_axis, log_axis, panels, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, str]  # a line of a CSV file, by column
+SHOWN: Final = 1e-3  # of a spectrum, down to this share of its largest value
+
+
+@styled
+def against_width(rows: Sequence[Row], layout: Sequence[Sequence[str]], title: str, caption: str = "") -> Figure:
+    """Quantities against width, log-log, a line per arm with its fitted exponent and 95 % interval.
+
+    Args:
+        rows: columns arm, width, seed and those in the layout, one run each.
+        layout: columns to show, by row and place in it; "" leaves a place free.
+    """
+    figure, grid = panels(len(layout), max(map(len, layout)), title, caption)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    colours = by_name(arms)
+    for axes_row, names in zip(grid, layout, strict=True):
+        for axes, name in zip(axes_row, names, strict=False):
+            if not name:
+                continue
+            for arm in arms:
+                _power_law(axes, [row for row in rows if row["arm"] == arm], name, arm, colours[arm])
+            log_axis(axes, "y")
+            log2_axis(axes, "x", {int(row["width"]) for row in rows})
+            axes.set_title(name.replace("_", " "))
+            axes.legend(fontsize=6, handlelength=1.2, labelspacing=0.25)
+            axes.set_xlabel("width")
+        hide([axes for axes, name in zip(axes_row, [*names, *[""] * len(axes_row)], strict=False) if not name])
+    return figure
+
+
+def _power_law(axes: Axes, rows: Sequence[Row], column: str, arm: str, colour: str) -> None:
+    known = {(row["seed"], int(row["width"])): float(row[column]) for row in rows if row.get(column)}
+    if not known:
+        return
+    widths = sorted({width for _, width in known})
+    style: dict[str, Any] = {"color": colour, "linestyle": "", "marker": "o", "markersize": 3, "alpha": 0.6}
+    axes.plot([width for _, width in known], list(known.values()), label=f"_runs {arm}", **style)
+    complete = [s for s in sorted({s for s, _ in known}) if all((s, w) in known for w in widths)]
+    if len(widths) < 2 or not complete:
+        return
+    fit = exponent(widths, [[known[seed, width] for width in widths] for seed in complete])
+    line = [math.exp(fit.intercept) * width**fit.slope for width in widths]
+    axes.plot(widths, line, color=colour, linewidth=1.3, label=f"{arm} {fit}")
+
+
+@styled
+def spectra(rows: Sequence[Row], title: str, caption: str = "") -> Figure:
+    """Singular values against rank, log-log: a row of panels per matrix, a column per arm, a line per width and seed.
+
+    Args:
+        rows: columns arm, width, seed, name, index (of the singular value, from 1) and singular_value.
+    """
+    names, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "arm"))
+    figure, grid = panels(len(names), len(arms), title, caption, sharex=True, sharey=True)
+    colours = by_width(int(row["width"]) for row in rows)
+    for axes_row, name in zip(grid, names, strict=True):
+        for axes, arm in zip(axes_row, arms, strict=True):
+            here = [row for row in rows if (row["name"], row["arm"]) == (name, arm)]
+            for (width, _), lines in _grouped(here):
+                points = sorted((int(row["index"]), float(row["singular_value"])) for row in lines)
+                x, y = zip(*points, strict=True)
+                label = None if f"width {width}" in axes.get_legend_handles_labels()[1] else f"width {width}"
+                style: dict[str, Any] = {"color": colours[width], "linewidth": 1.0, "alpha": 0.8}
+                axes.plot(x, y, label=label, **style)
+            axes.set_title(f"{arm}, {name}")
+        axes_row[0].set_ylabel("singular value")
+    # The smallest of a square matrix is nearly 0, and says nothing.
+    grid[0][0].set_ylim(bottom=max(float(row["singular_value"]) for row in rows) * SHOWN)
+    log_axis(grid[0][0], "x")
+    log_axis(grid[0][0], "y")
+    for axes in grid[-1]:
+        axes.set_xlabel("rank")
+    legend(figure, grid[0][0])
+    return figure
+
+
+@styled
+def series(rows: Sequence[Row], statistic: str, title: str, caption: str = "") -> Figure:
+    """One statistic against step, a panel per arm, learning rate and decay; thick: mean over seeds, thin: each seed.
+
+    Of the matrices in a run the median is shown.
+
+    Args:
+        rows: columns arm, width, lr, weight_decay, seed, step, name, statistic and value.
+
+    Raises:
+        ValueError: no row has that statistic.
+    """
+    here = [row for row in rows if row["statistic"] == statistic and row["value"]]
+    if not here:
+        there = sorted({row["statistic"] for row in rows})
+        raise ValueError(f"no row has statistic {statistic!r}; there are {', '.join(there) or 'none'}.")
+    settings = list(dict.fromkeys((row["arm"], row["lr"], row["weight_decay"]) for row in here))
+    several = len({setting[1:] for setting in settings}) > 1
+    rows_of, columns = fold(len(settings))
+    figure, grid = panels(rows_of, columns, title, caption, sharex=True, sharey=True)
+    flat = [axes for row in grid for axes in row]
+    colours = by_width(int(row["width"]) for row in here)
+    for axes, setting in zip(flat, settings, strict=False):
+        runs: dict[int, list[dict[int, float]]] = {}
+        for (width, _), lines in _grouped(
+            row for row in here if (row["arm"], row["lr"], row["weight_decay"]) == setting
+        ):
+            runs.setdefault(width, []).append(_medians(lines))
+        for width, seeds in runs.items():
+            _over_steps(axes, seeds, width, colours[width])
+        arm, lr, decay = setting
+        axes.set_title(f"{arm}, lr {float(lr):g}, wd {float(decay):g}" if several else arm)
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("step")
+    if all(float(row["value"]) > 0 for row in here):
+        log_axis(flat[0], "y")
+    for row_of_axes in grid:
+        row_of_axes[0].set_ylabel(statistic.replace("_", " "))
+    hide(flat[len(settings) :])
+    legend(figure, max(flat, key=lambda axes: len(axes.get_legend_handles_labels()[0])))
+    return figure
+
+
+def _grouped(rows: Iterable[Row]) -> list[tuple[tuple[int, str], list[Row]]]:
+    def key(row: Row) -> tuple[int, str]:
+        return int(row["width"]), row["seed"]
+
+    return [(group, list(lines)) for group, lines in groupby(sorted(rows, key=key), key)]
+
+
+def _medians(rows: Iterable[Row]) -> dict[int, float]:
+    """Of the matrices, by step."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        values.setdefault(int(row["step"]), []).append(float(row["value"]))
+    return {step: median(found) for step, found in sorted(values.items())}
+
+
+def _over_steps(axes: Axes, seeds: Sequence[dict[int, float]], width: int, colour: tuple[float, ...]) -> None:
+    if len(seeds) > 1:
+        for seed in seeds:
+            axes.plot(list(seed), list(seed.values()), color=colour, linewidth=0.5, alpha=0.5)
+    steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
+    mean = [float(np.mean([seed[step] for seed in seeds])) for step in steps]
+    axes.plot(steps, mean, color=colour, linewidth=1.5, label=f"width {width}")

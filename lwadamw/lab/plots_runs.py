@@ -1,0 +1,191 @@
+"""Figures of how runs ended: loss against learning rate, and over learning rate and weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lwadamw.norms import Array
+
+from .curves import Curve, noise_of
+from .outcomes import Outcomes
+from .plots import GREY, by_width, fold, hide, legend, log2_axis, panels, styled
+from .ridge import Ridge, ridge
+from .transfer import NOISE, curves_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Losses this much of the best above the worst width's best, or as far as widths lie apart if that is more, are cut off.
+HEADROOM: Final = 0.15
+MAP: Final = (4.2, 3.4)  # inches
+
+
+@styled
+def transfer(outcomes: Outcomes, title: str = "Loss against base learning rate") -> Figure:
+    """Loss against learning rate, a line per width, a panel per arm and weight decay.
+
+    Thick: mean over seeds, its best run circled; thin: seeds; crosses at the top edge: diverged; dotted: the best run's
+    learning rate at the smallest width.
+    """
+    curves = curves_of(outcomes.rows)
+    settings = list(dict.fromkeys((c.arm, c.weight_decay) for c in curves))
+    several = len({decay for _, decay in settings}) > 1
+    rows, columns = fold(len(settings))
+    key = "circle: best run; dotted: its learning rate at the smallest width; crosses at the top: diverged"
+    caption = "\n".join(filter(None, (key, outcomes.caption)))
+    figure, grid = panels(rows, columns, title, caption, sharey=True, sharex=True)
+    colours = by_width(c.width for c in curves)
+    flat = [axes for row in grid for axes in row]
+    for axes, (arm, decay) in zip(flat, settings, strict=False):
+        here = [c for c in curves if (c.arm, c.weight_decay) == (arm, decay)]
+        for curve in here:
+            rank = list(colours).index(curve.width)
+            _curve(axes, curve, colours[curve.width], 0.985 - 0.035 * rank)
+        if np.isfinite(here[0].mean).any():
+            axes.axvline(here[0].lr[here[0].best], color=GREY, linewidth=0.8, linestyle=":", zorder=1)
+        axes.set_title(f"{arm}, wd {decay:g}" if several else arm)
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("base learning rate")
+    log2_axis(flat[0], "x", {row.lr for row in outcomes.rows})
+    for row_of_axes in grid:
+        row_of_axes[0].set_ylabel(outcomes.loss.replace("_", " "))
+    _cut(flat[0], curves)
+    hide(flat[len(settings) :])
+    legend(figure, max(flat, key=lambda axes: len(axes.get_legend_handles_labels()[0])))
+    return figure
+
+
+def _curve(axes: Axes, curve: Curve, colour: tuple[float, ...], top: float) -> None:
+    finite = np.isfinite(curve.mean)
+    if len(curve.losses) > 1:
+        for losses in curve.losses:
+            ended = np.isfinite(losses)
+            axes.plot(curve.lr[ended], losses[ended], color=colour, linewidth=0.6, alpha=0.5)
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 2.5}
+    axes.plot(curve.lr[finite], curve.mean[finite], label=f"width {curve.width}", **style)
+    if finite.any():
+        best = curve.lr[curve.best], curve.mean[curve.best]
+        circle: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markeredgecolor": colour, "markeredgewidth": 1.4}
+        axes.plot(*best, linestyle="", markerfacecolor="white", zorder=4, label=f"_best {curve.width}", **circle)
+    diverged = curve.lr[np.isinf(curve.losses).any(axis=0)]
+    if len(diverged):
+        cross: dict[str, Any] = {
+            "marker": "x",
+            "markersize": 4.5,
+            "markeredgewidth": 1.3,
+            "color": colour,
+            "linestyle": "",
+        }
+        where = axes.get_xaxis_transform()
+        axes.plot(diverged, np.full(len(diverged), top), transform=where, label=f"_diverged {curve.width}", **cross)
+
+
+def _cut(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Keep a run that only just did not diverge from pressing the valleys flat."""
+    finite = [c.mean[np.isfinite(c.mean)] for c in curves if np.isfinite(c.mean).any()]
+    if not finite:
+        return
+    best = [float(mean.min()) for mean in finite]
+    highest = max(float(mean.max()) for mean in finite)
+    top = min(highest, max(best) + max(max(best) - min(best), HEADROOM * abs(max(best))))
+    margin = 0.06 * (top - min(best)) or 0.01
+    axes.set_ylim(min(best) - margin, top + margin)
+
+
+@styled
+def heatmap(outcomes: Outcomes, title: str = "Loss over learning rate and weight decay") -> Figure:
+    """Loss over learning rate and weight decay, a panel per arm and width that has three decays or more.
+
+    Circles: best learning rate of each decay, by local fit; line: the ridge through them; dashed: lr wd constant; dotted:
+    lr / wd constant. Hatched: diverged.
+
+    Raises:
+        ValueError: no arm has three weight decays at one width.
+    """
+    curves = curves_of(outcomes.rows)
+    places = list(dict.fromkeys((c.arm, c.width) for c in curves))
+    grouped = {place: [c for c in curves if (c.arm, c.width) == place and c.weight_decay] for place in places}
+    grouped = {place: found for place, found in grouped.items() if len(found) >= 3}
+    if not grouped:
+        raise ValueError(
+            f"{outcomes.source}: no arm has runs at three weight decays above 0 and one width. A heat map needs them."
+        )
+    rows, columns = fold(len(grouped))
+    figure, grid = panels(rows, columns, title, outcomes.caption, MAP)
+    flat = [axes for row in grid for axes in row]
+    for axes, ((arm, width), found) in zip(flat, grouped.items(), strict=False):
+        _map(axes, found)
+        ridge_ = ridge(found, noise_of(c for c in curves if c.arm == arm) or NOISE)
+        slope = _ridge_lines(axes, ridge_) if ridge_ else "no ridge: too few optima inside the grid"
+        axes.set_title(f"{arm}, width {width}\n{slope}")
+    hide(flat[len(grouped) :])
+    legend(figure, max(flat, key=lambda axes: len(axes.get_legend_handles_labels()[0])))
+    return figure
+
+
+def _map(axes: Axes, curves: Sequence[Curve]) -> None:
+    decays = [c.weight_decay or 0.0 for c in curves]
+    lrs = np.unique(np.concatenate([c.lr for c in curves]))
+    table = np.full((len(decays), len(lrs)), np.nan)
+    for i, curve in enumerate(curves):
+        table[i, np.searchsorted(lrs, curve.lr)] = curve.mean
+    finite = table[np.isfinite(table)]
+    # The valley is what is looked at, so the upper half of the losses shares one colour.
+    colours: dict[str, Any] = (
+        {"cmap": "viridis_r", "vmin": float(finite.min()), "vmax": float(np.median(finite))} if finite.size else {}
+    )
+    mesh = axes.pcolormesh(
+        _edges(lrs), _edges(decays), np.where(np.isfinite(table), table, np.nan), alpha=0.9, **colours
+    )
+    for i, j in np.ndindex(*table.shape):
+        if np.isfinite(table[i, j]):
+            dark = table[i, j] > (np.median(finite) + finite.min()) / 2
+            ink: dict[str, Any] = {
+                "color": "white" if dark else "black",
+                "fontsize": 6,
+                "ha": "center",
+                "va": "center",
+            }
+            axes.text(float(lrs[j]), decays[i], f"{table[i, j]:.3f}", **ink)
+        elif np.isinf(table[i, j]):
+            (x0, x1), (y0, y1) = _edges(lrs)[j : j + 2], _edges(decays)[i : i + 2]
+            axes.fill([x0, x1, x1, x0], [y0, y0, y1, y1], facecolor="none", edgecolor=GREY, hatch="////", linewidth=0)
+    log2_axis(axes, "x", lrs)
+    log2_axis(axes, "y", decays)
+    axes.grid(False)
+    axes.set(xlim=_edges(lrs)[[0, -1]], ylim=_edges(decays)[[0, -1]])
+    axes.set(xlabel="base learning rate", ylabel="base weight decay")
+    axes.figure.colorbar(mesh, ax=axes, extend="max", shrink=0.9)
+
+
+def _edges(values: Sequence[float] | Array) -> Array:
+    """Bounds of cells around values, half-way in log2."""
+    x = np.log2(values)
+    middle = (x[1:] + x[:-1]) / 2
+    first, last = (x[0] - 0.5, x[-1] + 0.5) if len(x) == 1 else (2 * x[0] - middle[0], 2 * x[-1] - middle[-1])
+    return np.asarray(2.0 ** np.array([first, *middle, last]))
+
+
+def _ridge_lines(axes: Axes, found: Ridge) -> str:
+    x, y = np.log2(found.lr), np.log2(found.weight_decay)
+    wd = 2.0 ** np.array([y.min() - 1, y.max() + 1])
+    point: dict[str, Any] = {
+        "linestyle": "",
+        "marker": "o",
+        "markersize": 5,
+        "markerfacecolor": "white",
+        "markeredgecolor": "black",
+    }
+    axes.plot(found.lr, found.weight_decay, zorder=5, label="best lr of a decay", **point)
+    for slope, style, label in (
+        (found.slope, "-", "ridge"),
+        (-1.0, "--", "lr·wd constant"),
+        (1.0, ":", "lr/wd constant"),
+    ):
+        line = 2.0 ** (x.mean() + slope * (np.log2(wd) - y.mean()))
+        axes.plot(line, wd, color="black", linewidth=1.4, linestyle=style, label=label)
+    return f"best lr ∝ wd^{found.slope:+.2f} ({found.slope_low:+.2f} to {found.slope_high:+.2f})"

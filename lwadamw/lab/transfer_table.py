@@ -1,0 +1,131 @@
+"""The analysis of `transfer` as text."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from .outcomes import Outcomes
+from .ridge import Ridge
+from .transfer import Arm, Optimum, Regret, Transfer
+
+_HEADER = ("width", "best lr", "95 %", "of the runs", "loss", "at lr", "loss", "regret", "")
+
+
+def table(found: Transfer, outcomes: Outcomes) -> str:
+    """Per arm a line for every width, then drift and regret of all arms side by side, and what the numbers mean."""
+    rows = outcomes.rows
+    diverged = sum(math.isinf(row.loss) for row in rows)
+    count = f"{len(rows)} runs, {diverged} of them diverged; losses are column {outcomes.loss!r}"
+    blocks = [f"{outcomes.source}: {count}; proxy width {found.proxy}"]
+    labels = _labels(found.arms)
+    for arm in found.arms:
+        noise = f"noise of a run {arm.noise:.2g}, {'from its seeds' if arm.noise_from == 'seeds' else 'as given'}"
+        blocks.append("\n".join([f"{labels[arm]}   ({noise})", *_aligned([_HEADER, *_lines(arm)])]))
+    if any(arm.drift for arm in found.arms):
+        blocks.append("\n".join(_aligned([_SUMMARY, *(_summary(arm, labels[arm]) for arm in found.arms)])))
+    blocks += ["\n".join(map(_ridge, found.ridges))] if found.ridges else []
+    best = [(str(w), labels[arm], f"{o.best_lr:g}", _loss(o.best_loss)) for w, (arm, o) in found.best().items()]
+    blocks.append("\n".join(_aligned([("width", "arm with the lowest loss", "at lr", "loss"), *best], left=(1,))))
+    return "\n\n".join([*blocks, _notes(found)])
+
+
+_SUMMARY = ("arm", "widths", "drift, octaves of lr per octave of width", "in all, octaves", "regret at the widest", "")
+
+
+def _lines(arm: Arm) -> Sequence[Sequence[str]]:
+    lines = []
+    for i, optimum in enumerate(arm.optima):
+        regret = arm.regrets[i] if arm.regrets else None
+        lines.append((*_of_optimum(optimum), *_of_regret(regret), _remark(optimum, regret)))
+    return lines
+
+
+def _of_optimum(o: Optimum) -> tuple[str, ...]:
+    if not math.isfinite(o.best_loss):
+        return (str(o.width), "-", "-", "-", "-")
+    return (str(o.width), f"{o.lr:.3g}", _span(o.low, o.high), f"{o.best_lr:g}", _loss(o.best_loss))
+
+
+def _of_regret(r: Regret | None) -> tuple[str, ...]:
+    if r is None:
+        return ("-", "-", "-")
+    return (f"{r.lr:g}", _loss(r.loss), "-" if not math.isfinite(r.regret) else f"{r.regret:.3f}")
+
+
+def _remark(optimum: Optimum, regret: Regret | None) -> str:
+    parts = [f"best lr: {optimum.edge}"] if optimum.edge else []
+    parts += [f"regret: {regret.reached}"] if regret and regret.reached != "run" else []
+    parts += [f"{optimum.diverged} of {optimum.runs} diverged"] if optimum.diverged else []
+    return "; ".join(parts)
+
+
+def _summary(arm: Arm, label: str) -> Sequence[str]:
+    widths = [o.width for o in arm.optima]
+    regret = _of_regret(arm.regrets[-1])[2] if arm.regrets else "-"
+    span = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
+    drift = arm.drift
+    if drift is None:
+        return (label, span, "-", "-", regret, "")
+    slope = f"{drift.slope:+.2f} ({drift.slope_low:+.2f} to {drift.slope_high:+.2f})"
+    total = f"{drift.total:+.1f} ({drift.total_low:+.1f} to {drift.total_high:+.1f})"
+    edge = (
+        f"not resolved: best lr not inside the grid at width {', '.join(map(str, drift.at_edge))}"
+        if drift.at_edge
+        else ""
+    )
+    return (label, span, slope, total, regret, edge)
+
+
+def _ridge(r: Ridge) -> str:
+    axis = "" if r.axis is None else f"; flattest direction of a quadratic form {r.axis:+.2f}"
+    edge = f"; left out, best lr at the edge: wd {', '.join(f'{wd:g}' for wd in r.at_edge)}" if r.at_edge else ""
+    return (
+        f"ridge of {r.arm} at width {r.width}: best lr ∝ wd^{r.slope:+.2f} ({r.slope_low:+.2f} to {r.slope_high:+.2f}), "
+        f"from {len(r.lr)} weight decays{axis}{edge}"
+    )
+
+
+def _notes(found: Transfer) -> str:
+    from_where = "the lr given" if found.given_lr else "the proxy's best run's lr, each arm's own"
+    notes = [
+        "best lr: lowest point of a parabola in log2 lr through the best run and its neighbours, of means over seeds.",
+        f"regret: loss at {from_where}, less that arm's best at that width. Chance alone makes it about as large as the noise.",
+        "Intervals hold 95 % of refits with the losses moved by the noise of a run: pooled over the arm from how seeds "
+        "differ, else --noise. How far the loss is from a parabola is not in them.",
+    ]
+    if found.ridges:
+        notes.append("ridge: -1 where lr·wd is what matters, +1 where lr/wd is.")
+    single = [arm for arm in found.arms if arm.drift is None and arm.weight_decay is not None]
+    if single and len({o.width for arm in found.arms for o in arm.optima}) > 1:
+        where = f"{single[0].name} has one width at weight decay {single[0].weight_decay:g}, so no drift"
+        notes.append(f"{where}. Weight decays are to be base values, alike at every width.")
+    return "\n".join(textwrap.fill(note, 118, subsequent_indent="  ") for note in notes)
+
+
+def _labels(arms: Sequence[Arm]) -> dict[Arm, str]:
+    several = len({arm.weight_decay for arm in arms}) > 1
+    return {arm: f"{arm.name}, wd {arm.weight_decay:g}" if several else arm.name for arm in arms}
+
+
+def _span(low: float, high: float) -> str:
+    if low == 0 or math.isinf(high):
+        return f"below {high:.2g}" if low == 0 else f"above {low:.2g}"
+    return f"{low:.2g} to {high:.2g}"
+
+
+def _loss(loss: float) -> str:
+    return "-" if math.isnan(loss) else "diverged" if math.isinf(loss) else f"{loss:.4f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+    return [
+        "  ".join(
+            text.ljust(w) if i in left or i == last else text.rjust(w)
+            for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
