@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -171,6 +171,28 @@ class Monitor:
 
         save(self, path, meta)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a monitor of a resumed run goes on from, as plain numbers: tau passed, and where every parameter started."""
+        elapsed = [astuple(e) for e in self._elapsed]
+        return {"step": self.step, "first": self._first, "elapsed": elapsed, "rows": self._rows.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the monitor of an earlier part of the run; its parameters are found by name.
+
+        Raises:
+            ValueError: the state is of another step than the optimizer has taken.
+        """
+        if state["step"] != self.step:
+            raise ValueError(
+                f"Monitor: the state is of step {state['step']}, and the optimizer has taken {self.step}. Load the optimizer's "
+                "checkpoint first, and the monitor's of the same step."
+            )
+        self._first = state["first"]
+        self._elapsed = [Elapsed(*values) for values in state["elapsed"]]
+        self._at_reading = [replace(e) for e in self._elapsed]
+        self._used = [None] * len(self._elapsed)
+        self._rows = Rows.from_state(state["rows"])
+
     def remove(self) -> None:
         """Detach from the optimizer; readings stay."""
         for handle in self._handles:
@@ -210,7 +232,7 @@ class Monitor:
             self._take_reading()
 
     def _is_due(self, step: int) -> bool:
-        return step % self.every == 0 or self._has_spectrum(step) or not self.readings
+        return step % self.every == 0 or self._has_spectrum(step) or step == self._first
 
     def _has_spectrum(self, step: int) -> bool:
         if not self.spectrum_every:
@@ -229,7 +251,7 @@ class Monitor:
         hyper = np.array(self._used, dtype=np.float64).reshape(-1, 3)[rows.group]
         columns = rows.columns(norms, self.step, hyper, self._elapsed)
         if self.spectrum_every:
-            if self._has_spectrum(self.step):
+            if self._has_spectrum(self.step) or not self._spectrum.known:
                 self._measure_spectrum(norms)
             columns |= self._spectrum.columns(norms.names, norms.weight)
         if self.probe is not None and self._has_spectrum(self.step):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ _OF_DECAY: Final = (
     "rotation_ratio",
     "taus",
 )
+
+_STATE: Final = ("_start", "_steady_from", "_steady_to", "_was_close", "_step", "_taus", "_rate", "_earliest")
 
 
 class Rows:
@@ -70,12 +72,29 @@ class Rows:
         if earlier is not None:
             self._take_over(earlier)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, from which `from_state` makes rows to take over from."""
+        arrays = {field: getattr(self, field).tolist() for field in ("group", "_decays", *_STATE)}
+        return {"names": list(self.names), **arrays}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Rows:
+        """Rows of names that no optimizer has been asked about yet, so that the next reading replaces them."""
+        rows = cls.__new__(cls)
+        rows.names, rows._params = tuple(state["names"]), []
+        rows.group = np.array(state["group"], dtype=np.int64)
+        for field in ("_decays", *_STATE):
+            kind = bool if field in ("_decays", "_was_close") else np.float64
+            setattr(rows, field, np.array(state[field], dtype=kind))
+        rows._start = rows._start.reshape(-1, 4)
+        return rows
+
     def _take_over(self, earlier: Rows) -> None:
         place = {name: i for i, name in enumerate(earlier.names)}
         pairs = [(i, place[name]) for i, name in enumerate(self.names) if name in place]
         kept = [(i, j) for i, j in pairs if self.group[i] == earlier.group[j]]
         new, old = np.array(kept, dtype=np.int64).reshape(-1, 2).T
-        for field in ("_start", "_steady_from", "_steady_to", "_was_close", "_step", "_taus", "_rate", "_earliest"):
+        for field in _STATE:
             getattr(self, field)[new] = getattr(earlier, field)[old]
 
     def is_stale(self, optimizer: AdamW) -> bool:

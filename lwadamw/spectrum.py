@@ -95,6 +95,11 @@ class Spectrum:
             str, tuple[float, float, float, float, int]
         ] = {}  # top, second, bulk, Frobenius norm, step
 
+    @property
+    def known(self) -> bool:
+        """Whether anything has been measured."""
+        return bool(self._measured)
+
     def measure(self, matrices: Mapping[str, Tensor], frobenius: Mapping[str, float], step: int) -> None:
         """Measure anew; of a name that is not there any more, what was known is forgotten."""
         start = [self._vectors.get(name) for name in matrices]

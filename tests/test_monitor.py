@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import math
 import pickle
 import re
@@ -388,3 +389,48 @@ def test_what_cannot_be_monitored_is_an_error_with_a_remedy():
         Monitor(optimizer)
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_resumed_run_is_monitored_as_one_that_never_stopped(backend, device):
+    """Under a warm-up, its state through JSON."""
+    weights = [p.detach().clone() for p in make_params(SHAPES, device)]
+    grads = [[torch.randn_like(w) for w in weights] for _ in range(60)]
+
+    def begin():
+        params = [nn.Parameter(w.clone()) for w in weights]
+        groups = [{"params": [("a", params[0]), ("b", params[1])]}, {"params": [("c", params[2])], "weight_decay": 0.0}]
+        optimizer = AdamW(groups, lr=0.1, weight_decay=1.0, backend=backend)
+        return params, optimizer, Monitor(optimizer, every=7, spectrum_every=14, steps=60)
+
+    def train(params, optimizer, steps):
+        for step in steps:
+            optimizer.param_groups[0]["lr"] = 0.1 * min(1.0, (step + 1) / 25)
+            for p, g in zip(params, grads[step], strict=True):
+                p.grad = g
+            optimizer.step()
+
+    whole = begin()
+    train(*whole[:2], range(60))
+    params, optimizer, monitor = begin()
+    train(params, optimizer, range(31))
+    saved, state = copy.deepcopy(optimizer.state_dict()), json.loads(json.dumps(monitor.state_dict()))
+    values = [p.detach().clone() for p in params]
+    params, optimizer, monitor = begin()
+    with torch.no_grad():
+        for p, v in zip(params, values, strict=True):
+            p.copy_(v)
+    with pytest.raises(ValueError, match="the state is of step 31, and the optimizer has taken 0"):
+        monitor.load_state_dict(state)
+    optimizer.load_state_dict(saved)
+    monitor = Monitor(optimizer, every=7, spectrum_every=14, steps=60)
+    monitor.load_state_dict(state)
+    train(params, optimizer, range(31, 60))
+    assert [reading.step for reading in monitor.readings] == [35, 42, 49, 56]
+    assert monitor.verdicts == whole[2].verdicts
+    assert "steady from step" in monitor.verdicts["a"]
+    for ours, theirs in zip(monitor.readings, list(whole[2].readings)[-4:], strict=True):
+        for column, expected in theirs.columns.items():
+            if column in ("top", "second", "bulk", "calibrated_at"):
+                continue
+            np.testing.assert_allclose(ours.columns[column], expected, rtol=1e-5, err_msg=column)
+    assert np.isfinite(monitor.readings[0].columns["top"][0])
