@@ -1,5 +1,6 @@
 # make demo   train a small language model at two widths and look at its norms
 # make test   everything CI runs: lint, types, tests
+# make study  the laboratory's runs behind docs/width_transfer.md, then its figures and tables: hours on a CPU
 # make gpu    GPU tests, then benchmarks; needs only python3, torch, triton and numpy
 # make check  lint and types
 # make bench  what can be measured without a GPU, and README's figure of it
@@ -9,7 +10,7 @@ PYTHON ?= python3
 OUT ?= bench/results
 BIN := .venv/bin
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench study gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,7 +34,16 @@ bench: .venv/.installed
 	$(BIN)/python -m bench.step --device cpu --json bench/results/cpu_step.json
 	$(BIN)/python -m bench.memory --device cpu --json bench/results/memory.json
 	$(BIN)/python -m bench.train --device cpu --json bench/results/train_cpu.json
+	$(BIN)/python -m bench.monitor --device cpu --json bench/results/monitor_cpu.json
 	$(BIN)/python -m bench.report
+
+study: .venv/.installed
+	$(BIN)/python -m lwadamw synthetic --out docs/data/synthetic.csv
+	$(BIN)/python -m lwadamw sweep --out docs/data/heatmap.csv --arms standard --widths 64 \
+		--lr 0.00125 0.0025 0.005 0.01 0.02 0.04 0.08 --weight-decay 0.078125 0.15625 0.3125 0.625 1.25 2.5 5 10
+	$(BIN)/python -m lwadamw sweep --out docs/data/transfer.csv --lr 0.00125 0.0025 0.005 0.01 0.02 0.04 --weight-decay 1.25
+	$(BIN)/python -m lwadamw sweep --out docs/data/series.csv --series --lr 0.005 --weight-decay 1.25 --seeds 1
+	$(BIN)/python -m lwadamw figures
 
 gpu:
 	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu --out $(OUT)

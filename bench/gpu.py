@@ -4,7 +4,7 @@
     python -m bench.gpu --only step host --workloads llama_1b
 
 Needs torch, triton and numpy; no pytest, git, network or other files. What is measured, and how, is said by the parts:
-bench.step, bench.host, bench.memory, bench.train. `suite` runs the rest of the tests on this device, where there is pytest,
+bench.step, bench.host, bench.memory, bench.train, bench.monitor. `suite` runs the rest of the tests on this device, where there is pytest,
 in the time that is left. A part that fails is recorded with its error and does not keep the others from running; the JSON
 is written anew after each.
 """
@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from bench import harness, host, memory, peers, step, train
+from bench import harness, host, memory, monitor, peers, step, train
 from bench.harness import log
 from bench.workloads import FOR_GPU, WORKLOADS
 from lwadamw.combinations import COMBINATIONS
 
-PARTS = ("tests", "step", "storage", "host", "memory", "train", "suite")
+PARTS = ("tests", "step", "storage", "host", "memory", "train", "monitor", "suite")
 MINUTES = 8.7
 TABLE_SECONDS = 8.0  # of rounds for each table of bench.step
 STORAGE_WORKLOAD, STORAGE_SECONDS = "llama_1b", 3.0
@@ -137,6 +137,13 @@ def run_train(device: torch.device, dry: bool) -> dict[str, Any]:
     return result
 
 
+def run_monitor(device: torch.device, dry: bool) -> list[dict[str, Any]]:
+    config = monitor.DRY if dry else monitor.GPU
+    results = [monitor.measure(device, config, width) for width in config["widths"]]
+    print(f"\n{monitor.table(results, config)}\n")
+    return results
+
+
 def storage_table(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
@@ -187,6 +194,9 @@ def summary(record: dict[str, Any]) -> str:
     if record.get("train"):
         cells = [f"{name} {row['tokens_per_second']['p50']:,.0f}" for name, row in record["train"]["rows"].items()]
         lines.append(f"tokens/s: {'; '.join(cells)}")
+    if record.get("monitor"):
+        cells = [f"width {r['width']} {r['share']:.2%}" for r in record["monitor"]]
+        lines.append(f"monitor, of training time: {', '.join(cells)}")
     return "\n".join(lines)
 
 
@@ -236,6 +246,7 @@ def main() -> None:
         "host": lambda: run_host(device, dry),
         "memory": lambda: run_memory(arguments.workloads, device, dry),
         "train": lambda: run_train(device, dry),
+        "monitor": lambda: run_monitor(device, dry),
         "suite": lambda: run_suite(min(arguments.suite_seconds, max(30.0, end - time.monotonic()))),
     }
     for part in PARTS:

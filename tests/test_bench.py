@@ -87,7 +87,8 @@ def test_gpu_dry_run_writes_what_a_real_one_would(tmp_path):
     assert record["errors"] == {}
     assert [r["workload"] for r in record["step"]] == ["one_huge"]
     assert ["fp32", *(r["storage"] for r in record["storage"])] == list(COMBINATIONS)
-    assert {"host", "memory", "train"} <= record.keys()
+    assert {"host", "memory", "train", "monitor"} <= record.keys()
+    assert [r["width"] for r in record["monitor"]] == [32]
     assert "clip+norms vs usual" in "\n".join(lines)
 
 
