@@ -48,6 +48,8 @@ SUITE = (
     "storage",
     "amp",
     "release",
+    "decay",
+    "monitor",
 )
 
 
