@@ -248,7 +248,8 @@ def adamw_kernel(
     )  # fmt: skip
     if HUBER:
         absolutes = tl.load(address + n_rows).to(tl.pointer_type(tl.float32))
-        tl.store(absolutes + i_chunk, abs_1 + abs_2, mask=active != 0)
+        if active != 0:
+            tl.store(absolutes + i_chunk, abs_1 + abs_2)
     if NORMS:
         out = partials + i_chunk * K_STATISTICS
         if active != 0:

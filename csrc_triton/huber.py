@@ -43,4 +43,5 @@ def threshold_kernel(
     before = tl.load(threshold).to(tl.float64)
     after = before + RATE * (tl.sum(total) * tl.load(row_factor + i_row) - before)
     active = tl.load(coefficients + i_row * K_COEFFICIENTS + 6).to(tl.int32)
-    tl.store(threshold, after.to(tl.float32), mask=active != 0)
+    if active != 0:
+        tl.store(threshold, after.to(tl.float32))
