@@ -4,9 +4,9 @@
     python -m bench.gpu --only step host --workloads llama_1b
 
 Needs torch, triton and numpy; no pytest, git, network or other files. What is measured, and how, is said by the parts:
-bench.step, bench.host, bench.memory, bench.train, bench.monitor. `suite` runs the rest of the tests on this device, where there is pytest,
-in the time that is left. A part that fails is recorded with its error and does not keep the others from running; the JSON
-is written anew after each.
+bench.step, bench.host, bench.memory, bench.train, bench.monitor. `suite` runs the rest of the tests on this device, where there
+is pytest, in the time that is left. A part that fails is recorded with its error and does not keep the others from running;
+the JSON is written anew after each.
 """
 
 from __future__ import annotations

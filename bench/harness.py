@@ -56,20 +56,15 @@ def commit() -> str:
     return head + ("+dirty" if output("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def version_of(module: str) -> str:
     return importlib.import_module(module).__version__ if importlib.util.find_spec(module) else "none"
 
 
 def machine(device: torch.device, threads: int | None = None) -> dict[str, str]:
     """What a figure cannot be read without; `threads` if a CPU was not given all that torch has."""
+    # Not above: Triton reads how kernels are to run when it is first imported.
+    from lwadamw.lab.sweep import cpu_name
+
     cuda, threads = device.type == "cuda", threads or torch.get_num_threads()
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "-"
     on_cpu = f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"

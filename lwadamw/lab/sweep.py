@@ -105,8 +105,16 @@ def _fitting(tasks: Sequence[Any], device: torch.device) -> int:
 
 
 def _place(device: torch.device) -> Row:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": name, "torch": torch.__version__, "version": _version(), "started": time.strftime("%Y-%m-%d")}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _version() -> str:
