@@ -11,6 +11,7 @@ import numpy as np
 
 from .norms import Array
 from .reading import Reading
+from .text import aligned
 
 _RATIOS: Final = ("rms/steady", "rms/expected", "update/steady", "rotation/steady")
 
@@ -57,11 +58,9 @@ def table(reading: Reading, verdicts: Sequence[str], steps: int | None) -> str:
         slowest = rows[int(np.nanargmin(taus))] if not np.isnan(taus).all() else rows[0]
         spreads = [_spread(values[rows]) for _, values in shown]
         cells.append([label, role, *spreads, _number(columns["taus"][slowest]), verdicts[slowest]])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     of = f" of {steps}" if steps else ""
     return "\n".join(
-        [f"step {reading.step}{of}   median (smallest to largest); the verdict is that of the slowest", *lines]
+        [f"step {reading.step}{of}   median (smallest to largest); the verdict is that of the slowest", *aligned(cells)]
     )
 
 

@@ -42,6 +42,27 @@ class Scale:
                     f"Scale: exponent {name}={value} is not finite. Give a number, or wd=None for no decay."
                 )
 
+    @classmethod
+    def parse(cls, text: str) -> Scale:
+        """From text, as on a command line; exponents left out are 0.
+
+        >>> Scale.parse("lr=-0.75,wd=0.75")
+        Scale(lr=-0.75, wd=0.75, eps=0.0)
+
+        Raises:
+            ValueError: it is not that.
+        """
+        given: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            try:
+                if name not in ("lr", "wd", "eps") or name in given:
+                    raise ValueError(name)
+                given[name] = float(value)
+            except ValueError:
+                raise ValueError(f"{text!r} is not exponents of lr, wd and eps, like lr=-0.75,wd=0.75") from None
+        return cls(**given)
+
     def at(self, m: float) -> Multipliers:
         """Multipliers at width ratio m > 0."""
         if not (math.isfinite(m) and m > 0):

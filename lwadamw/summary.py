@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from .backends import effective
 from .decay import law_of
 from .groups import Evidence, Groups
+from .text import aligned
 
 _HEADER = ("parameter", "shape", "role", "fan_in", "m", "lr", "wd", "tau", "why")
-_RIGHT = ("fan_in", "m", "lr", "wd", "tau")
+_RIGHT = tuple(map(_HEADER.index, ("fan_in", "m", "lr", "wd", "tau")))
 
 
 @dataclass
@@ -59,7 +60,7 @@ def summary(optimizer: Optimizer | Groups, *, steps: int | None = None, full: bo
     n_frozen = sum(e.frozen for e in evidence.values())
     tail = [f"{role} {n} tensors {_human(size)}" for role, (n, size) in sorted(totals.items())]
     tail += [f"frozen {n_frozen} (left out)"] if n_frozen else []
-    return "\n".join([_title(groups), *_table([_HEADER, *lines]), "   ".join(tail)])
+    return "\n".join([_title(groups), *aligned([_HEADER, *lines], _RIGHT), "   ".join(tail)])
 
 
 def _named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:
@@ -107,14 +108,3 @@ def _human(n: int) -> str:
         if n >= size:
             return f"{n / size:.3g}{unit}"
     return str(n)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[j]) for row in rows) for j in range(len(_HEADER))]
-    return [
-        "  ".join(
-            cell.rjust(w) if name in _RIGHT else cell.ljust(w)
-            for name, cell, w in zip(_HEADER, row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from ..lab.data import Corpus
 
 
 def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
@@ -22,6 +27,16 @@ def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
             f"argument --device: {name!r} is not there; {torch.cuda.device_count()} GPUs are. Give --device auto."
         )
     return device
+
+
+def corpus(parser: argparse.ArgumentParser, path: Path | None, context: int) -> Corpus:
+    """The text of `--data`, or Python's own sources; with at least a window for training and one for validation."""
+    from ..lab import data
+
+    try:
+        return (data.standard_library() if path is None else data.from_file(path)).require(context)
+    except ValueError as error:
+        parser.error(f"argument --data: {error}")
 
 
 def whole(text: str) -> int:

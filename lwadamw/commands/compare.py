@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..text import aligned
+
 if TYPE_CHECKING:
     from ..comparison import Comparison, Row
     from ..profile import Profile
 
 _HEADER = ("role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off by", "")
-_LEFT = ("role", "layers", "statistic", "")
+_RIGHT = range(3, 8)  # the numbers
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,14 +84,7 @@ def _summary(found: Comparison) -> list[str]:
 
 def _table(rows: Sequence[Row]) -> list[str]:
     cells = [_HEADER, *(_cells(row) for row in rows)]
-    widths = [max(len(row[j]) for row in cells) for j in range(len(_HEADER))]
-    return [
-        "  ".join(
-            cell.ljust(w) if name in _LEFT else cell.rjust(w)
-            for name, cell, w in zip(_HEADER, row, widths, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
+    return aligned(cells, _RIGHT)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..rules import RULES
-from .arguments import device, positive, whole
+from .arguments import corpus, device, positive, whole
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,7 +38,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from ..lab import data, demo, model
+    from ..lab import demo, model
 
     place = device(parser, args.device)
     preset = demo.PRESETS["quick" if args.quick else place.type]
@@ -50,15 +50,11 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         model.ModelConfig(width=settings.base_width)
     except ValueError as error:
         parser.error(f"argument --base-width: {error}")
-    try:
-        corpus = data.standard_library() if args.data is None else data.from_file(args.data)
-        corpus.require(settings.context)
-    except ValueError as error:
-        parser.error(f"argument --data: {error}")
+    text = corpus(parser, args.data, settings.context)
     if args.out.is_dir() or not args.out.parent.is_dir():
         problem = (
             "is a folder" if args.out.is_dir() else f"is in a folder that does not exist, {str(args.out.parent)!r}"
         )
         parser.error(f"argument --out: {str(args.out)!r} {problem}. Give the path of a file in an existing folder.")
     widths = (settings.base_width, settings.base_width * args.ratio)
-    return demo.run(settings, widths, corpus, place, args.out)
+    return demo.run(settings, widths, text, place, args.out)

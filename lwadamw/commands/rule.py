@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Sequence
 from typing import Final
 
 from ..equilibrium import STEADY_TAUS
 from ..planning import Base, Horizon, Target
 from ..rules import ROLES, RULES, Rule, Scale, get_rule, with_output
+from ..text import aligned
 from .arguments import positive, whole
 
 OWN: Final = "own"  # the name of a rule given by its exponents
@@ -59,19 +59,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def exponents(text: str) -> Scale:
-    given: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        try:
-            if name not in ("lr", "wd", "eps") or name in given:
-                raise ValueError(name)
-            given[name] = float(value)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not exponents of lr, wd and eps, like lr=-0.75,wd=0.75"
-            ) from None
     try:
-        return Scale(**given)
+        return Scale.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -149,7 +138,7 @@ def _typed(target: Target) -> str:
         "(1) PyTorch, Megatron, optax: a step takes lr * weight decay off a weight.",
         "(2) fully decoupled: a step at peak lr takes this much off, lr not multiplied in, with or without the schedule.",
     ]
-    return "\n".join([*_align(rows), *notes])
+    return "\n".join([*aligned(rows), *notes])
 
 
 def _scaled(value: float, exponent: float) -> str:
@@ -205,7 +194,7 @@ def _predictions(target: Target, horizon: Horizon | None) -> str:
         "(3) at constant lr; warm-up and a decaying lr only make it later. Predictions hold where gradients are mostly noise.",
         "(4) observed in LLaMA-style models by Fan et al. 2510.15262, not derived, and not the same everywhere: measure it.",
     ]
-    return "\n".join([*_align(rows), *notes])
+    return "\n".join([*aligned(rows), *notes])
 
 
 def _steady(tau: float, horizon: Horizon | None) -> str:
@@ -238,7 +227,7 @@ def _others(targets: dict[str, Target], chosen: str, horizon: Horizon | None) ->
     return "\n".join(
         [
             "What the rules say of matrices; RMS, update and top are ratios, target over proxy:",
-            *_align(rows),
+            *aligned(rows),
             f"From one rule to another: {spread}.",
             "What each holds constant across widths:",
             *holds,
@@ -268,8 +257,3 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:.4g}{unit}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..rules import RULES
-from .arguments import device, positive, whole
+from .arguments import corpus, device, positive, whole
 
 # Minutes on two cores: one arm at three widths.
 MINI: Final[dict[str, Any]] = {
@@ -95,7 +95,6 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
-    from ..lab import data
     from ..lab.model import ModelConfig
     from ..lab.study import STANDARD_LIBRARY, Training, arm_rule
     from ..lab.training import Settings
@@ -117,11 +116,7 @@ def _tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[An
             ModelConfig(width=width)
         except ValueError as error:
             parser.error(f"argument --widths: {error}")
-    try:
-        corpus = data.standard_library() if args.data is None else data.from_file(args.data)
-        corpus.require(args.context)
-    except ValueError as error:
-        parser.error(f"argument --data: {error}")
+    corpus(parser, args.data, args.context)
     grid = itertools.product(range(given["seeds"]), given["widths"], given["weight_decay"], given["lr"], given["arms"])
     return [
         Training.of(

@@ -117,6 +117,7 @@ def _series(statistic: str, title: str) -> Callable[[Path], Figure]:
 FIGURES: Final = (
     Entry("kosson2025.svg", ("kosson2025_fig1.csv",), lambda path: transfer(read(path), KOSSON)),
     Entry("transfer.svg", ("transfer.csv",), lambda path: transfer(read(path))),
+    Entry("transfer_low_wd.svg", ("transfer_low_wd.csv",), lambda path: transfer(read(path))),
     Entry("heatmap.svg", ("heatmap.csv",), lambda path: heatmap(read(path))),
     Entry("synthetic_relu.svg", ("synthetic.csv",), _noise("relu", ("in", "out"))),
     Entry("synthetic_swiglu.svg", ("synthetic.csv",), _noise("swiglu", ("in", "gate", "out"))),

@@ -87,21 +87,24 @@ def _steady(path: Path) -> str:
 
 
 def _transfer(path: Path) -> str:
-    found = analyse(read(path).rows)
+    rows = read(path).rows
+    found = analyse(rows)
     widths = sorted({optimum.width for arm in found.arms for optimum in arm.optima})
     header = ["arm", *(f"best lr, {width}" for width in widths), "drift per octave of width"]
     header += [f"regret, {width}" for width in widths[1:]] + [f"best loss, {width}" for width in widths]
-    return markdown(header, [_line(arm) for arm in found.arms])
+    return markdown(header, [_line(arm, len({row.seed for row in rows})) for arm in found.arms])
 
 
-def _line(arm: Arm) -> list[str]:
+def _line(arm: Arm, seeds: int) -> list[str]:
     best = [f"{o.lr:.2g} ({_ends(o.low, o.high)})" for o in arm.optima]
     drift = (
         "-"
         if arm.drift is None
         else f"{arm.drift.slope:+.2f} ({arm.drift.slope_low:+.2f} to {arm.drift.slope_high:+.2f})"
     )
-    regrets = [_regret(r.regret) for r in arm.regrets[1:]]
+    # The difference of two means; 95 %.
+    half = 1.96 * arm.noise * math.sqrt(2 / seeds)
+    regrets = [_regret(r.regret) + (f" ± {half:.3f}" if r.regret else "") for r in arm.regrets[1:]]
     return [arm.name, *best, drift, *regrets, *(f"{o.best_loss:.3f}" for o in arm.optima)]
 
 
@@ -162,6 +165,28 @@ def _published(path: Path) -> str:
     return markdown(["arm", *(f"best lr, {width}" for width in widths), f"regret of lr 0.008 at {widths[-1]}"], lines)
 
 
+def _series(path: Path) -> str:
+    """By width, the mean over the second half of the steps before the learning rate falls, and the exponent of that."""
+    rows = rows_of(path, ["arm", "width", "steps", "cooldown", "step", "statistic", "value"])
+    values: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        end = float(row["steps"]) * (1 - float(row["cooldown"]))
+        if end / 2 < int(row["step"]) <= end:
+            by_width = values.setdefault((row["statistic"], row["arm"]), {})
+            by_width.setdefault(int(row["width"]), []).append(float(row["value"]))
+    arms = _arms(rows)
+
+    def cell(statistic: str, arm: str) -> str:
+        means = {width: float(np.mean(found)) for width, found in sorted(values[statistic, arm].items())}
+        slope = exponent(list(means), list(means.values())).slope
+        return f"{', '.join(f'{mean:.2g}' for mean in means.values())} ({slope:+.2f})"
+
+    statistics = dict.fromkeys(statistic for statistic, _ in values)
+    lines = [[name.replace("_", " "), *(cell(name, arm) for arm in arms)] for name in statistics]
+    widths = sorted({int(row["width"]) for row in rows})
+    return markdown([f"at widths {', '.join(map(str, widths))} (exponent)", *arms], lines)
+
+
 TABLES: Final[Mapping[str, tuple[str, Table]]] = {
     "published": ("kosson2025_fig1.csv", _published),
     "steady": ("synthetic.csv", _steady),
@@ -169,5 +194,7 @@ TABLES: Final[Mapping[str, tuple[str, Table]]] = {
     "swiglu": ("synthetic.csv", _noise("swiglu", ("in", "gate", "out"))),
     "transfer": ("transfer.csv", _transfer),
     "weights": ("transfer.csv", _weights),
+    "transfer_low": ("transfer_low_wd.csv", _transfer),
+    "series": ("series.csv", _series),
     "ridge": ("heatmap.csv", _ridge),
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from lwadamw.equilibrium import STEADY_TAUS
 from lwadamw.norms import Array
+from lwadamw.text import aligned
 
 from .training import Run
 
@@ -57,13 +58,11 @@ def closing(runs: Sequence[Run]) -> str:
         ("steps taken", lambda r: f"{r.steps_done} of {r.settings.steps} in {r.records[-1].seconds:.0f} s"),
     ]
     cells = [[label, *(cell(r) for r in runs)] for label, cell in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     notes = [
         "* mean over the last tenth of the steps. Of the matrices: median (smallest to largest). Both ratios are 1",
         f"  where gradients are noise. After {STEADY_TAUS} tau a matrix keeps 5 % of its initial weights.",
     ]
-    return "\n".join([*table, *notes, *([across(runs)] if len(runs) > 1 else [])])
+    return "\n".join([*aligned(cells), *notes, *([across(runs)] if len(runs) > 1 else [])])
 
 
 def across(runs: Sequence[Run]) -> str:

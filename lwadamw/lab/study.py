@@ -115,12 +115,9 @@ def arm_rule(arm: str) -> Rule:
     if "=" not in arm:
         return get_rule(arm)
     try:
-        exponents = {name.strip(): float(value) for name, _, value in (part.partition("=") for part in arm.split(","))}
-        scale = Scale(**exponents)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"arm {arm!r} is neither one of {', '.join(RULES)} nor exponents like 'lr=-0.5,wd=0.25'."
-        ) from error
+        scale = Scale.parse(arm)
+    except ValueError as error:
+        raise ValueError(f"arm {error}; nor is it one of {', '.join(RULES)}.") from None
     return Rule(arm, matrix=scale, source="given")
 
 

@@ -6,6 +6,8 @@ import math
 import textwrap
 from collections.abc import Sequence
 
+from lwadamw.text import aligned
+
 from .outcomes import Outcomes
 from .ridge import Ridge
 from .transfer import Arm, Optimum, Regret, Transfer
@@ -22,12 +24,18 @@ def table(found: Transfer, outcomes: Outcomes) -> str:
     labels = _labels(found.arms)
     for arm in found.arms:
         noise = f"noise of a run {arm.noise:.2g}, {'from its seeds' if arm.noise_from == 'seeds' else 'as given'}"
-        blocks.append("\n".join([f"{labels[arm]}   ({noise})", *_aligned([_HEADER, *_lines(arm)])]))
+        blocks.append(
+            "\n".join([f"{labels[arm]}   ({noise})", *aligned([_HEADER, *_lines(arm)], range(1, len(_HEADER) - 1))])
+        )
     if any(arm.drift for arm in found.arms):
-        blocks.append("\n".join(_aligned([_SUMMARY, *(_summary(arm, labels[arm]) for arm in found.arms)])))
+        blocks.append(
+            "\n".join(
+                aligned([_SUMMARY, *(_summary(arm, labels[arm]) for arm in found.arms)], range(1, len(_SUMMARY) - 1))
+            )
+        )
     blocks += ["\n".join(map(_ridge, found.ridges))] if found.ridges else []
     best = [(str(w), labels[arm], f"{o.best_lr:g}", _loss(o.best_loss)) for w, (arm, o) in found.best().items()]
-    blocks.append("\n".join(_aligned([("width", "arm with the lowest loss", "at lr", "loss"), *best], left=(1,))))
+    blocks.append("\n".join(aligned([("width", "arm with the lowest loss", "at lr", "loss"), *best], right=(0, 2))))
     return "\n\n".join([*blocks, _notes(found)])
 
 
@@ -117,15 +125,3 @@ def _span(low: float, high: float) -> str:
 
 def _loss(loss: float) -> str:
     return "-" if math.isnan(loss) else "diverged" if math.isinf(loss) else f"{loss:.4f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
-    return [
-        "  ".join(
-            text.ljust(w) if i in left or i == last else text.rjust(w)
-            for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
