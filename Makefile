@@ -1,6 +1,7 @@
 # make demo   train a small language model at two widths and look at its norms
 # make test   everything CI runs: lint, types, tests
-# make study  the laboratory's runs behind docs/width_transfer.md, then its figures and tables: hours on a CPU
+# make study  the laboratory's runs behind docs/width_transfer.md, then its figures and tables: hours on a CPU;
+#             runs that are there already are not made again
 # make gpu    GPU tests, then benchmarks; needs only python3, torch, triton and numpy
 # make check  lint and types
 # make bench  what can be measured without a GPU, and README's figure of it
@@ -42,6 +43,11 @@ study: .venv/.installed
 	$(BIN)/python -m lwadamw sweep --out docs/data/heatmap.csv --arms standard --widths 64 \
 		--lr 0.00125 0.0025 0.005 0.01 0.02 0.04 0.08 --weight-decay 0.078125 0.15625 0.3125 0.625 1.25 2.5 5 10
 	$(BIN)/python -m lwadamw sweep --out docs/data/transfer.csv --lr 0.00125 0.0025 0.005 0.01 0.02 0.04 --weight-decay 1.25
+	$(BIN)/python -m lwadamw sweep --out docs/data/transfer.csv --arms standard --widths 256 --base-width 64 \
+		--lr 0.000625 --weight-decay 1.25
+	$(BIN)/python -m lwadamw sweep --out docs/data/transfer_low_wd.csv --lr 0.00125 0.0025 0.005 0.01 0.02 --weight-decay 0.3125
+	$(BIN)/python -m lwadamw sweep --out docs/data/transfer_low_wd.csv --arms standard --widths 256 --base-width 64 \
+		--lr 0.000625 --weight-decay 0.3125
 	$(BIN)/python -m lwadamw sweep --out docs/data/series.csv --series --lr 0.005 --weight-decay 1.25 --seeds 1
 	$(BIN)/python -m lwadamw figures
 

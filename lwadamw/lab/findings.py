@@ -129,7 +129,8 @@ def _weights(path: Path) -> str:
         widest = max(int(row["width"]) for row in here)
         taus = [float(row["taus"]) for row in here if int(row["width"]) == widest]
         ratio = [float(row["rms_ratio"]) for row in here if int(row["width"]) == widest]
-        predicted = f"{(a + b) / 2:+.2f}", f"{(a - b) / 2 + 0.75:+.2f}", f"{(a - b) / 2 + 0.5:+.2f}"
+        # Rounded before they are written, so that none is -0.00.
+        predicted = [f"{round(x, 2) + 0.0:+.2f}" for x in ((a + b) / 2, (a - b) / 2 + 0.75, (a - b) / 2 + 0.5)]
         update, top, second, median = (str(fit(here, column)) for column in columns[2:])
         lines.append([
             arm.name, f"{lr:g}", f"{np.mean(taus):.1f}", f"{np.mean(ratio):.2f}", predicted[0], update, predicted[1], top,
