@@ -122,7 +122,7 @@ RULES: Final[Mapping[str, Rule]] = {
             "balanced",
             matrix=Scale(lr=-0.75, wd=0.75),
             holds="both of the above at once",
-            source="untested: the only exponents that satisfy both",
+            source="ours, the only exponents that satisfy both; tried on small models only",
         ),
     )
 }
