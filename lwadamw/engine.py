@@ -157,6 +157,12 @@ class Engine:
             self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
         self._params = [list(group["params"]) for group in groups]
 
+    def norm_names(self, state: State) -> list[str]:
+        """The names that `norm_sums` has, without the sums."""
+        rows = [] if self._triton is None else [(m.order, m.segment_names()) for m in self._triton.members]
+        rows += [(m.order, [m.name]) for m in self._torch_members if state.get(m.param)]
+        return [name for _, names in sorted(rows, key=lambda row: row[0]) for name in names]
+
     def norm_sums(self, state: State) -> tuple[list[str], Tensor]:
         """Names of all segments that have been updated, and their sums, float64[n, 4] on the first one's device."""
         pieces: list[tuple[int, str, Tensor]] = []

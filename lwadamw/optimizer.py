@@ -291,12 +291,16 @@ class AdamW(Stateful):
 
     def norm_names(self) -> list[str]:
         """Names of the rows of `norm_sums()`: every segment that has taken a step."""
-        return self._sums()[0]
+        self._check_norms()
+        return self._engine.norm_names(self.__dict__["state"])
 
     def _sums(self) -> tuple[list[str], Tensor]:
+        self._check_norms()
+        return self._engine.norm_sums(self.__dict__["state"])
+
+    def _check_norms(self) -> None:
         if not self._options["norms"]:
             raise RuntimeError("this AdamW was built with norms=False. Build it with norms=True to read norms.")
-        return self._engine.norm_sums(self.__dict__["state"])
 
     def effective(self) -> list[dict[str, float | Tensor]]:
         """Per group, the lr, weight_decay and eps the step uses, see `lwadamw.effective`."""

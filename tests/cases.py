@@ -121,3 +121,17 @@ def _close(actual: Tensor, expected: np.ndarray, what: str) -> None:
         atol=1e-5,
         msg=lambda message: f"{what}: {message}",
     )
+
+
+def matrix_over_vector(optimizer):
+    """What a matrix moves by over what a vector does: both have the same gradient and start at 0."""
+    moved = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            with torch.no_grad():
+                p.zero_()
+                p.grad = torch.ones_like(p)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        moved[group["role"]] = float(group["params"][0].detach().abs().max())
+    return moved["matrix"] / moved["vector"]

@@ -197,3 +197,20 @@ def test_norms_false_says_how_to_get_them(backend, device):
     optimizer = AdamW(make_params(device=device), norms=False, backend=backend)
     with pytest.raises(RuntimeError, match="norms=True"):
         optimizer.norms()
+
+
+def test_names_are_those_of_the_norms_without_computing_them(device, monkeypatch):
+    """Of a parameter in parts, one of torch's backend in the middle, one that has not stepped, and one that stepped later."""
+    monkeypatch.setattr("lwadamw.engine.use_triton", lambda member, *_: member.param.dtype == torch.float32)
+    half, double, idle, late = (torch.nn.Parameter(torch.randn(s, device=device)) for s in ((6, 4), (5,), (3,), (2,)))
+    double = torch.nn.Parameter(double.detach().double())
+    named = [("late", late), ("double", double), ("idle", idle), ("half", half)]
+    optimizer = AdamW([{"params": named, "segments": {"half": (2, 4)}}])
+    for params in ([half, double], [half, double, late]):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    expected = optimizer.norms().names
+    assert expected == ("late", "double", "half[0]", "half[1]")
+    monkeypatch.setattr(optimizer._engine, "norm_sums", None)
+    assert optimizer.norm_names() == list(expected)

@@ -9,6 +9,8 @@ from torch.optim import lr_scheduler, swa_utils
 
 from lwadamw import AdamW, param_groups
 
+from .cases import matrix_over_vector
+
 MATRIX_TO_VECTOR = 0.25 / 1.0  # fan2025 at m = 4
 
 
@@ -54,20 +56,6 @@ def test_every_torch_scheduler_is_in_the_table():
     assert classes - {"LRScheduler"} == set(SCHEDULERS) - {"SWALR"}
 
 
-def _ratios(optimizer):
-    """Measured ratio of what a matrix and a vector move by: both have the same gradient and start at 0."""
-    moved = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            with torch.no_grad():
-                p.zero_()
-                p.grad = torch.ones_like(p)
-    optimizer.step()
-    for group in optimizer.param_groups:
-        moved[group["role"]] = float(group["params"][0].detach().abs().max())
-    return moved["matrix"] / moved["vector"]
-
-
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_scheduler_keeps_the_ratio(name, backend):
@@ -77,7 +65,7 @@ def test_scheduler_keeps_the_ratio(name, backend):
     for _ in range(12):
         lr = optimizer.param_groups[0]["lr"]
         seen.add(float(lr))
-        assert _ratios(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
+        assert matrix_over_vector(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about epochs
             scheduler.step(1.0) if name == "ReduceLROnPlateau" else scheduler.step()
@@ -90,7 +78,7 @@ def test_absolute_set_loop_keeps_the_ratio(backend):
     for step in range(5):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (step + 1)
-        assert _ratios(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
+        assert matrix_over_vector(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -100,32 +88,32 @@ def test_tensor_lr_filled_in_place_keeps_the_ratio(backend):
     moved = []
     for value in (1e-2, 1e-3, 5e-2):
         lr.fill_(value)
-        assert _ratios(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
+        assert matrix_over_vector(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
         moved.append(float(optimizer.param_groups[0]["params"][0].detach().abs().max()))
     assert moved[2] > 10 * moved[1]
 
 
 def test_a_tensor_that_replaces_an_equal_number_is_followed():
     optimizer = _optimizer("triton")
-    _ratios(optimizer)
+    matrix_over_vector(optimizer)
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
-    _ratios(optimizer)
+    matrix_over_vector(optimizer)
     before = float(optimizer.param_groups[0]["params"][0].detach().abs().max())
     for group in optimizer.param_groups:
         group["lr"].mul_(0.01)
-    _ratios(optimizer)
+    matrix_over_vector(optimizer)
     assert float(optimizer.param_groups[0]["params"][0].detach().abs().max()) < 0.05 * before
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_group_surgery_keeps_the_ratio(backend):
     optimizer = _optimizer(backend)
-    _ratios(optimizer)
+    matrix_over_vector(optimizer)
     optimizer.param_groups = [dict(group) for group in reversed(optimizer.param_groups)]
-    assert _ratios(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
+    assert matrix_over_vector(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
     extra = torch.nn.Parameter(torch.zeros(3))
     optimizer.add_param_group({"params": [("extra", extra)], "role": "other", "width_lr_mult": 7.0})
-    assert _ratios(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
+    assert matrix_over_vector(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
     vector = next(g for g in optimizer.param_groups if g["role"] == "vector")["params"][0]
     assert float(extra.detach().abs().max()) > 5 * float(vector.detach().abs().max())

@@ -13,6 +13,8 @@ from torch.optim import lr_scheduler
 from lwadamw import AdamW, param_groups
 from lwadamw.schedules import EquilibriumWidthWarmup, ExponentialWidthWarmup, equilibrium_warmup, exponential_warmup
 
+from .cases import matrix_over_vector
+
 M = 4.0
 
 
@@ -57,20 +59,6 @@ def _optimizer(backend="torch", rule="standard", **options):
     return AdamW(groups, lr=1e-2, weight_decay=0.1, backend=backend, **options)
 
 
-def _ratio(optimizer):
-    """What a matrix moves by over what a vector does: both have the same gradient and start at 0."""
-    moved = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            with torch.no_grad():
-                p.zero_()
-                p.grad = torch.ones_like(p)
-    optimizer.step()
-    for group in optimizer.param_groups:
-        moved[group["role"]] = float(group["params"][0].detach().abs().max())
-    return moved["matrix"] / moved["vector"]
-
-
 def _chained(optimizer):
     warmup = ExponentialWidthWarmup(optimizer, M, 6)
     return lr_scheduler.ChainedScheduler([warmup, lr_scheduler.ExponentialLR(optimizer, 0.8)])
@@ -108,7 +96,7 @@ def test_the_factor_is_on_top_of_any_schedule_and_rule(name, rule, backend):
         ours = SCHEDULES[name](optimizer)
         for t in range(7):
             scaled = 1.0 if rule == "standard" else 1 / M
-            assert _ratio(optimizer) == pytest.approx(scaled * exponential_warmup(t, M, 6), rel=1e-5)
+            assert matrix_over_vector(optimizer) == pytest.approx(scaled * exponential_warmup(t, M, 6), rel=1e-5)
             if theirs is not None:
                 assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in plain.param_groups]
                 plain.step()
@@ -123,7 +111,7 @@ def test_a_loop_that_assigns_learning_rates_keeps_the_factor(tensor, backend):
     for t in range(6):
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(1e-3 * (t + 1)) if tensor else 1e-3 * (t + 1)
-        assert _ratio(optimizer) == pytest.approx(exponential_warmup(t, M, 4), rel=1e-5)
+        assert matrix_over_vector(optimizer) == pytest.approx(exponential_warmup(t, M, 4), rel=1e-5)
         warmup.step()
         assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([1e-3 * (t + 1)] * 2)
 
@@ -152,7 +140,7 @@ def test_equilibrium_scheduler_is_eq_11_at_a_constant_rate(decay):
         expected = equilibrium_warmup(t, M, 1e-2, 50.0, rms)
         assert optimizer.effective()[i]["lr"] == pytest.approx(1e-2 * expected, rel=1e-6)
         assert optimizer.effective()[1 - i]["lr"] == 1e-2
-        _ratio(optimizer)
+        matrix_over_vector(optimizer)
         warmup.step()
 
 
