@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import harness
-from lwadamw import kernels
+from lwadamw import decay, kernels
 from lwadamw.combinations import COMBINATIONS
 from lwadamw.kernels import layout
 from lwadamw.plan import launch_options, total_bits, update_constants
@@ -52,10 +52,10 @@ RESERVED = 1024  # bytes of shared memory that every program takes besides its o
 SUPPORTED = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
 # Run-time arguments of all kernels by name; those that are not here are int32.
 POINTERS = {
-    **dict.fromkeys(("chunk_row", "row_group", "segment_chunk"), "*i32"),
+    **dict.fromkeys(("chunk_row", "row_group", "segment_chunk", "row_chunk"), "*i32"),
     **dict.fromkeys(("chunk_span", "addresses", "gradients", "rounding", "words", "skipped"), "*i64"),
-    **dict.fromkeys(("coefficients", "partials", "steps", "grad_norm"), "*fp32"),
-    **dict.fromkeys(("total", "totals", "sums"), "*fp64"),
+    **dict.fromkeys(("coefficients", "partials", "steps", "grad_norm", "absolutes"), "*fp32"),
+    **dict.fromkeys(("total", "totals", "sums", "row_factor"), "*fp64"),
 }
 
 
@@ -85,10 +85,13 @@ class Report:
     programs: int | None = None  # per multiprocessor
 
 
-def update_variant(combination: str, *, norms: bool = True, amsgrad: bool = False, strided: bool = False) -> Variant:
+def update_variant(
+    combination: str, *, norms: bool = True, amsgrad: bool = False, strided: bool = False, huber: bool = False
+) -> Variant:
     storage = COMBINATIONS[combination].storage
-    constants = update_constants(storage, strided, amsgrad)
-    marks = [mark for mark, is_so in (("amsgrad", amsgrad), ("strided", strided), ("norms off", not norms)) if is_so]
+    constants = update_constants(storage, strided, amsgrad, huber)
+    kinds = (("amsgrad", amsgrad), ("strided", strided), ("huber", huber), ("norms off", not norms))
+    marks = [mark for mark, is_so in kinds if is_so]
     name = " / ".join([combination, *marks])
     return Variant(kernels.adamw_kernel, name, {**constants, "NORMS": norms}, constants["BLOCK"], storage, combination)
 
@@ -98,6 +101,8 @@ def variants(target: str) -> list[Variant]:
     out = [update_variant(name) for name in (COMBINATIONS if target == COMPLETE else SAMPLE)]
     out += [update_variant("fp32", norms=False), update_variant("fp32", amsgrad=True)]
     out.append(update_variant("bf16, stochastic", strided=True))
+    out += [update_variant(name, huber=True) for name in ("fp32", "bf16, remainder")]
+    out.append(Variant(kernels.threshold_kernel, "", {"RATE": decay.RATE}))
     for name, dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
         out.append(Variant(kernels.grad_norm_kernel, name, {"GRAD": dtype}, layout.GRAD_BLOCK))
     out.append(Variant(kernels.total_kernel, "", {"BITS": total_bits(1)}))

@@ -16,7 +16,14 @@ from lwadamw.storage import CODES
 
 ROOT = Path(__file__).parent.parent
 NVIDIA = ("sm_80", "sm_90", "sm_100")
-KERNELS = {"adamw_kernel", "coefficients_kernel", "grad_norm_kernel", "norms_kernel", "total_kernel"}
+KERNELS = {
+    "adamw_kernel",
+    "coefficients_kernel",
+    "grad_norm_kernel",
+    "norms_kernel",
+    "threshold_kernel",
+    "total_kernel",
+}
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="Triton before 3.3 compiles ahead of time otherwise")
 
 
