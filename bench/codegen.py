@@ -30,11 +30,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import harness
-from lwadamw import decay, kernels
-from lwadamw.combinations import COMBINATIONS
+from lwadamw import kernels
 from lwadamw.kernels import layout
-from lwadamw.plan import launch_options, total_bits, update_constants
-from lwadamw.storage import Storage
+from lwadamw.state import decay
+from lwadamw.state.combinations import COMBINATIONS
+from lwadamw.state.storage import Storage
+from lwadamw.tables.plan import launch_options, total_bits, update_constants
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

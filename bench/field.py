@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bench.workloads import make_groups
-from lwadamw.combinations import COMBINATIONS
-from lwadamw.packing import create_state
-from lwadamw.storage import Storage, storage_of
+from lwadamw.state.combinations import COMBINATIONS
+from lwadamw.state.packing import create_state
+from lwadamw.state.storage import Storage, storage_of
 
 
 @dataclass

@@ -26,7 +26,7 @@ import torch
 from bench import harness, host, memory, monitor, peers, step, train
 from bench.harness import log
 from bench.workloads import FOR_GPU, WORKLOADS
-from lwadamw.combinations import COMBINATIONS
+from lwadamw.state.combinations import COMBINATIONS
 
 PARTS = ("tests", "step", "storage", "host", "memory", "train", "monitor", "suite")
 MINUTES = 8.7
@@ -35,27 +35,27 @@ STORAGE_WORKLOAD, STORAGE_SECONDS = "llama_1b", 3.0
 STORAGE_PEERS = ("fused_mixed", "fused_copies", "optimi", "torchao", "bitsandbytes")
 HOST_GROUPS, HOST_TENSORS, HOST_ROUNDS = (1, 28, 500), 500, 20
 SUITE = (
-    "backends",
-    "grouping",
-    "launches",
-    "norms",
-    "clipping",
-    "protocol",
-    "changes",
-    "modes",
-    "checkpoint",
-    "torch_parity",
-    "storage",
-    "amp",
-    "release",
-    "decay",
-    "monitor",
+    "step/test_backends.py",
+    "tables/test_grouping.py",
+    "tables/test_launches.py",
+    "step/test_norms.py",
+    "step/test_clipping.py",
+    "step/test_protocol.py",
+    "tables/test_changes.py",
+    "step/test_modes.py",
+    "state/test_checkpoint.py",
+    "step/test_torch_parity.py",
+    "state/test_storage.py",
+    "step/test_amp.py",
+    "step/test_gradient_release.py",
+    "state/test_decay.py",
+    "monitor/test_monitor.py",
 )
 
 
 def run_tests() -> list[dict[str, str]]:
-    """Every test of tests/test_gpu.py and test_gpu_storage.py, as plain functions."""
-    from tests import test_gpu, test_gpu_storage
+    """Every test of tests/kernels/test_gpu.py and test_gpu_storage.py, as plain functions."""
+    from tests.kernels import test_gpu, test_gpu_storage
 
     results = []
     members = [
@@ -81,7 +81,7 @@ def run_tests() -> list[dict[str, str]]:
 def run_suite(seconds: float) -> str:
     """The rest of the tests with kernels on this device; the last line pytest prints."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    command += [f"tests/test_{name}.py" for name in SUITE]
+    command += [f"tests/{name}" for name in SUITE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=harness.ROOT)
     except subprocess.TimeoutExpired:

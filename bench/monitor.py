@@ -34,7 +34,7 @@ NEVER = 10**9
 
 def trainers(model: torch.nn.Module, width: int) -> dict[str, Trainer]:
     import lwadamw
-    from lwadamw.spectrum import Spectrum
+    from lwadamw.monitor.spectrum import Spectrum
 
     def make(every: int | None, spectrum_every: int = 0) -> Trainer:
         trainer = Trainer(model, lwadamw.AdamW, plain)

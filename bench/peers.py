@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bench.field import Contestant, Field
 from bench.workloads import make_groups
-from lwadamw.combinations import COMBINATIONS
-from lwadamw.storage import CODES
+from lwadamw.state.combinations import COMBINATIONS
+from lwadamw.state.storage import CODES
 
 FUSED = "torch fused"
 COMPILE_TENSORS = 200  # compiling a step of more takes minutes

@@ -30,7 +30,7 @@ import torch
 
 from bench import harness, peers, revision
 from bench.workloads import FOR_CPU, FOR_GPU, WORKLOADS, Workload, make_params
-from lwadamw.combinations import COMBINATIONS
+from lwadamw.state.combinations import COMBINATIONS
 
 ROUNDS = 15
 SECONDS = 45.0

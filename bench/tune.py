@@ -24,7 +24,7 @@ import torch
 from bench import harness, peers, revision
 from bench.step import make_copy
 from bench.workloads import WORKLOADS, make_params
-from lwadamw.combinations import COMBINATIONS
+from lwadamw.state.combinations import COMBINATIONS
 
 CANDIDATES: dict[str, dict[str, object]] = {
     "as it is": {},

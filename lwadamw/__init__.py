@@ -1,16 +1,19 @@
 """AdamW for width scaling: one fused Triton step for all parameter groups, with width rules and norms inside."""
 
-from .backends import effective
-from .drift import DriftWarning, DriftWatch
-from .equilibrium import SteadyState
-from .groups import Groups, param_groups
-from .monitor import Monitor
-from .norms import Norms
-from .optimizer import AdamW
-from .probe import Probe
-from .roles import Matrix, Output, register_role
-from .rules import RULES, Rule, Scale
-from .summary import summary
+from . import loggers as loggers
+from . import schedules as schedules
+from .monitor.drift import DriftWarning, DriftWatch
+from .monitor.monitor import Monitor
+from .monitor.probe import Probe
+from .monitor.summary import summary
+from .state.groups import effective
+from .step.norms import Norms
+from .step.optimizer import AdamW
+from .version import __version__ as __version__
+from .width.groups import Groups, param_groups
+from .width.roles import Matrix, Output, register_role
+from .width.rules import RULES, Rule, Scale
+from .width.steady_state import SteadyState
 
 __all__ = [
     "RULES",
@@ -31,4 +34,3 @@ __all__ = [
     "register_role",
     "summary",
 ]
-__version__ = "0.1.0"

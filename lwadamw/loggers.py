@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from .engine import members_of
-from .monitor_text import as_dict
-from .reading import Reading
+from .monitor.reading import Reading
+from .monitor.report import as_dict
+from .state.members import members_of
 
 if TYPE_CHECKING:
-    from .monitor import Monitor
-    from .optimizer import AdamW
+    from .monitor.monitor import Monitor
+    from .step.optimizer import AdamW
 
 
 class ScalarWriter(Protocol):

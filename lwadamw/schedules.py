@@ -34,8 +34,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .backends import WARMUP, effective
-from .rules import Role
+from .state import keys
+from .state.groups import effective
+from .width.rules import Role
+from .width.steady_state import weight_rms_of
 
 
 def exponential_warmup(t: float, m: float, steps: float) -> float:
@@ -54,7 +56,7 @@ def equilibrium_warmup(t: float, m: float, lr: float, weight_decay: float, rms: 
     (0.25, 1.0)
     """
     remaining = (1 - lr * weight_decay) ** (2 * t)
-    q = rms**2 * 2 * weight_decay / lr
+    q = (rms / weight_rms_of(lr, weight_decay)) ** 2
     return math.sqrt((1 + (q - 1) * remaining) / (1 + (m**2 * q - 1) * remaining))
 
 
@@ -67,12 +69,12 @@ def ratios_of(name: str, optimizer: Optimizer, m: float | Sequence[float], roles
         TypeError: the optimizer is not an `AdamW`.
         ValueError: m is not positive, not one per group, or no group has such a role.
     """
-    from .optimizer import AdamW
+    from .step.optimizer import AdamW
 
     if not isinstance(optimizer, AdamW):
         raise TypeError(
-            f"{name}: {type(optimizer).__name__} does not multiply by group[{WARMUP!r}]. Use lwadamw.AdamW, or the "
-            "factor's function in a LambdaLR."
+            f"{name}: {type(optimizer).__name__} does not multiply by group[{keys.WIDTH_WARMUP.name!r}]. Use "
+            "lwadamw.AdamW, or the factor's function in a LambdaLR."
         )
     groups = optimizer.param_groups
     if isinstance(m, Sequence):
@@ -80,8 +82,8 @@ def ratios_of(name: str, optimizer: Optimizer, m: float | Sequence[float], roles
         if len(ratios) != len(groups):
             raise ValueError(f"{name}: m has {len(ratios)} values for {len(groups)} groups. Give one for each.")
     else:
-        ratios = [float(m) if group.get("role") in roles else 1.0 for group in groups]
-        if not any(group.get("role") in roles for group in groups):
+        ratios = [float(m) if keys.ROLE.of(group) in roles else 1.0 for group in groups]
+        if not any(keys.ROLE.of(group) in roles for group in groups):
             raise ValueError(
                 f"{name}: no group has a role among {tuple(roles)}. Make groups with lwadamw.param_groups, or give m as "
                 "a list, one number per group."
@@ -130,7 +132,7 @@ class WidthWarmup(LRScheduler):
         # Groups that were added later have no factor.
         for group, ratio, factor in zip(self.optimizer.param_groups, self.ratios, self.factors(), strict=False):
             if ratio != 1:
-                group[WARMUP] = factor
+                group[keys.WIDTH_WARMUP.name] = factor
 
 
 class ExponentialWidthWarmup(WidthWarmup):
@@ -216,9 +218,9 @@ class EquilibriumWidthWarmup(WidthWarmup):
         for i, (group, m) in enumerate(zip(self.optimizer.param_groups, self.ratios, strict=False)):
             if m == 1:
                 continue
-            used = effective({**group, WARMUP: 1.0})
+            used = effective({**group, keys.WIDTH_WARMUP.name: 1.0})
             lr, weight_decay = float(used.lr), float(used.weight_decay)
-            factor = group.get(WARMUP, 1.0) if self.self_consistent else 1.0
+            factor = keys.WIDTH_WARMUP.of(group) if self.self_consistent else 1.0
             self.narrow[i] = _next_square(self.narrow[i], lr * factor, weight_decay)
             self.wide[i] = _next_square(self.wide[i], lr, weight_decay)
 

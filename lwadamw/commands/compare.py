@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..text import aligned
+from ..monitor.text import aligned
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison, Row
-    from ..profile import Profile
+    from ..monitor.comparison import Comparison, Row
+    from ..monitor.profile import Profile
 
 _HEADER = ("role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off by", "")
 _RIGHT = range(3, 8)  # the numbers
@@ -44,8 +44,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from ..comparison import TOLERANCE, compare
-    from ..profile import load
+    from ..monitor.comparison import TOLERANCE, compare
+    from ..monitor.profile import load
 
     try:
         profiles = load(args.proxy), load(args.target)

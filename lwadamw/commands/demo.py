@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from ..rules import RULES
+from ..width.rules import RULES
 from .arguments import corpus, device, positive, whole
 
 

@@ -7,10 +7,10 @@ import json
 import textwrap
 from typing import Final
 
-from ..equilibrium import STEADY_TAUS
-from ..planning import Base, Horizon, Target
-from ..rules import ROLES, RULES, Rule, Scale, get_rule, with_output
-from ..text import aligned
+from ..monitor.text import aligned
+from ..width.rules import ROLES, RULES, Rule, Scale, get_rule, with_output
+from ..width.steady_state import STEADY_TAUS
+from ..width.targets import Base, Horizon, Target
 from .arguments import positive, whole
 
 OWN: Final = "own"  # the name of a rule given by its exponents

@@ -16,7 +16,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    from ..combinations import table
+    from ..state.combinations import table
 
     print(table())
     return 0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from ..rules import RULES
+from ..width.rules import RULES
 from .arguments import corpus, device, positive, whole
 
 # Minutes on two cores: one arm at three widths.
@@ -88,7 +88,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         )
     if args.series:
         return 1 if failures else 0
-    from ..cli import main
+    from . import main
 
     code = main(["transfer", str(args.out), "--plot", str(args.plot or args.out.with_suffix(".png"))])
     return 1 if failures else code

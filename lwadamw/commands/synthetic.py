@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..rules import RULES
+from ..width.rules import RULES
 from .arguments import device, positive, whole
 
 

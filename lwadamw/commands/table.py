@@ -9,15 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..rules import ROLES, RULES
+from ..width.rules import ROLES, RULES
 from .arguments import positive, whole
 from .factory import EXAMPLE, build, literal
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..groups import Groups
-    from ..roles import RoleSpec
+    from ..width.groups import Groups
+    from ..width.roles import RoleSpec
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,8 +63,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from ..groups import param_groups
-    from ..summary import summary
+    from ..monitor.summary import summary
+    from ..width.groups import param_groups
 
     if (args.lr is None) != (args.wd is None):
         parser.error("arguments --lr and --wd go together: both base values, or neither for the multipliers.")
@@ -118,7 +118,7 @@ def _whole(value: str, text: str) -> int:
 
 
 def _role(text: str) -> tuple[str, RoleSpec]:
-    from ..roles import Matrix, Output
+    from ..width.roles import Matrix, Output
 
     pattern, _, spec = text.rpartition("=")
     role, colon, dimension = spec.partition(":")
@@ -136,7 +136,7 @@ def _role(text: str) -> tuple[str, RoleSpec]:
 
 
 def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[str, tuple[int, ...], str]]:
-    from ..roles import decide, sites
+    from ..width.roles import decide, sites
 
     found = [(p, places[0].name, decide(p, places, model, roles)) for p, places in sites(model) if p.requires_grad]
     return [(name, tuple(p.shape), decision.why) for p, name, decision in found if decision.role is None]
@@ -163,7 +163,7 @@ def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool
 
 
 def _rows(groups: Groups, steps: int | None) -> list[dict[str, Any]]:
-    from ..backends import effective
+    from ..state.groups import effective
 
     rows: dict[str, dict[str, Any]] = {}
     for group in groups:

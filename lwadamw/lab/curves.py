@@ -10,7 +10,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lwadamw.norms import Array
+from lwadamw.state.arrays import Array
 
 from .outcomes import Outcome
 

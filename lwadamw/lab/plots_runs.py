@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lwadamw.norms import Array
+from lwadamw.state.arrays import Array
 
 from .curves import Curve, noise_of
 from .outcomes import Outcomes

@@ -10,9 +10,9 @@ from typing import Final
 
 import numpy as np
 
-from lwadamw.equilibrium import STEADY_TAUS
-from lwadamw.norms import Array
-from lwadamw.text import aligned
+from lwadamw.monitor.text import aligned
+from lwadamw.state.arrays import Array
+from lwadamw.width.steady_state import STEADY_TAUS
 
 from .training import Run
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from lwadamw.norms import Array
+from lwadamw.state.arrays import Array
 
 from .curves import Curve, interval, lowest, slope_weights
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lwadamw import Monitor
-from lwadamw.rules import RULES, Rule, Scale, get_rule
+from lwadamw.width.rules import RULES, Rule, Scale, get_rule
 
 from .data import Corpus, from_file, standard_library, windows
 from .model import FFN_RATIO

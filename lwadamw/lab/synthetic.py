@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lwadamw
+from lwadamw.width.steady_state import weight_rms_of
 
 from .study import arm_rule
 
@@ -139,7 +140,7 @@ def run(task: Noise, device: torch.device, alive: Callable[[], None]) -> dict[st
         "effective_wd": wd,
         "steps": task.steps,
         "taus": task.steps * lr * wd,
-        "steady_rms": math.sqrt(lr / (2 * wd)),
+        "steady_rms": weight_rms_of(lr, wd),
         **{name: math.exp(float(np.mean([math.log(s[name]) for s in seen]))) for name in seen[0]},
         **{f"spectrum_{name}": _spectrum(layer.weight) for name, layer in network.matrices.items()},
         "seconds": round(time.perf_counter() - start, 2),

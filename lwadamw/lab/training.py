@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import lwadamw
-from lwadamw.equilibrium import STEADY_TAUS, SteadyState
-from lwadamw.norms import Array
-from lwadamw.rules import Rule, get_rule
+from lwadamw.state.arrays import Array
+from lwadamw.width.rules import Rule, get_rule
+from lwadamw.width.steady_state import STEADY_TAUS, SteadyState
 
 from .data import Corpus, batches, windows
 from .model import ModelConfig, Transformer

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from lwadamw.norms import Array
+from lwadamw.state.arrays import Array
 
 from .curves import Curve, Edge, Reached, interval, lowest, noise_of, slope_weights
 from .outcomes import Outcome

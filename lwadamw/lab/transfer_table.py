@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from lwadamw.text import aligned
+from lwadamw.monitor.text import aligned
 
 from .outcomes import Outcomes
 from .ridge import Ridge

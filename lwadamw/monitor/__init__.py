@@ -1,0 +1,1 @@
+"""Monitor: reads what a run does now and then, and changes nothing."""

@@ -1,0 +1,31 @@
+"""Tables in the documentation are those of the code."""
+
+import re
+from pathlib import Path
+
+from lwadamw.commands import main
+from lwadamw.state.combinations import COMBINATIONS, table
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_storage_table_is_in_date(capsys):
+    written = re.search(r"<!-- table:begin -->\n(.*)\n<!-- table:end -->", (DOCS / "storage.md").read_text(), re.DOTALL)
+    assert written.group(1) == table()
+    assert main(["storage"]) == 0
+    assert capsys.readouterr().out == table() + "\n"
+
+
+def test_the_readmes_bytes_are_the_codes():
+    text = (DOCS.parent / "README.md").read_text().partition("## Low precision")[2].partition("<!-- performance")[0]
+    names = [
+        "bf16",
+        "bf16, stochastic",
+        "bf16, remainder",
+        "bf16, remainder, bf16 moments",
+        "bf16, remainder, 8-bit moments",
+    ]
+    rows = [line.split(" | ")[1:3] for line in text.splitlines() if line.startswith("|")][2:]
+    for (state, moved), name in zip(rows, names, strict=True):
+        stored = COMBINATIONS[name].storage
+        assert (float(state), float(moved)) == (stored.state_bytes(), stored.moved_bytes())

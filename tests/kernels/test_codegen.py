@@ -1,0 +1,126 @@
+"""Code generation for sm_80, sm_90, sm_100 and gfx942: no spills, wide accesses, no byte too many. Needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bench.codegen import COMPLETE, SUPPORTED, access_width, loaded_early
+from lwadamw.kernels import layout
+from lwadamw.state.combinations import COMBINATIONS
+from lwadamw.state.storage import CODES
+
+ROOT = Path(__file__).parents[2]
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+KERNELS = {
+    "adamw_kernel",
+    "coefficients_kernel",
+    "grad_norm_kernel",
+    "norms_kernel",
+    "threshold_kernel",
+    "total_kernel",
+}
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="Triton before 3.3 compiles ahead of time otherwise")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Compiled in a process of its own: this one may have imported the kernels to interpret them."""
+    path = tmp_path_factory.mktemp("codegen") / "reports.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bench.codegen", "--json", str(path)]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
+    return json.loads(path.read_text())["reports"]
+
+
+def _updates(reports):
+    """(report, storage, whether amsgrad) of every variant of the update kernel."""
+    for r in reports:
+        if r["kernel"] == "adamw_kernel":
+            yield r, COMBINATIONS[r["combination"]].storage, r["constants"]["AMSGRAD"] == "True"
+
+
+def _has_codes(storage):
+    return storage.exp_avg in CODES or storage.exp_avg_sq in CODES
+
+
+def test_every_variant_compiles_for_every_target(reports):
+    kernels = {target: {r["kernel"] for r in reports if r["target"] == target} for target in (*NVIDIA, "gfx942")}
+    assert all(found == KERNELS for found in kernels.values())
+    assert {r["target"] for r in reports} == kernels.keys()
+    assert {r["combination"] for r, *_ in _updates(reports) if r["target"] == COMPLETE} == COMBINATIONS.keys()
+
+
+def test_no_variant_spills(reports):
+    assert {(r["target"], r["kernel"], r["variant"]): r["spills"] for r in reports if r["spills"]} == {}
+
+
+def test_every_array_is_accessed_as_wide_as_its_elements_per_thread_are(reports):
+    """All arrays of a variant have equally many elements per thread: the widest 16 bytes of them, the others less."""
+    for r, storage, amsgrad in _updates(reports):
+        each = int(r["constants"]["BLOCK"]) // layout.THREADS
+        read_and_written = [storage.exp_avg, *[storage.exp_avg_sq] * (1 + amsgrad), *filter(None, [storage.companion])]
+        arrays = [storage.grad, storage.param, *read_and_written * 2]
+        if storage.weight != "master":
+            arrays.append(storage.param)
+        expected = Counter(each * dtype.itemsize for dtype in arrays)
+        assert max(expected) == 16 or (_has_codes(storage) and max(expected) == 8), r
+        scales = sum(dtype in CODES for dtype in storage[2:4])
+        expected[4] += 2 * scales
+        assert {int(width): n for width, n in r["widths"].items()} == {w: n for w, n in expected.items() if n}, r
+
+
+def test_gradients_are_read_16_bytes_at_a_time_for_their_norm(reports):
+    for r in reports:
+        if r["kernel"] == "grad_norm_kernel":
+            size = {"fp32": 4, "bf16": 2}[r["variant"]]
+            assert r["widths"] == {"16": layout.GRAD_BLOCK // layout.THREADS * size // 16}, r
+            assert r["moved_bytes"] == size
+
+
+def test_a_step_moves_the_bytes_that_its_storage_says(reports):
+    for r, storage, amsgrad in _updates(reports):
+        assert r["moved_bytes"] == storage.moved_bytes(amsgrad), r
+
+
+def test_bytes_in_flight_fill_the_memory_system(reports):
+    """At least 32 KB per multiprocessor: about what Little's law asks of an H200, 29 KB, and some.
+
+    Not with 8-bit moments: those kernels are bound by instructions, twice as many per element as others have, not by bytes,
+    and the compiler holds back some of their loads to save registers.
+    """
+    with_codes = {name for name, combination in COMBINATIONS.items() if _has_codes(combination.storage)}
+    for r in reports:
+        if r["target"] in NVIDIA and r["kernel"] in ("adamw_kernel", "grad_norm_kernel"):
+            assert r["bytes_in_flight"] >= (12 if r["combination"] in with_codes else 32) * 1024, r
+
+
+def test_widths_are_read_from_instructions():
+    widths = {
+        "LDG.E.128 R4, desc[UR18][R12.64] ": 16,
+        "@!P2 LDG.E.U16 R8, desc[UR18][R20.64] ": 2,
+        "@P4 STG.E desc[UR24][R34.64], R37 ": 4,
+        "LDG.E.EF.64 R4, desc[UR18][R12.64] ": 8,
+        "FADD R1, R2, R3 ": 0,
+        "global_load_dwordx4 v[2:5], v[36:37], off": 16,
+        "buffer_load_dword v40, v4, s[24:27], 0 offen": 4,
+        "global_store_short_d16_hi v[8:9], v4, off": 2,
+        "global_load_ubyte v30, v[8:9], off": 1,
+    }
+    assert {line: access_width(line) for line in widths} == widths
+
+
+def test_loads_after_the_first_use_are_not_in_flight_with_those_before():
+    loop = [
+        "LDG.E.128 R4, [R2.64]",
+        "IADD3 R2, R2, R9, RZ",
+        "LDG.E.64 R12, [R2.64]",
+        "FADD R1, R6, R6",
+        "LDG.E.64 R14, [R2.64]",
+    ]
+    assert loaded_early(loop) == 24 / 32
+    assert loaded_early(loop[:4]) == 1

@@ -1,0 +1,53 @@
+"""The summary states effective numbers, tau and the evidence, one line for all layers that agree."""
+
+import torch
+
+from lwadamw import AdamW, param_groups, summary
+from tests import zoo
+
+
+def test_summary_of_a_scaled_model():
+    optimizer = AdamW(param_groups(zoo.Llama(64, 3), 16), lr=1e-2, weight_decay=0.1)
+    assert summary(optimizer, steps=1000).splitlines() == [
+        "rule fan2025   base lr 0.01   base weight_decay 0.1   tau in steps",
+        "parameter                          shape     role    fan_in  m      lr   wd           tau  why",
+        "embed_tokens.weight                (96,64)   vector       -  -    0.01    0             -  Embedding",
+        "layers.*.attention_norm.weight x3  (64)      vector       -  -    0.01    0             -  RMSNorm",
+        "layers.*.ffn_norm.weight x3        (64)      vector       -  -    0.01    0             -  RMSNorm",
+        "layers.*.q_norm.weight x3          (8)       vector       -  -    0.01    0             -  RMSNorm",
+        "layers.*.k_norm.weight x3          (8)       vector       -  -    0.01    0             -  RMSNorm",
+        "norm.weight                        (64)      vector       -  -    0.01    0             -  RMSNorm",
+        "layers.*.wq.weight x3              (64,64)   matrix      64  4  0.0025  0.2  2000 = 2 run  Linear",
+        "layers.*.wk.weight x3              (16,64)   matrix      64  4  0.0025  0.2  2000 = 2 run  Linear",
+        "layers.*.wv.weight x3              (16,64)   matrix      64  4  0.0025  0.2  2000 = 2 run  Linear",
+        "layers.*.wo.weight x3              (64,64)   matrix      64  4  0.0025  0.2  2000 = 2 run  Linear",
+        "layers.*.gate_proj.weight x3       (192,64)  matrix      64  4  0.0025  0.2  2000 = 2 run  Linear",
+        "layers.*.up_proj.weight x3         (192,64)  matrix      64  4  0.0025  0.2  2000 = 2 run  Linear",
+        "layers.*.down_proj.weight x3       (64,192)  matrix     192  4  0.0025  0.2  2000 = 2 run  Linear, base fan_in 48",
+        "lm_head.weight                     (96,64)   output      64  4  0.0025    0             -  head: named 'lm_head'",
+        "matrix 21 tensors 141K   output 1 tensors 6.14K   vector 14 tensors 6.64K",
+    ]
+
+
+def test_layers_that_differ_get_their_own_lines():
+    model = zoo.Llama(64, 3)
+    optimizer = AdamW(param_groups(model, 16, overrides={"layers.1.wq.weight": {"lr": 1e-4}}), lr=1e-2)
+    lines = summary(optimizer).splitlines()
+    assert any(line.startswith("layers.*.wq.weight x2") for line in lines)
+    assert any(line.startswith("layers.1.wq.weight ") for line in lines)
+    assert sum(line.startswith("layers.") for line in summary(optimizer, full=True).splitlines()) == 33
+
+
+def test_summary_follows_a_schedule():
+    optimizer = AdamW(param_groups(zoo.Llama(64, 1), 16), lr=1e-2)
+    for group in optimizer.param_groups:
+        group["lr"] = 4e-3
+    assert any("wq.weight" in line and " 0.001 " in line for line in summary(optimizer).splitlines())
+
+
+def test_summary_of_any_optimizer_and_of_bare_groups():
+    model = torch.nn.Linear(4, 4)
+    assert "(4,4)" in summary(torch.optim.SGD(model.parameters(), lr=0.1))
+    lines = summary(param_groups(model, 1, width=4)).splitlines()
+    assert "base lr not set" in lines[0]
+    assert lines[2].split()[:7] == ["weight", "(4,4)", "matrix", "4", "4", "0.25", "2"]

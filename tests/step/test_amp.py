@@ -1,0 +1,248 @@
+"""Loss scaling: torch.amp.GradScaler as torch's fused AdamW serves it, skipped steps bit for bit, and nothing waits."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lwadamw import AdamW
+from lwadamw.state.combinations import COMBINATIONS
+from tests.cases import assert_equal, clone_params, make_params
+from tests.state.test_storage import give_grads, make
+
+SHAPES = [(30,), (5, 7), (1030,)]
+INF = float("inf")
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values read, and copies from it."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        copied = (
+            name in ("_to_copy", "copy_") and not (kwargs or {}).get("non_blocking") and not _is_blocking_free(args)
+        )
+        if name in self.WAITING or copied:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_blocking_free(args):
+    """copy_(target, source, non_blocking=True), or within one device."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    return True in args[2:] or len({t.device for t in tensors}) == 1
+
+
+def _twins(device, groups=2, **options):
+    ours = make_params(SHAPES, device)
+    theirs = clone_params(ours)
+
+    def split(params):
+        return [{"params": params[i::groups]} for i in range(groups)]
+
+    return ours, theirs, AdamW(split(ours), **options), torch.optim.AdamW(split(theirs), fused=True)
+
+
+def _backward(scaler, params, factor=1.0, bad=None):
+    """Scaled gradients, the same for equal seeds; `bad`: index of the parameter with one that is not finite."""
+    for i, p in enumerate(params):
+        grad = torch.randn_like(p) * factor
+        if i == bad:
+            grad.view(-1)[0] = INF
+        p.grad = None
+        scaler.scale((p * grad).sum()).backward()
+
+
+def _scalers(device, n=2, **options):
+    return [torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=2, **options) for _ in range(n)]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_growth_backoff_and_skipping_are_those_of_torch_fused(clip, backend, device):
+    """An inf in one of two groups, unscaling and clipping in between."""
+    ours, theirs, one, two = _twins(device, backend=backend)
+    first, second = _scalers(device)
+    scales = []
+    for step in range(8):
+        bad = 1 if step in (3, 4) else None
+        for scaler, params, optimizer in ((first, ours, one), (second, theirs, two)):
+            torch.manual_seed(step)
+            _backward(scaler, params, bad=bad)
+            if clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(params, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        assert first.get_scale() == second.get_scale()
+        scales.append(first.get_scale())
+        assert_equal(ours, theirs)
+        assert {float(one.state[p]["step"]) for p in ours} == {float(two.state[p]["step"]) for p in theirs}
+    assert max(scales) > scales[0]
+    assert min(scales) < max(scales)
+    assert float(one.state[ours[0]]["step"]) == 6
+    if backend == "triton":
+        assert int(one.skipped_steps) == 2
+
+
+def test_several_optimizers_share_a_scaler(backend, device):
+    """An inf in one of them skips that one alone."""
+    sets = [_twins(device, backend=backend) for _ in range(2)]
+    first, second = _scalers(device)
+    for step in range(3):
+        for scaler, which in ((first, 0), (second, 1)):
+            torch.manual_seed(step)
+            for i, twins in enumerate(sets):
+                _backward(scaler, twins[which], bad=0 if step == 1 and i == 0 else None)
+            for twins in sets:
+                scaler.step(twins[2 + which])
+            scaler.update()
+    for ours, theirs, one, two in sets:
+        assert_equal(ours, theirs)
+        assert float(one.state[ours[0]]["step"]) == float(two.state[theirs[0]]["step"])
+    assert [float(t[2].state[t[0][0]]["step"]) for t in sets] == [2, 3]
+
+
+def test_gradients_are_not_rewritten_where_the_step_unscales(device):
+    ours, _, optimizer, _ = _twins(device, backend="triton")
+    (scaler,) = _scalers(device, 1)
+    _backward(scaler, ours)
+    before = [p.grad.clone() for p in ours]
+    scaler.step(optimizer)
+    for p, grad in zip(ours, before, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"max_grad_norm": 1.0, "nonfinite": "pass"}])
+def test_a_scaled_step_waits_for_nothing(options, device):
+    ours, _, optimizer, _ = _twins(device, backend="triton", **options)
+    (scaler,) = _scalers(device, 1)
+    for step in range(3):
+        _backward(scaler, ours, bad=0 if step == 1 else None)
+        if step == 0:  # makes the plan
+            scaler.step(optimizer)
+            scaler.update()
+            continue
+        with Reads() as reads:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.skipped_steps  # noqa: B018
+        assert reads.found == []
+
+
+def test_counting_reads_finds_one():
+    with Reads() as reads:
+        torch.ones(()).item()
+    assert reads.found == ["aten._local_scalar_dense.default"]
+
+
+SKIPPED = ["fp32", "bf16, remainder, 8-bit moments", "bf16, master", "bf16, kahan", "bf16, stochastic", "bf16"]
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+@pytest.mark.parametrize("cause", ["found_inf", "norm"])
+def test_a_skipped_step_leaves_everything_bit_for_bit(name, cause, backend, device):
+    c = COMBINATIONS[name]
+    clip = 1.0 if cause == "norm" else None
+    params, optimizer = make(c, [(64, 70), (3,)], device, backend=backend, max_grad_norm=clip)
+    give_grads(c, params)
+    optimizer.step()
+    before = [[p.detach().clone(), *(t.clone() for t in optimizer.state[p].values())] for p in params]
+    give_grads(c, params)
+    if cause == "norm":
+        params[1].grad[0] = INF
+    else:
+        optimizer.found_inf = torch.ones((), device=device)
+    optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        assert all(map(torch.equal, [p, *optimizer.state[p].values()], old))
+    assert int(optimizer.skipped_steps) == 1
+    norms = optimizer.norms()
+    assert (norms.update == 0).all()
+    assert (norms.weight > 0).all()
+
+
+def test_skipped_steps_are_counted_over_new_plans(backend, device):
+    params = make_params([(40,), (50,)], device)
+    optimizer = AdamW(params[:1], max_grad_norm=1.0, backend=backend)
+    for bad in (False, True, True, False, True):
+        for p in params:
+            p.grad = torch.full_like(p, INF if bad else 1.0)
+        optimizer.step()
+        if len(optimizer.param_groups) == 1 and bad:
+            optimizer.add_param_group({"params": params[1:]})
+    assert int(optimizer.skipped_steps) == 3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NumPy, in the interpreter
+def test_a_norm_that_is_not_finite_may_pass(backend, device):
+    """As it does through clip_grad_norm_ and torch's step."""
+    ours = make_params(SHAPES, device)
+    theirs = clone_params(ours)
+    optimizer = AdamW(ours, max_grad_norm=1.0, nonfinite="pass", backend=backend)
+    twin = torch.optim.AdamW(theirs, foreach=False)
+    for bad in (1.0, INF, float("nan")):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            p.grad.view(-1)[0] *= bad
+            q.grad = p.grad.clone()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        optimizer.step()
+        twin.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert int(optimizer.skipped_steps) == 0
+
+
+def test_a_norm_that_is_not_finite_may_raise_and_changes_nothing(backend, device):
+    params = make_params(SHAPES, device)
+    optimizer = AdamW(params, max_grad_norm=1.0, nonfinite="raise", backend=backend)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, INF)
+    if device.type == "cuda":  # raises at a later step
+        optimizer.step()
+        torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=r"global gradient norm of a step was inf. That step changed nothing"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_scaled_clipping_inside_the_step_is_that_of_unscaled_gradients(backend, device):
+    ours = make_params(SHAPES, device)
+    theirs = clone_params(ours)
+    one, two = (AdamW(params, max_grad_norm=0.5, backend=backend) for params in (ours, theirs))
+    one.grad_scale = torch.tensor(1024.0, device=device)
+    for _ in range(2):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad * 1024
+        one.step()
+        two.step()
+        assert_equal(ours, theirs)
+    torch.testing.assert_close(one.grad_norm, two.grad_norm)
+
+
+def test_fp16_parameters_train_under_a_scaler(backend, device):
+    """fp16 parameters with fp32 master weights against fp32 ones."""
+    c = COMBINATIONS["fp16, master"]
+    params, optimizer = make(c, [(50, 30)], device, backend=backend, fused=True)
+    whole = [torch.nn.Parameter(p.detach().float()) for p in params]
+    twin = AdamW(whole, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), backend=backend)
+    (scaler,) = _scalers(device, 1)
+    for step in range(4):
+        target = torch.randn_like(whole[0])
+        optimizer.zero_grad()
+        scaler.scale((params[0].float() * target).sum()).backward()
+        if step == 2:
+            params[0].grad[0, 0] = INF
+        else:
+            whole[0].grad = (params[0].grad.float() / scaler.get_scale()).clone()
+            twin.step()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(optimizer.master_weight(params[0]), whole[0].detach(), rtol=1e-5, atol=1e-6)

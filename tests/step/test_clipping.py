@@ -1,0 +1,139 @@
+"""max_grad_norm is clip_grad_norm_ before the step, without rewriting gradients; a non-finite norm is no step at all."""
+
+import math
+
+import pytest
+import torch
+
+from lwadamw import AdamW, kernels
+from lwadamw.step import backends, engine, torch_fused_cpu
+from lwadamw.tables.plan import total_bits
+from tests.cases import clone_params, make_params, set_grads
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 60.0, 1e9, math.inf])
+def test_equals_clip_grad_norm_then_step(max_norm, backend, device):
+    ours = make_params(device=device)
+    theirs = clone_params(ours)
+    a = AdamW(ours, lr=1e-2, max_grad_norm=max_norm, backend=backend)
+    b = torch.optim.AdamW(theirs, lr=1e-2, foreach=False)
+    for step in range(4):
+        set_grads(ours, theirs, scale=10.0**-step)
+        norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+        a.step()
+        b.step()
+        torch.testing.assert_close(a.grad_norm.cpu(), norm.cpu(), rtol=1e-5, atol=0)
+        assert a.grad_norm.shape == ()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1.3e-6, atol=1e-5)
+            torch.testing.assert_close(a.state[p]["exp_avg"], b.state[q]["exp_avg"], rtol=1.3e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("piece", [1, 64, 2000])
+def test_gradients_clipped_a_piece_at_a_time_are_those_clipped_at_once(piece, monkeypatch):
+    monkeypatch.setattr(torch_fused_cpu, "PIECE", piece)
+    ours = make_params()
+    theirs = clone_params(ours)
+    a = AdamW(ours, lr=1e-2, max_grad_norm=0.5, amsgrad=True, backend="torch")
+    b = torch.optim.AdamW(theirs, lr=1e-2, amsgrad=True, foreach=False)
+    for _ in range(3):
+        set_grads(ours, theirs)
+        torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        a.step()
+        b.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1.3e-6, atol=1e-5)
+            assert a.state[p]["step"] == b.state[q]["step"]
+
+
+NEGATIVE_NAN = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, NEGATIVE_NAN])
+def test_a_norm_that_is_not_finite_is_no_step(bad, backend, device):
+    params = make_params(device=device)
+    optimizer = AdamW(params, max_grad_norm=1.0, backend=backend)
+    set_grads(params)
+    optimizer.step()
+    frozen = [p.detach().clone() for p in params]
+    state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in params]
+    set_grads(params)
+    params[5].grad[700] = bad
+    optimizer.step()
+    assert not math.isfinite(float(optimizer.grad_norm))
+    for p, before, s in zip(params, frozen, state, strict=True):
+        assert torch.equal(p, before)
+        assert all(torch.equal(optimizer.state[p][key], value) for key, value in s.items())
+    set_grads(params)
+    optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == 2
+    assert not torch.equal(params[3], frozen[3])
+
+
+def test_the_norm_covers_every_group_and_skips_missing_gradients(backend, device):
+    params = make_params([(30,), (40,), (50,)], device)
+    optimizer = AdamW([{"params": [p]} for p in params], max_grad_norm=1.0, betas=(0.0, 0.9), backend=backend)
+    for missing, elements in ((None, 120), (1, 80), (0, 90)):
+        for i, p in enumerate(params):
+            p.grad = None if i == missing else torch.full_like(p, 2.0)
+        optimizer.step()
+        assert float(optimizer.grad_norm) == pytest.approx(2 * math.sqrt(elements), rel=1e-6)
+        assert float(optimizer.state[params[2]]["exp_avg"][0]) == pytest.approx(1 / math.sqrt(elements), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_extreme_gradients_have_their_norm(scale, device):
+    params = make_params([(5000,)], device)
+    optimizer = AdamW(params, max_grad_norm=1.0, backend="triton")
+    set_grads(params, scale=scale)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(params[0].grad.double().norm().item(), rel=1e-5)
+
+
+def test_zero_gradients_are_not_clipped(backend, device):
+    params = make_params([(30,)], device)
+    optimizer = AdamW(params, max_grad_norm=1.0, weight_decay=0.0, backend=backend)
+    before = params[0].detach().clone()
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.step()
+    assert float(optimizer.grad_norm) == 0
+    assert torch.equal(params[0], before)
+
+
+def test_max_grad_norm_can_change_between_steps(backend, device):
+    params = make_params([(30,)], device)
+    optimizer = AdamW(params, betas=(0.0, 0.999), backend=backend)
+    assert optimizer.grad_norm is None
+    set_grads(params)
+    for max_norm in (None, 1.0, 0.25):
+        optimizer.max_grad_norm = max_norm
+        optimizer.step()
+        expected = params[0].grad.norm().item() if max_norm is None else max_norm
+        assert optimizer.state[params[0]]["exp_avg"].norm().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 2047, 5000])
+@pytest.mark.parametrize("exponent", [-140, -1, 0, 100])
+def test_the_sum_over_chunks_has_room_for_equal_ones(n, exponent, device):
+    """An integer sum must not overflow when every chunk is as large as the largest."""
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    for squares in (torch.full((n,), 1.9999999), torch.rand(n)):
+        squares = (squares.double() * 2.0**exponent).float().to(device)
+        partials = torch.full((n, kernels.layout.STATISTICS), float("nan"), device=device)
+        partials[:, kernels.layout.GRAD_STATISTIC] = squares
+        kernels.total_kernel[(1,)](partials, total, n, BITS=total_bits(n))
+        assert float(total) == pytest.approx(float(squares.double().sum()), rel=1e-9)
+
+
+def test_a_backend_without_gradients_this_time_adds_nothing_to_the_norm(device, monkeypatch):
+    monkeypatch.setattr(backends, "wants_torch", lambda group: False)
+    monkeypatch.setattr(engine, "use_triton", lambda m, state, backend: m.param.dtype == torch.float32)
+    one = torch.nn.Parameter(torch.randn(50, device=device))
+    other = torch.nn.Parameter(torch.randn(60, device=device, dtype=torch.float64))
+    optimizer = AdamW([one, other], max_grad_norm=1.0)
+    for with_other in (True, False, True):
+        one.grad = torch.randn_like(one)
+        other.grad = torch.randn_like(other) if with_other else None
+        optimizer.step()
+        expected = torch.nn.utils.get_total_norm([p.grad.double() for p in (one, other) if p.grad is not None])
+        assert float(optimizer.grad_norm) == pytest.approx(float(expected), rel=1e-5)

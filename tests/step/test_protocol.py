@@ -1,0 +1,224 @@
+"""Everything an optimizer is expected to do besides its step: what torch, its tools and frameworks rely on."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+from lwadamw import AdamW, param_groups
+from lwadamw.state import keys
+from tests.cases import (
+    FEW_SHAPES,
+    assert_equal,
+    assert_matches_reference,
+    clone_params,
+    make_params,
+    make_reference,
+    make_twins,
+    reference_step,
+    set_grads,
+)
+
+
+def test_arguments_are_torchs_in_torchs_order():
+    ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (AdamW, torch.optim.AdamW))
+    assert [(p.name, p.default) for p in ours[:6]] == [(p.name, p.default) for p in theirs[:6]]
+    assert {p.name: p.default for p in theirs}.items() <= {p.name: p.default for p in ours}.items()
+    own = ["max_grad_norm", "nonfinite", "norms", "backend", *keys.named((*keys.STORAGE, *keys.LAW))]
+    assert sorted(p.name for p in ours if p.name not in {q.name for q in theirs}) == sorted(own)
+    assert list(inspect.signature(AdamW.load_state_dict).parameters) == ["self", "state_dict"]
+    assert issubclass(AdamW, torch.optim.AdamW)
+
+
+def test_a_plain_optimizer_has_torchs_group_keys_only():
+    params = make_params(FEW_SHAPES)
+    assert AdamW(params).param_groups[0].keys() == torch.optim.AdamW(params).param_groups[0].keys()
+
+
+def test_closure_runs_with_gradients_and_returns_its_loss(backend, device):
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    optimizer = AdamW([p], lr=0.1, backend=backend)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert float(optimizer.step(closure)) == 3
+    assert (p < 1).all()
+    assert optimizer.step() is None
+
+
+def test_hooks_run_once_and_in_order(backend, device):
+    params = make_params(FEW_SHAPES, device)
+    optimizer = AdamW(params, backend=backend)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append("post"))
+    set_grads(params)
+    optimizer.step()
+    assert seen == ["pre", "post"]
+
+
+def test_add_param_group_starts_its_own_steps(backend, device):
+    ours, theirs, a, b = make_twins(backend, device)
+    set_grads(ours, theirs)
+    a.step()
+    b.step()
+    late = make_params([(6,)], device)
+    late_twin = clone_params(late)
+    a.add_param_group({"params": late, "lr": 0.1})
+    b.add_param_group({"params": late_twin, "lr": 0.1})
+    for _ in range(2):
+        set_grads([*ours, *late], [*theirs, *late_twin])
+        a.step()
+        b.step()
+    assert_equal([*ours, *late], [*theirs, *late_twin])
+    assert float(a.state[late[0]]["step"]) == 2
+
+
+def test_frozen_empty_and_gradless_groups(backend, device):
+    ours, theirs, *_ = make_twins(backend, device)
+    frozen = make_params([(4,)], device)[0].requires_grad_(False)
+    twin = torch.nn.Parameter(frozen.detach().clone(), requires_grad=False)
+    a = AdamW([{"params": ours}, {"params": []}, {"params": [frozen]}], backend=backend)
+    b = torch.optim.AdamW([{"params": theirs}, {"params": []}, {"params": [twin]}], foreach=False)
+    for step in range(3):
+        set_grads(ours, theirs)
+        if step == 1:
+            a.zero_grad()
+            b.zero_grad()
+        if step == 2:
+            frozen.requires_grad_(True)
+            twin.requires_grad_(True)
+            set_grads([frozen], [twin])
+        a.step()
+        b.step()
+    assert_equal([*ours, frozen], [*theirs, twin])
+    assert frozen in a.state
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none, backend, device):
+    ours, theirs, a, b = make_twins(backend, device)
+    for _ in range(3):
+        set_grads(ours, theirs)
+        a.step()
+        b.step()
+        a.zero_grad(set_to_none)
+        b.zero_grad(set_to_none)
+    a.step()
+    b.step()
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_continue_on_their_own(copier, backend, device):
+    params = make_params(FEW_SHAPES, device)
+    optimizer = AdamW(params, lr=1e-2, max_grad_norm=0.5, backend=backend)
+    set_grads(params)
+    optimizer.step()
+    twin = copier(optimizer)
+    copied = twin.param_groups[0]["params"]
+    assert twin.max_grad_norm == 0.5
+    for _ in range(2):
+        set_grads(params, copied)
+        optimizer.step()
+        twin.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, copied, strict=True))
+    assert torch.equal(optimizer.norm_sums(), twin.norm_sums())
+    before = [p.detach().clone() for p in params]
+    set_grads(copied)
+    twin.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert float(optimizer.state[params[0]]["step"]) == 3
+
+
+def test_lr_zero_moves_nothing(backend, device):
+    params = make_params(FEW_SHAPES, device)
+    before = [p.detach().clone() for p in params]
+    optimizer = AdamW(params, lr=0.0, weight_decay=10.0, backend=backend)
+    set_grads(params)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_backward_through_overwritten_weights_is_an_error(backend, device):
+    p = torch.nn.Parameter(torch.randn(5, device=device))
+    optimizer = AdamW([p], backend=backend)
+    p.square().sum().backward()
+    loss = p.square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_state_without_step_starts_at_zero(backend, device):
+    """As Megatron creates it, before the first step and through load_state_dict."""
+    params = make_params(FEW_SHAPES, device)
+    expected = make_reference(params, {})
+    optimizer = AdamW(params, backend=backend)
+    for p in params:
+        optimizer.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    optimizer.load_state_dict(optimizer.state_dict())
+    set_grads(params)
+    reference_step(expected, params, {})
+    optimizer.step()
+    assert_matches_reference(optimizer, params, expected)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler_unscales_and_skips(clip, fused, backend, device):
+    """Over growth, a skipped step and backoff: the parameters of an unscaled run."""
+    if backend == "torch" and not fused:
+        pytest.skip("torch's other implementations leave unscaling to GradScaler")
+    ours = make_params(FEW_SHAPES, device)
+    theirs = clone_params(ours)
+    a = AdamW(ours, fused=fused, max_grad_norm=clip, backend=backend)
+    b = torch.optim.AdamW(theirs, foreach=False)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=2)
+    for step in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad * scaler.scale(torch.ones((), device=device))
+        scaled = [p.grad.clone() for p in ours]
+        if step == 2:
+            ours[2].grad[5] = float("inf")
+        scaler.step(a)
+        scaler.update()
+        if step != 2:
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(theirs, clip)
+            b.step()
+            if backend == "triton":
+                assert all(torch.equal(p.grad, grad) for p, grad in zip(ours, scaled, strict=True))
+        assert_equal(ours, theirs)
+        assert float(a.state[ours[0]]["step"]) == float(b.state[theirs[0]]["step"])
+
+
+def test_named_parameters_keep_their_names(backend, device):
+    model = torch.nn.Linear(3, 4).to(device)
+    optimizer = AdamW(model.named_parameters(), backend=backend)
+    model(torch.ones(2, 3, device=device)).sum().backward()
+    optimizer.step()
+    assert optimizer.norms().names == ("weight", "bias")
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+def test_params_is_the_first_key_of_every_group():
+    groups = param_groups(torch.nn.Linear(8, 8), 8, width=8)
+    assert all(next(iter(group)) == "params" for group in AdamW(groups).param_groups)
+
+
+def test_effective_values_are_base_times_multiplier():
+    groups = param_groups(torch.nn.Linear(64, 64), 16, width=64)
+    optimizer = AdamW(groups, lr=1e-2, weight_decay=0.1)
+    matrix, vector = optimizer.effective()
+    assert (matrix["lr"], matrix["weight_decay"]) == (2.5e-3, 0.2)
+    assert (vector["lr"], vector["weight_decay"]) == (1e-2, 0.0)
+    assert optimizer.param_groups[0]["lr"] == 1e-2

@@ -1,0 +1,166 @@
+"""A step is two launches without clipping and four with it, however many groups; steady tables are left alone."""
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from lwadamw import AdamW, kernels
+from lwadamw.kernels import layout
+from lwadamw.tables import plan
+from lwadamw.tables.launch import Launch
+from tests.cases import make_params, set_grads
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched so far."""
+    launched = []
+
+    original = Launch.__call__
+
+    def counted(self):
+        launched.append(self._kernel.fn.__name__)
+        original(self)
+
+    monkeypatch.setattr(Launch, "__call__", counted)
+    return launched
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """How often the dynamic table was sent."""
+    sent = []
+    original = plan.Upload.send
+    monkeypatch.setattr(plan.Upload, "send", lambda self: (sent.append(1), original(self))[1])
+    return sent
+
+
+def _optimizer(n_groups, device, **options):
+    params = make_params([(40,), (3, 5), (7,), (600,), (1,), (9, 9)], device)
+    groups = [{"params": params[i::n_groups], "lr": 1e-3 * (i + 1)} for i in range(n_groups)]
+    return params, AdamW(groups, backend="triton", **options)
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 6])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_launches_do_not_depend_on_the_number_of_groups(n_groups, clip, launches, device):
+    params, optimizer = _optimizer(n_groups, device, max_grad_norm=clip, amsgrad=n_groups == 2)
+    for _ in range(2):
+        set_grads(params)
+        launches.clear()
+        optimizer.step()
+        assert len(launches) == (2 if clip is None else 4)
+
+
+def test_mixed_amsgrad_shares_the_launch(launches, device):
+    params = make_params([(40,), (50,)], device)
+    optimizer = AdamW([{"params": params[:1], "amsgrad": True}, {"params": params[1:]}], backend="triton")
+    set_grads(params)
+    optimizer.step()
+    assert launches == ["coefficients_kernel", "adamw_kernel"]
+    assert "max_exp_avg_sq" not in optimizer.state[params[1]]
+
+
+def test_the_table_is_sent_only_when_something_changed(uploads, device):
+    params, optimizer = _optimizer(2, device)
+    set_grads(params)
+    optimizer.step()
+    assert len(uploads) == 1
+    optimizer.step()
+    assert len(uploads) == 1, "same gradients, same hyperparameters"
+    params[0].grad = params[0].grad.clone()
+    optimizer.step()
+    assert len(uploads) == 2, "a gradient moved"
+    optimizer.param_groups[1]["lr"] = 5e-4
+    optimizer.step()
+    assert len(uploads) == 3, "a learning rate changed"
+
+
+@pytest.mark.parametrize("replaced", ["lr", "weight_decay", "both"])
+def test_a_step_never_reads_the_device(replaced, monkeypatch, device):
+    """No .item() or comparison of a tensor, with clipping and a loss scale, as tensors replace equal numbers."""
+    params, optimizer = _optimizer(3, device, max_grad_norm=1.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0, device=device), torch.tensor(0.0, device=device)
+    set_grads(params)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        for key in ("lr", "weight_decay") if replaced == "both" else (replaced,):
+            group[key] = torch.tensor(group[key], dtype=torch.float64, device=device)
+    # Interpreted kernels do read their arguments; what counts is what happens before them.
+    monkeypatch.setattr(Launch, "__call__", lambda self: None)
+    for name in ("item", "cpu", "tolist", "numpy", "__float__", "__bool__", "__int__", "__radd__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, name=name: pytest.fail(f"step() called {name}"))
+    for _ in range(2):
+        set_grads(params)
+        optimizer.step()
+
+
+def test_chunks_fill_the_device_or_are_as_long_as_they_get():
+    """Whole blocks always; no more chunks than asked for, unless they are at their longest."""
+    for elements in (0, 1, 10**5, 10**6, 3 * 10**7, 10**9, 2**33):
+        length = plan.chunk_length(elements)
+        assert length % layout.MIN_CHUNK == 0
+        assert layout.MIN_CHUNK <= length <= layout.MAX_CHUNK < 2**layout.COUNT_BITS
+        assert length == layout.MIN_CHUNK or elements / length >= layout.TARGET_CHUNKS
+        assert length == layout.MAX_CHUNK or elements / (length + layout.MIN_CHUNK) <= layout.TARGET_CHUNKS
+
+
+class _Compiled:
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *values: self.calls.append((grid, values))
+
+
+class _Kernel:
+    """As triton.jit makes them: specialises at each call and returns what it compiled."""
+
+    arg_names = ("table", "n", "SECOND", "FIRST")
+
+    def __init__(self, compiled):
+        self.compiled, self.calls = compiled, []
+
+    def __getitem__(self, grid):
+        def call(*arguments, **options):
+            self.calls.append((grid, arguments, options))
+            return self.compiled
+
+        return call
+
+
+def test_only_the_first_launch_specialises(monkeypatch):
+    direct = []
+    kernel, table = _Kernel(_Compiled(direct)), torch.zeros(3)
+    launch = Launch(kernel, 7, (table, 5), {"FIRST": 1, "SECOND": 2}, {"num_warps": 8})
+    monkeypatch.setattr(launch, "_TAKES_CONSTANTS", True)
+    for _ in range(3):
+        launch()
+    assert kernel.calls == [((7, 1, 1), (table, 5), {"FIRST": 1, "SECOND": 2, "num_warps": 8})]
+    assert direct == [((7, 1, 1), (table.data_ptr(), 5, 2, 1))] * 2
+
+
+def test_before_triton_3_3_compiled_kernels_take_no_constants(monkeypatch):
+    direct = []
+    launch = Launch(_Kernel(_Compiled(direct)), 7, (torch.zeros(3), 5), {"FIRST": 1, "SECOND": 2}, {})
+    monkeypatch.setattr(launch, "_TAKES_CONSTANTS", False)
+    launch()
+    launch()
+    assert [len(values) for _, values in direct] == [2]
+
+
+def test_an_interpreted_launch_stays_as_it_is_and_an_empty_one_does_nothing():
+    interpreted, empty = _Kernel(None), _Kernel(None)
+    for kernel, programs in ((interpreted, 7), (empty, 0)):
+        launch = Launch(kernel, programs, (torch.zeros(3), 5), {"FIRST": 1, "SECOND": 2}, {})
+        launch()
+        launch()
+    assert len(interpreted.calls) == 2
+    assert empty.calls == []
+
+
+def test_constants_are_the_last_arguments_of_every_kernel():
+    for name in kernels.__all__:
+        if name.endswith("_kernel"):
+            kinds = [p.is_constexpr for p in JITFunction(getattr(kernels, name).fn).params]
+            assert kinds == sorted(kinds), name

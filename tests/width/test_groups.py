@@ -1,0 +1,252 @@
+"""param_groups: width ratios, multipliers, grouping, and the errors that keep a wrong group from being made."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from lwadamw import RULES, AdamW, Matrix, Rule, Scale, param_groups, summary
+from tests import zoo
+from tests.cases import set_grads
+
+
+def _multipliers(groups):
+    """{name: (lr, wd, eps)} of every parameter."""
+    keys = ("width_lr_mult", "width_wd_mult", "width_eps_mult")
+    return {name: tuple(g[k] for k in keys) for g in groups for name, _ in g["params"]}
+
+
+def test_every_parameter_once_and_fresh_dicts_each_time():
+    model = zoo.Llama(128)
+    one, two = param_groups(model, 32), param_groups(model, 32)
+    names = [name for g in one for name, _ in g["params"]]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    assert all(p is dict(model.named_parameters())[name] for g in one for name, p in g["params"])
+    one[0]["params"].clear()
+    assert two[0]["params"]
+
+
+def test_groups_are_merged_by_equal_multipliers():
+    groups = param_groups(zoo.Llama(128, 6), 32)
+    assert [(g["role"], g["width_lr_mult"], g["width_wd_mult"]) for g in groups] == [
+        ("vector", 1.0, 0.0),
+        ("matrix", 0.25, 2.0),
+        ("output", 0.25, 0.0),
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_multipliers_are_the_rules_powers_of_m(rule):
+    found = _multipliers(param_groups(zoo.Llama(128, 1), 32, rule))
+    scale = RULES[rule]
+    assert found["layers.0.wq.weight"] == (4.0**scale.matrix.lr, 4.0**scale.matrix.wd, 1.0)
+    assert found["embed_tokens.weight"] == (1.0, 0.0, 1.0)
+    assert found["lm_head.weight"] == (4.0**scale.output.lr, 0.0, 1.0)
+
+
+def test_published_exponents():
+    """Fan et al. 2510.15262 and Kosson et al. 2510.19093, and what `balanced` is defined by."""
+    lr_wd = {name: (rule.matrix.lr, rule.matrix.wd) for name, rule in RULES.items()}
+    assert lr_wd == {
+        "standard": (0.0, 0.0),
+        "mup": (-1.0, 0.0),
+        "fan2025": (-1.0, 0.5),
+        "kosson2025": (-1.0, 1.0),
+        "balanced": (-0.75, 0.75),
+    }
+    a, b = lr_wd["balanced"]
+    assert a + b == 0, "relative update"
+    assert (a - b) / 2 + 0.75 == 0, "top singular value"
+
+
+def test_every_rule_at_the_base_width_is_one():
+    for rule in RULES:
+        for name, (lr, wd, eps) in _multipliers(param_groups(zoo.Llama(32), 32, rule)).items():
+            assert (lr, eps) == (1.0, 1.0), name
+            assert wd in (0.0, 1.0), name
+
+
+def test_a_rule_of_ones_own_scales_eps_and_vectors():
+    rule = Rule("mine", matrix=Scale(lr=-1, wd=0.25, eps=-1), vector=Scale(lr=-0.5, wd=0.0))
+    groups = param_groups(zoo.Llama(128, 1), 32, rule)
+    found = _multipliers(groups)
+    assert found["layers.0.wq.weight"] == (0.25, 4**0.25, 0.25)
+    assert found["norm.weight"] == (0.5, 1.0, 1.0)
+    assert groups[0]["rule"] == "mine"
+
+
+BASES = {
+    "int": lambda: 32,
+    "mapping": lambda: {"*.down_proj.weight": 96, "*": 32},
+    "model": lambda: zoo.Llama(32, 2),
+    "meta model": lambda: _on_meta(32, 2),
+    "shallower model": lambda: _on_meta(32, 1),
+}
+
+
+def _on_meta(width, layers):
+    with torch.device("meta"):
+        return zoo.Llama(width, layers)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_way_to_say_the_base_width_agrees(base):
+    model = zoo.Llama(128, 2)
+    assert _multipliers(param_groups(model, BASES[base]())) == _multipliers(param_groups(model, 32))
+
+
+def test_ratios_follow_each_fan_in():
+    """A proxy whose feed-forward width does not scale with the model's."""
+    base = {"*.down_proj.weight": 384, "*": 32}
+    found = _multipliers(param_groups(zoo.Llama(128, 1), base))
+    assert found["layers.0.down_proj.weight"][0] == 1.0
+    assert found["layers.0.up_proj.weight"][0] == 0.25
+
+
+def test_a_width_that_does_not_divide_is_refused_with_two_ways_out():
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 172), nn.Linear(172, 64))
+    with pytest.raises(
+        ValueError, match=r"fan_in 172 of '2.weight' \(64, 172\) is not a multiple of the width 64"
+    ) as error:
+        param_groups(model, 16)
+    assert 'torch.device("meta")' in str(error.value)
+    assert 'base_width={"*.weight"' in str(error.value)
+
+
+def test_width_comes_from_the_config_the_embedding_or_the_user():
+    class Configured(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = type("Config", (), {"hidden_size": 64})()
+            self.up = nn.Linear(64, 128)
+
+    assert _multipliers(param_groups(Configured(), 16))["up.weight"][0] == 0.25
+    with pytest.raises(ValueError, match="cannot tell the model's width"):
+        param_groups(nn.Linear(64, 64), 16)
+    assert _multipliers(param_groups(nn.Linear(64, 64), 16, width=64))["weight"][0] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("base", "error", "message"),
+    [
+        (0, ValueError, "base_width=0 is not a positive width"),
+        ("256", TypeError, "base_width is str"),
+        ({"*.wq.weight": 32}, ValueError, "no base_width pattern matches 'layers.0.wk.weight'"),
+        ({"*.nope": 32, "*": 32}, ValueError, r"base_width pattern '\*.nope' matches no parameter"),
+        ({"*": -1}, ValueError, "is not a positive fan_in"),
+    ],
+)
+def test_bad_base_widths(base, error, message):
+    with pytest.raises(error, match=message):
+        param_groups(zoo.Llama(128, 1), base)
+
+
+def test_a_base_model_of_another_class_is_refused():
+    with pytest.raises(ValueError, match="the base model has no parameter"):
+        param_groups(zoo.Llama(128, 1), zoo.GPT2(32))
+
+
+def test_undecided_parameters_are_all_listed_with_the_remedy():
+    with pytest.raises(ValueError, match="cannot decide a role for") as error:
+        param_groups(zoo.ViT(64), 16, width=64)
+    text = str(error.value)
+    assert "'cls_token' (1, 1, 64): Parameter on ViT, not a known module" in text
+    assert "'pos_embed' (1, 17, 64)" in text
+    assert 'roles={"cls_token": "vector"}' in text
+    param_groups(zoo.ViT(64), 16, width=64, roles={"cls_token": "vector", "pos_embed": "vector"})
+
+
+def test_lora_is_undecided_unless_told():
+    with pytest.raises(ValueError, match="LoRA: no width rule is settled"):
+        param_groups(zoo.LoRALinear(64), 16, width=64)
+    groups = param_groups(zoo.LoRALinear(64), 64, width=64, roles={"lora_*": "vector"})
+    assert [name for g in groups for name, _ in g["params"]] == ["lora_A.weight", "lora_B.weight"]
+
+
+def test_not_strict_warns_and_keeps_the_decay():
+    with pytest.warns(UserWarning, match="taken as matrices.*\n.*'experts.gate_up'"):
+        groups = param_groups(zoo.MoE(64), 16, width=64, strict=False)
+    assert _multipliers(groups)["experts.gate_up"] == (0.25, 2.0, 1.0)
+
+
+def test_a_pattern_without_a_match_names_the_closest():
+    with pytest.raises(
+        ValueError, match=r"roles pattern '\*.wqq.weight' matches no parameter. Closest: 'layers.\*.wq.weight'"
+    ):
+        param_groups(zoo.Llama(64), 16, roles={"*.wqq.weight": "vector"})
+    with pytest.warns(UserWarning, match="matches no parameter"):
+        param_groups(zoo.Llama(64), 16, roles={"*.wqq.weight": "vector"}, strict=False)
+
+
+def test_frozen_parameters_are_left_out_or_included():
+    model = zoo.Llama(64, 1)
+    model.embed_tokens.requires_grad_(False)
+    assert "embed_tokens.weight" not in _multipliers(param_groups(model, 16))
+    assert "embed_tokens.weight" in _multipliers(param_groups(model, 16, include_frozen=True))
+    assert "frozen 1 (left out)" in summary(param_groups(model, 16))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        param_groups(model, 16)
+
+
+def test_output_as_vector_for_models_that_divide_their_logits():
+    assert _multipliers(param_groups(zoo.Llama(64), 16, output="vector"))["lm_head.weight"] == (1.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="output='matrix': give 'output'"):
+        param_groups(zoo.Llama(64), 16, output="matrix")
+
+
+def test_tied_weights_are_one_vector_with_both_names_shown():
+    groups = param_groups(zoo.GPT2(64), 16)
+    assert _multipliers(groups)["wte.weight"] == (1.0, 0.0, 1.0)
+    assert groups.evidence["wte.weight"].why == "Embedding; tied with lm_head.weight"
+    by_alias = param_groups(zoo.GPT2(64), 16, roles={"lm_head.weight": "output"})
+    assert by_alias.evidence["wte.weight"].role == "output"
+
+
+def test_overrides_win_over_the_rule():
+    groups = param_groups(zoo.Llama(64, 1), 16, overrides={"*.wq.weight": {"lr": 1e-5, "width_lr_mult": 1.0}})
+    optimizer = AdamW(groups, lr=1e-2)
+    (group,) = [g for g in optimizer.param_groups if g["param_names"] == ["layers.0.wq.weight"]]
+    assert (group["lr"], group["width_lr_mult"], group["width_wd_mult"]) == (1e-5, 1.0, 2.0)
+
+
+def test_segments_split_the_norms():
+    model = zoo.MoE(16)
+    roles = {"experts.*": Matrix(fan_in=-1)}
+    groups = param_groups(model, 16, width=16, roles=roles, segments={"experts.*": 4, "gate.weight": (1, 3)})
+    optimizer = AdamW(groups, backend="triton")
+    set_grads(list(model.parameters()))
+    optimizer.step()
+    norms = dict(zip(*[(n := optimizer.norms()).names, n.weight], strict=True))
+    for i in range(4):
+        assert norms[f"experts.down[{i}]"] == pytest.approx(model.experts.down[i].detach().norm().item(), rel=1e-5)
+    assert norms["gate.weight[1]"] == pytest.approx(model.gate.weight[1:].detach().norm().item(), rel=1e-5)
+    assert "experts.down" not in norms
+    with pytest.raises(ValueError, match="'gate.weight' .* does not split into 3 equal parts"):
+        param_groups(model, 16, width=16, roles=roles, segments={"gate.weight": 3})
+    with pytest.raises(ValueError, match="do not add up to its 4 rows"):
+        param_groups(model, 16, width=16, roles=roles, segments={"gate.weight": (1, 1)})
+
+
+def test_fold_gives_other_optimizers_the_same_run():
+    model = zoo.Llama(64, 1)
+    twin = copy.deepcopy(model)
+    ours = AdamW(param_groups(model, 16), lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(param_groups(twin, 16, fold=True, lr=1e-2, weight_decay=0.1))
+    assert not any("width_lr_mult" in g for g in theirs.param_groups)
+    for _ in range(3):
+        set_grads(list(model.parameters()), list(twin.parameters()))
+        ours.step()
+        theirs.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    with pytest.raises(ValueError, match="fold=True multiplies base values, so it needs lr"):
+        param_groups(model, 16, fold=True)
+
+
+def test_the_proxy_is_announced(caplog):
+    with caplog.at_level(logging.INFO, logger="lwadamw"):
+        param_groups(zoo.Llama(32), 32)
+    assert "width == base_width == 32" in caplog.text

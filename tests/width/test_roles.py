@@ -1,0 +1,184 @@
+"""Promise 4: a role is certain, given by the user, or an error that names the parameter and the fix."""
+
+import pytest
+import torch
+from torch import nn
+
+from lwadamw import Matrix, Output, param_groups, register_role
+from lwadamw.width import roles
+from tests import zoo
+
+
+def _decided(model, given=None):
+    """{name: (role, fan_in)} of every distinct parameter; None where nothing decided it."""
+    return {
+        places[0].name: (d.role, d.fan_in)
+        for p, places in roles.sites(model)
+        for d in [roles.decide(p, places, model, given or {})]
+    }
+
+
+V = ("vector", None)
+GOLDEN = {
+    "Llama": {
+        "embed_tokens.weight": V,
+        "layers.0.attention_norm.weight": V,
+        "layers.0.ffn_norm.weight": V,
+        "layers.0.wq.weight": ("matrix", 64),
+        "layers.0.wk.weight": ("matrix", 64),
+        "layers.0.wv.weight": ("matrix", 64),
+        "layers.0.wo.weight": ("matrix", 64),
+        "layers.0.q_norm.weight": V,
+        "layers.0.k_norm.weight": V,
+        "layers.0.gate_proj.weight": ("matrix", 64),
+        "layers.0.up_proj.weight": ("matrix", 64),
+        "layers.0.down_proj.weight": ("matrix", 192),
+        "norm.weight": V,
+        "lm_head.weight": ("output", 64),
+    },
+    "GPT2": {
+        "wte.weight": V,
+        "wpe.weight": V,
+        "h.0.ln_1.weight": V,
+        "h.0.ln_1.bias": V,
+        "h.0.c_attn.weight": ("matrix", 64),
+        "h.0.c_attn.bias": V,
+        "h.0.c_fc.weight": ("matrix", 64),
+        "h.0.c_fc.bias": V,
+        "h.0.c_proj.weight": ("matrix", 256),
+        "h.0.c_proj.bias": V,
+    },
+    "MoE": {"gate.weight": ("output", 64), "experts.gate_up": (None, None), "experts.down": (None, None)},
+    "Mamba": {
+        "in_proj.weight": ("matrix", 64),
+        "conv1d.weight": V,
+        "conv1d.bias": V,
+        "A_log": (None, None),
+        "D": V,
+        "dt_proj.weight": ("matrix", 4),
+        "dt_proj.bias": V,
+    },
+    "ViT": {
+        "cls_token": (None, None),
+        "pos_embed": (None, None),
+        "patch_embed.weight": V,
+        "patch_embed.bias": V,
+        "attention.in_proj_weight": ("matrix", 64),
+        "attention.in_proj_bias": V,
+        "attention.out_proj.weight": ("matrix", 64),
+        "attention.out_proj.bias": V,
+        "mixer.weight": ("matrix", 576),
+        "mixer.bias": V,
+        "temperature": V,
+        "head.weight": ("output", 64),
+        "head.bias": V,
+    },
+    "LoRALinear": {
+        "base.weight": ("matrix", 64),
+        "base.bias": V,
+        "lora_A.weight": (None, None),
+        "lora_B.weight": (None, None),
+    },
+    "Recurrent": {
+        "lstm.weight_ih_l0": ("matrix", 64),
+        "lstm.weight_hh_l0": ("matrix", 64),
+        "lstm.bias_ih_l0": V,
+        "lstm.bias_hh_l0": V,
+        "bilinear.weight": (None, None),
+        "bilinear.bias": V,
+    },
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_role_of_every_parameter_in_the_zoo(name):
+    kwargs = {"layers": 1} if name == "Llama" else {}
+    assert _decided(getattr(zoo, name)(64, **kwargs)) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("width", [16, 32, 128])
+def test_a_role_does_not_depend_on_the_width(name, width):
+    kwargs = {"layers": 1} if name == "Llama" else {}
+    decided = _decided(getattr(zoo, name)(width, **kwargs))
+    assert {k: v[0] for k, v in decided.items()} == {k: v[0] for k, v in GOLDEN[name].items()}
+
+
+def test_fusing_projections_changes_no_role_and_no_fan_in():
+    fused, split = nn.Linear(64, 192), nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+    assert set(_decided(fused).values()) == set(_decided(split).values())
+
+
+def test_patterns_win_and_the_first_match_counts():
+    given = {"*.wq.weight": "vector", "re:w[qk]\\.weight$": Output(fan_in=0), "lm_head.weight": "vector"}
+    decided = _decided(zoo.Llama(64, 1), given)
+    assert decided["layers.0.wq.weight"] == V
+    assert decided["layers.0.wk.weight"] == ("output", 16)
+    assert decided["lm_head.weight"] == V
+
+
+def test_packed_experts_take_their_declared_layout():
+    given = {"experts.gate_up": Matrix(fan_in=-1), "experts.down": Matrix(fan_in=2)}
+    decided = _decided(zoo.MoE(64), given)
+    assert decided["experts.gate_up"] == ("matrix", 64)
+    assert decided["experts.down"] == ("matrix", 128)
+
+
+def test_matrix_without_a_layout_needs_two_dimensions():
+    with pytest.raises(ValueError, match=r"calls 'experts.gate_up' \(4, 256, 64\) 'matrix'.*Matrix\(fan_in=-1\)"):
+        _decided(zoo.MoE(64), {"experts.*": "matrix"})
+    with pytest.raises(ValueError, match="gives dimension 3 of 'experts.gate_up'"):
+        _decided(zoo.MoE(64), {"experts.*": Matrix(fan_in=3)})
+
+
+def test_registered_modules_decide_their_parameters(monkeypatch):
+    monkeypatch.setattr(roles, "_REGISTERED", {})
+    register_role(zoo.Experts, {"gate_up": Matrix(fan_in=-1), "down": Matrix(fan_in=-1)})
+    assert _decided(zoo.MoE(64))["experts.down"] == ("matrix", 128)
+    with pytest.raises(TypeError, match="is not a subclass"):
+        register_role("Experts", {})
+    with pytest.raises(ValueError, match="'tensor' is not a role"):
+        register_role(zoo.Experts, {"down": "tensor"})
+
+
+def test_a_head_is_found_by_method_name_or_shape():
+    class ByMethod(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.to_words = nn.Linear(8, 8), nn.Linear(8, 50)
+
+        def get_output_embeddings(self):
+            return self.to_words
+
+    by_shape = nn.ModuleDict({"tokens": nn.Embedding(50, 8), "to_words": nn.Linear(8, 50), "body": nn.Linear(8, 8)})
+    for model in (ByMethod(), by_shape):
+        decided = _decided(model)
+        assert decided["to_words.weight"] == ("output", 8)
+        assert decided["body.weight"] == ("matrix", 8)
+
+
+def test_a_layer_named_output_inside_a_stack_is_no_head():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"output": nn.Linear(8, 8)})])})
+    assert _decided(model)["layers.0.output.weight"] == ("matrix", 8)
+
+
+def test_wrappers_do_not_change_names():
+    model = zoo.Llama(64, 1)
+    names = set(_decided(model))
+    assert set(_decided(torch.nn.DataParallel(model))) == names
+    assert set(_decided(torch.compile(model, backend="eager"))) == names
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model.layers[0] = checkpoint_wrapper(model.layers[0])
+    assert set(_decided(model)) == names
+
+
+def test_a_module_called_module_keeps_its_name():
+    assert set(_decided(nn.ModuleDict({"module": nn.Linear(4, 4)}))) == {"module.weight", "module.bias"}
+
+
+def test_flattened_shards_are_refused():
+    linear = nn.Linear(8, 8)
+    linear.weight = nn.Parameter(torch.zeros(64))
+    with pytest.raises(RuntimeError, match=r"'weight' of Linear has shape \(64,\).*before the model is wrapped"):
+        param_groups(linear, 8, width=8)
