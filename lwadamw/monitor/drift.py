@@ -28,7 +28,7 @@ class DriftWatch:
     Add it to `Monitor.on_reading`. What the weights have been over the last tenth of the steps is compared with what the
     proxy's were at the same step, so both runs should have the same batch and schedule; after the proxy's end, with its end. A
     type of layers drifts where a statistic is off by more than the tolerance at two readings in a row, against what learning
-    rates and decays predict (`lwadamw.monitor.comparison.compare`); never before `after` tau have passed in all its layers, in both
+    rates and decays predict (`lwadamw.monitor.compare`); never before `after` tau have passed in all its layers, in both
     runs.
 
     Args:

@@ -133,7 +133,7 @@ def test_only_the_first_launch_specialises(monkeypatch):
     direct = []
     kernel, table = _Kernel(_Compiled(direct)), torch.zeros(3)
     launch = Launch(kernel, 7, (table, 5), {"FIRST": 1, "SECOND": 2}, {"num_warps": 8})
-    monkeypatch.setattr(launch, "_TAKES_CONSTANTS", True)
+    monkeypatch.setattr(launch_module, "_TAKES_CONSTANTS", True)
     for _ in range(3):
         launch()
     assert kernel.calls == [((7, 1, 1), (table, 5), {"FIRST": 1, "SECOND": 2, "num_warps": 8})]
@@ -143,7 +143,7 @@ def test_only_the_first_launch_specialises(monkeypatch):
 def test_before_triton_3_3_compiled_kernels_take_no_constants(monkeypatch):
     direct = []
     launch = Launch(_Kernel(_Compiled(direct)), 7, (torch.zeros(3), 5), {"FIRST": 1, "SECOND": 2}, {})
-    monkeypatch.setattr(launch, "_TAKES_CONSTANTS", False)
+    monkeypatch.setattr(launch_module, "_TAKES_CONSTANTS", False)
     launch()
     launch()
     assert [len(values) for _, values in direct] == [2]
