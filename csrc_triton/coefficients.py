@@ -70,7 +70,7 @@ def hyperparameter(group, INDEX: tl.constexpr, mask):
     value = group_value(group, INDEX, mask)
     address = tl.load(group + K_GROUP_ADDRESSES + INDEX, mask=mask, other=0)
     kinds = tl.load(group + K_GROUP_KINDS, mask=mask, other=0)
-    is_float64 = (kinds & (1 << INDEX)) != 0
+    is_float64 = (kinds >> INDEX & 1) != 0
     on_device = address != 0
     single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=on_device & (is_float64 == 0), other=0.0).to(
         tl.float64
