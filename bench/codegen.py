@@ -1,13 +1,14 @@
-"""What the compiler makes of each kernel variant that the plan launches. Needs no GPU.
+"""Compile every kernel variant that a plan launches and report the generated code. This command needs no GPU.
 
-python -m bench.codegen            # table for sm_80, sm_90, sm_100, gfx942: all variants for sm_90, fewer for the others
+python -m bench.codegen            # a table for sm_80, sm_90, sm_100, gfx942: all variants for sm_90, fewer for the others
 python -m bench.codegen --json results.json
 
-    widths          of the aligned loop's accesses per thread and block: how many of 16, 8, 4 bytes
-    bytes           that loop moves per element, counted in the compiled kernel: blocks loaded and stored
-    instr           instructions of that loop per element, both sides of every branch in it
-    programs        resident per multiprocessor, by registers, threads and shared memory
-    KB in flight    per multiprocessor: what all resident programs load before they wait for any of it
+    widths          accesses of the aligned loop per thread and block, as count x bytes: 7x16 is 7 accesses of 16 bytes
+    bytes           bytes that the aligned loop loads and stores per element, counted in the compiled kernel
+    regs, spills    registers per thread; instructions that spill registers to memory
+    instr           instructions of the aligned loop per element; both sides of every branch count
+    programs        programs that fit on a multiprocessor at once, by registers, threads and shared memory
+    KB in flight    bytes that all these programs load before the first of them waits for a load
 """
 
 from __future__ import annotations
@@ -43,15 +44,16 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-COMPLETE = "sm_90"  # the target that every variant is compiled for
-# For the others: one of 4 and of 8 elements per thread, and of each kind of rounding that costs registers.
+COMPLETE = "sm_90"  # every variant is compiled for this target
+# The other targets get these combinations: one with 4 and one with 8 elements per thread, and one for each kind of rounding
+# that needs more registers.
 SAMPLE = ("fp32", "bf16, remainder, bf16 moments", "bf16, kahan", "bf16, stochastic", "bf16, stochastic, 8-bit moments")
-# Per multiprocessor: registers, threads, shared memory bytes. NVIDIA's occupancy tables for 8.0, 9.0, 10.0.
+# Registers, threads and bytes of shared memory of a multiprocessor, from NVIDIA's occupancy tables for 8.0, 9.0 and 10.0.
 LIMITS = {"sm_80": (65536, 2048, 167936), "sm_90": (65536, 2048, 233472), "sm_100": (65536, 2048, 233472)}
-RESERVED = 1024  # bytes of shared memory that every program takes besides its own
-# Triton before 3.3 compiles ahead of time through another interface.
+RESERVED = 1024  # bytes of shared memory that the system reserves for every program
+# Triton before 3.3 has another interface for ahead-of-time compilation.
 SUPPORTED = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
-# Run-time arguments of all kernels by name; those that are not here are int32.
+# Types of the pointer arguments of all kernels, by name. Every other run-time argument is int32.
 POINTERS = {
     **dict.fromkeys(("chunk_row", "row_group", "segment_chunk", "row_chunk"), "*i32"),
     **dict.fromkeys(("chunk_span", "addresses", "gradients", "rounding", "words", "skipped"), "*i64"),
@@ -61,34 +63,40 @@ POINTERS = {
 
 
 class Variant(NamedTuple):
+    """A kernel and the constants that it is compiled with."""
+
     kernel: Any
     name: str
     constants: dict[str, Any]
-    block: int = 0  # elements per iteration of the aligned loop; 0: it has none
-    storage: Storage | None = None  # of the update kernel
-    combination: str = ""
+    block: int = 0  # elements per iteration of the aligned loop; 0: the kernel has no such loop
+    storage: Storage | None = None  # None for every kernel but the update kernel
+    combination: str = ""  # key of COMBINATIONS; "" for every kernel but the update kernel
 
 
 @dataclass
 class Report:
+    """Measures of the code of one variant for one target."""
+
     kernel: str
     variant: str
     target: str
     registers: int
     spills: int
-    combination: str  # a key of COMBINATIONS; "" for all but the update kernel
+    combination: str  # key of COMBINATIONS; "" for every kernel but the update kernel
     constants: dict[str, str]
-    # Of the aligned loop, if there is one:
-    widths: dict[int, int] = field(default_factory=dict)  # how many accesses a thread makes per block, by their bytes
+    # Measures of the aligned loop, if the kernel has one:
+    widths: dict[int, int] = field(default_factory=dict)  # bytes of an access -> accesses of a thread per block
     moved_bytes: float | None = None  # per element
-    instructions: float | None = None  # per element; this and what follows of NVIDIA targets only
-    bytes_in_flight: float | None = None  # per multiprocessor
+    # Measures for NVIDIA targets only. `programs` is there without an aligned loop too.
+    instructions: float | None = None  # of the aligned loop, per element
+    bytes_in_flight: float | None = None  # of the aligned loop, per multiprocessor
     programs: int | None = None  # per multiprocessor
 
 
 def update_variant(
     combination: str, *, norms: bool = True, amsgrad: bool = False, strided: bool = False, huber: bool = False
 ) -> Variant:
+    """The update kernel for a key of COMBINATIONS and the given options."""
     storage = COMBINATIONS[combination].storage
     constants = update_constants(storage, strided, amsgrad, huber)
     kinds = (("amsgrad", amsgrad), ("strided", strided), ("huber", huber), ("norms off", not norms))
@@ -98,7 +106,7 @@ def update_variant(
 
 
 def variants(target: str) -> list[Variant]:
-    """What is compiled for a target, out of all that plans launch."""
+    """All variants for COMPLETE, and a sample of them for another target."""
     out = [update_variant(name) for name in (COMBINATIONS if target == COMPLETE else SAMPLE)]
     out += [update_variant("fp32", norms=False), update_variant("fp32", amsgrad=True)]
     out.append(update_variant("bf16, stochastic", strided=True))
@@ -112,6 +120,7 @@ def variants(target: str) -> list[Variant]:
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
+    """Compile a variant ahead of time, with the options of its launch and 16-byte aligned tables."""
     names = list(variant.kernel.arg_names)
     signature = {n: "constexpr" if n in variant.constants else POINTERS.get(n, "i32") for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in POINTERS}
@@ -122,7 +131,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
 
 
 def block_bytes(ttir: str) -> tuple[float, float]:
-    """Bytes that one iteration of a kernel's first loop loads, and stores, in blocks."""
+    """Bytes that one iteration of the first loop of a kernel loads and stores as blocks: (loaded, stored)."""
     found = re.search(r"^( *)(?:%\S+ = )?scf\.for .*?^\1\}", ttir, re.MULTILINE | re.DOTALL)
     moved = {"load": 0.0, "store": 0.0}
     if found:
@@ -133,7 +142,7 @@ def block_bytes(ttir: str) -> tuple[float, float]:
 
 
 def _cuobjdump(cubin: bytes) -> str:
-    """Resource usage and SASS."""
+    """Resource usage and SASS of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as f:
         f.write(cubin)
@@ -146,7 +155,7 @@ def _cuobjdump(cubin: bytes) -> str:
 
 
 def sass_loop(sass: str) -> list[str]:
-    """Instructions of the first loop: what the first branch backwards jumps over."""
+    """Instructions of the first loop in SASS. The loop ends at the first branch that jumps backwards."""
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/ +([A-Z@][^;]*);", sass)
     places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     for i, (_, text) in enumerate(lines):
@@ -157,7 +166,7 @@ def sass_loop(sass: str) -> list[str]:
 
 
 def amdgcn_loop(asm: str) -> list[str]:
-    """The same of AMD's assembly, where a loop may begin with its end and jump back from several places."""
+    """Lines of the first loop in AMD's assembly. The loop may begin with its exit test and jump back from several places."""
     lines = [line.strip() for line in asm.splitlines()]
     places = {line.partition(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
     found = ((i, re.match(r"s_c?branch\w* (\.LBB\w+)", line)) for i, line in enumerate(lines))
@@ -170,7 +179,7 @@ def amdgcn_loop(asm: str) -> list[str]:
 
 
 def access_width(instruction: str) -> int:
-    """Bytes per thread of an access to global memory; 0 for any other instruction."""
+    """Bytes per thread of an instruction that accesses global memory. Any other instruction gives 0."""
     nvidia = re.search(r"\b(?:LDG|STG)\.E(\S*)", instruction)
     if nvidia:
         bits = re.search(r"\.[US]?(8|16|64|128|256)\b", nvidia.group(1))
@@ -180,7 +189,7 @@ def access_width(instruction: str) -> int:
 
 
 def loaded_early(loop: Sequence[str]) -> float:
-    """Which part of the bytes that a SASS loop loads is under way when a loaded register is first used."""
+    """Fraction of the bytes of a SASS loop whose loads are issued before the loop first uses a loaded register."""
     early = total = 0
     waiting: set[int] = set()
     waited = False
@@ -197,6 +206,12 @@ def loaded_early(loop: Sequence[str]) -> float:
 
 
 def report(variant: Variant, target: str) -> Report:
+    """Compile a variant for a target and measure its code.
+
+    Args:
+        variant: what to compile
+        target: a key of TARGETS
+    """
     compiled = compile_variant(variant, TARGETS[target])
     on_amd = TARGETS[target].backend == "hip"
     loop: list[str] = []
@@ -218,7 +233,7 @@ def report(variant: Variant, target: str) -> Report:
         {k: str(v) for k, v in variant.constants.items()},
     )
     if not on_amd:
-        # Registers are handed out to a warp in units of 256, which is 8 for each of its threads.
+        # A warp gets registers in units of 256, which is 8 per thread.
         all_registers, all_threads, all_shared = LIMITS[target]
         out.programs = min(
             all_registers // (-(-registers // 8) * 8 * layout.THREADS),
@@ -229,7 +244,8 @@ def report(variant: Variant, target: str) -> Report:
         loop = amdgcn_loop(asm) if on_amd else sass_loop(asm)
         loaded, stored = block_bytes(compiled.asm["ttir"])
         widths = Counter(filter(None, map(access_width, loop)))
-        # How many blocks one iteration does, where the compiler has unrolled it. Scales count in every thread here.
+        # The compiler may have unrolled the loop, so one iteration may update several blocks. Every thread accesses scales,
+        # so the accesses here are more than the bytes that are moved: the quotient is rounded down.
         blocks = max(1, int(sum(widths.elements()) * layout.THREADS / (loaded + stored)))
         out.widths = {width: n // blocks for width, n in sorted(widths.items(), reverse=True)}
         out.moved_bytes = (loaded + stored) / variant.block
@@ -240,10 +256,12 @@ def report(variant: Variant, target: str) -> Report:
 
 
 def reports(targets: Sequence[str]) -> list[Report]:
+    """Reports of all variants of all given targets."""
     return [report(variant, target) for target in targets for variant in variants(target)]
 
 
 def table(rows: Sequence[Report]) -> str:
+    """The reports as a table, one line per variant and target."""
     cells = []
     for r in rows:
         widths = " ".join(f"{n}x{width}" for width, n in r.widths.items())
@@ -265,10 +283,13 @@ def table(rows: Sequence[Report]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--json", type=Path, help="write the reports there too")
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
     arguments = parser.parse_args()
     if not SUPPORTED:
-        parser.error(f"needs Triton 3.3 or newer, whose ahead-of-time interface it uses; this is {triton.__version__}")
+        parser.error(
+            f"This command needs the ahead-of-time interface of Triton 3.3 or newer, but Triton {triton.__version__} is "
+            "installed. Install a newer Triton: pip install 'triton>=3.3'."
+        )
     rows = reports(arguments.targets)
     print(f"triton {triton.__version__}, block {layout.BLOCK}, tail {layout.TAIL}, threads {layout.THREADS}")
     print(table(rows))

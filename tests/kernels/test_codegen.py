@@ -1,4 +1,7 @@
-"""Code generation for sm_80, sm_90, sm_100 and gfx942: no spills, wide accesses, no byte too many. Needs no GPU."""
+"""Code generation for sm_80, sm_90, sm_100 and gfx942: no spills, wide accesses, no unnecessary bytes.
+
+These tests need no GPU.
+"""
 
 import json
 import os
@@ -24,12 +27,14 @@ KERNELS = {
     "threshold_kernel",
     "total_kernel",
 }
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="Triton before 3.3 compiles ahead of time otherwise")
+pytestmark = pytest.mark.skipif(
+    not SUPPORTED, reason="Triton before 3.3 has another interface for ahead-of-time compilation"
+)
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Compiled in a process of its own: this one may have imported the kernels to interpret them."""
+    """Reports of all variants. They come from another process, because this one may have imported the kernels to interpret them."""
     path = tmp_path_factory.mktemp("codegen") / "reports.json"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "bench.codegen", "--json", str(path)]
@@ -38,7 +43,7 @@ def reports(tmp_path_factory):
 
 
 def _updates(reports):
-    """(report, storage, whether amsgrad) of every variant of the update kernel."""
+    """(report, storage, has amsgrad) of every variant of the update kernel."""
     for r in reports:
         if r["kernel"] == "adamw_kernel":
             yield r, COMBINATIONS[r["combination"]].storage, r["constants"]["AMSGRAD"] == "True"
@@ -59,8 +64,8 @@ def test_no_variant_spills(reports):
     assert {(r["target"], r["kernel"], r["variant"]): r["spills"] for r in reports if r["spills"]} == {}
 
 
-def test_every_array_is_accessed_as_wide_as_its_elements_per_thread_are(reports):
-    """All arrays of a variant have equally many elements per thread: the widest 16 bytes of them, the others less."""
+def test_each_access_takes_all_elements_of_a_thread_at_once(reports):
+    """A thread has equally many elements of every array: 16 bytes of the widest array, or 8 bytes with 8-bit moments."""
     for r, storage, amsgrad in _updates(reports):
         each = int(r["constants"]["BLOCK"]) // layout.THREADS
         read_and_written = [storage.exp_avg, *[storage.exp_avg_sq] * (1 + amsgrad), *filter(None, [storage.companion])]
@@ -74,7 +79,7 @@ def test_every_array_is_accessed_as_wide_as_its_elements_per_thread_are(reports)
         assert {int(width): n for width, n in r["widths"].items()} == {w: n for w, n in expected.items() if n}, r
 
 
-def test_gradients_are_read_16_bytes_at_a_time_for_their_norm(reports):
+def test_the_gradient_norm_reads_16_bytes_at_a_time(reports):
     for r in reports:
         if r["kernel"] == "grad_norm_kernel":
             size = {"fp32": 4, "bf16": 2}[r["variant"]]
@@ -82,16 +87,16 @@ def test_gradients_are_read_16_bytes_at_a_time_for_their_norm(reports):
             assert r["moved_bytes"] == size
 
 
-def test_a_step_moves_the_bytes_that_its_storage_says(reports):
+def test_the_update_moves_the_bytes_that_its_storage_names(reports):
     for r, storage, amsgrad in _updates(reports):
         assert r["moved_bytes"] == storage.moved_bytes(amsgrad), r
 
 
 def test_bytes_in_flight_fill_the_memory_system(reports):
-    """At least 32 KB per multiprocessor: about what Little's law asks of an H200, 29 KB, and some.
+    """Each multiprocessor loads at least 32 KB at once. Little's law gives 29 KB for an H200.
 
-    Not with 8-bit moments: those kernels are bound by instructions, twice as many per element as others have, not by bytes,
-    and the compiler holds back some of their loads to save registers.
+    Variants with 8-bit moments need only 12 KB. Instructions limit their speed, not bytes: they have twice as many instructions
+    per element as the others. The compiler issues some of their loads late to save registers.
     """
     with_codes = {name for name, combination in COMBINATIONS.items() if _has_codes(combination.storage)}
     for r in reports:
@@ -99,7 +104,7 @@ def test_bytes_in_flight_fill_the_memory_system(reports):
             assert r["bytes_in_flight"] >= (12 if r["combination"] in with_codes else 32) * 1024, r
 
 
-def test_widths_are_read_from_instructions():
+def test_access_widths_are_parsed_from_instructions():
     widths = {
         "LDG.E.128 R4, desc[UR18][R12.64] ": 16,
         "@!P2 LDG.E.U16 R8, desc[UR18][R20.64] ": 2,
@@ -114,7 +119,7 @@ def test_widths_are_read_from_instructions():
     assert {line: access_width(line) for line in widths} == widths
 
 
-def test_loads_after_the_first_use_are_not_in_flight_with_those_before():
+def test_loads_after_the_first_use_of_a_loaded_register_do_not_count_as_early():
     loop = [
         "LDG.E.128 R4, [R2.64]",
         "IADD3 R2, R2, R9, RZ",

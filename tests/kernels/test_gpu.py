@@ -1,6 +1,6 @@
-"""What only a GPU can show: streams, synchronisation, races, graphs, tensors past 2^31 elements, compiled arithmetic.
+"""Tests that need a GPU: streams, synchronisation, races, graphs, more than 2^31 elements, compiled arithmetic.
 
-Every test is a plain function without fixtures, so that `make gpu` can run them where there is no pytest.
+Every test is a plain function without fixtures, so that `make gpu` can run it without pytest.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ VARIANTS = (
 
 
 def _params(sizes=SIZES, offset=0):
-    """Parameters on the device; with an offset none of them is 16-byte aligned."""
+    """Parameters on the device. With an offset of 1 to 3 elements, no parameter is 16-byte aligned."""
     buffers = [torch.randn(n + 4, device="cuda") for n in sizes]
     return [torch.nn.Parameter(b[offset : offset + n]) for b, n in zip(buffers, sizes, strict=True)]
 
 
 def _new_grads(*copies):
+    """Give the parameters of all copies the same new random gradients."""
     for same in zip(*copies, strict=True):
         grad = torch.randn_like(same[0])
         for p in same:
@@ -47,6 +48,7 @@ def _new_grads(*copies):
 
 
 def _twins(params):
+    """Copies of parameters."""
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
@@ -75,7 +77,7 @@ def test_every_variant_matches_float64():
                         np.testing.assert_allclose(getattr(read, column), wanted, rtol=1e-5)
 
 
-def test_a_thousand_steps_drift_no_further_than_torch_fused():
+def test_a_thousand_steps_have_no_larger_error_than_torch_fused():
     start = _params((4096,))
     exact = [torch.nn.Parameter(p.detach().double()) for p in start]
     ours, fused = _twins(start), _twins(start)
@@ -119,7 +121,7 @@ def test_alignment_is_bit_identical():
     assert all(torch.equal(p, q) for p, q in zip(aligned, shifted, strict=True))
 
 
-def test_only_the_gradient_unaligned():
+def test_unaligned_gradients_match_torch():
     params = _params()
     twins = _twins(params)
     ours, theirs = AdamW(params, backend="triton", max_grad_norm=1.0), torch.optim.AdamW(twins, fused=True)
@@ -152,7 +154,7 @@ def test_a_step_never_waits_for_the_device():
 
 
 def test_a_host_far_ahead_of_the_device_overwrites_no_table():
-    """Many steps are queued behind a long kernel, each with gradients at other addresses and another learning rate."""
+    """Many steps wait behind a long kernel. Each step has gradients at other addresses and another learning rate."""
     params = _params((1000, 5000, 64))
     twins = _twins(params)
     ours, theirs = AdamW(params, backend="triton"), torch.optim.AdamW(twins, fused=True)
@@ -170,7 +172,7 @@ def test_a_host_far_ahead_of_the_device_overwrites_no_table():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-5)
 
 
-def test_a_side_stream():
+def test_steps_on_a_side_stream_match_torch():
     params = _params()
     twins = _twins(params)
     ours, theirs = AdamW(params, backend="triton"), torch.optim.AdamW(twins, fused=True)
@@ -235,7 +237,7 @@ def test_capturing_a_step_whose_tables_would_change_is_refused():
         raise AssertionError("the step was captured")
 
 
-def test_grad_scaler_skips_and_unscales():
+def test_a_grad_scaler_skips_and_unscales_as_with_torch():
     params = _params()
     twins = _twins(params)
     ours, theirs = AdamW(params, backend="triton"), torch.optim.AdamW(twins, fused=True)
@@ -255,7 +257,7 @@ def test_grad_scaler_skips_and_unscales():
     assert float(ours.state[params[0]]["step"]) == 4
 
 
-def test_checkpoints_go_both_ways_with_torch_fused():
+def test_checkpoints_load_from_torch_fused_and_into_it():
     params = _params()
     first = torch.optim.AdamW(params, fused=True)
     _new_grads(params)
