@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 OUT ?= bench/results
+JOBS ?= auto
 BIN := .venv/bin
 
 .PHONY: demo test check bench study gpu clean
@@ -27,7 +28,7 @@ check: .venv/.installed
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json
