@@ -6,6 +6,7 @@ from triton.runtime.jit import JITFunction
 
 from lwadamw import AdamW, kernels
 from lwadamw.kernels import layout
+from lwadamw.tables import launch as launch_module
 from lwadamw.tables import plan
 from lwadamw.tables.launch import Launch
 from tests.cases import make_params, set_grads
