@@ -5,9 +5,8 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from lwadamw import AdamW, kernels
-from lwadamw.kernels import layout
+from lwadamw.tables import upload
 from lwadamw.tables import launch as launch_module
-from lwadamw.tables import plan
 from lwadamw.tables.launch import Launch
 from tests.cases import make_params, set_grads
 
@@ -20,7 +19,7 @@ def launches(monkeypatch):
     original = Launch.__call__
 
     def counted(self):
-        launched.append(self._kernel.fn.__name__)
+        launched.append(self.kernel_name)
         original(self)
 
     monkeypatch.setattr(Launch, "__call__", counted)
@@ -31,8 +30,8 @@ def launches(monkeypatch):
 def uploads(monkeypatch):
     """How often the dynamic table was sent."""
     sent = []
-    original = plan.Upload.send
-    monkeypatch.setattr(plan.Upload, "send", lambda self: (sent.append(1), original(self))[1])
+    original = upload.Upload.send
+    monkeypatch.setattr(upload.Upload, "send", lambda self: (sent.append(1), original(self))[1])
     return sent
 
 
@@ -96,16 +95,6 @@ def test_a_step_never_reads_the_device(replaced, monkeypatch, device):
         optimizer.step()
 
 
-def test_chunks_fill_the_device_or_are_as_long_as_they_get():
-    """Whole blocks always; no more chunks than asked for, unless they are at their longest."""
-    for elements in (0, 1, 10**5, 10**6, 3 * 10**7, 10**9, 2**33):
-        length = plan.chunk_length(elements)
-        assert length % layout.MIN_CHUNK == 0
-        assert layout.MIN_CHUNK <= length <= layout.MAX_CHUNK < 2**layout.COUNT_BITS
-        assert length == layout.MIN_CHUNK or elements / length >= layout.TARGET_CHUNKS
-        assert length == layout.MAX_CHUNK or elements / (length + layout.MIN_CHUNK) <= layout.TARGET_CHUNKS
-
-
 class _Compiled:
     def __init__(self, calls):
         self.calls = calls
@@ -134,7 +123,7 @@ def test_only_the_first_launch_specialises(monkeypatch):
     direct = []
     kernel, table = _Kernel(_Compiled(direct)), torch.zeros(3)
     launch = Launch(kernel, 7, (table, 5), {"FIRST": 1, "SECOND": 2}, {"num_warps": 8})
-    monkeypatch.setattr(launch_module, "_TAKES_CONSTANTS", True)
+    monkeypatch.setattr(launch_module, "TAKES_CONSTANTS", True)
     for _ in range(3):
         launch()
     assert kernel.calls == [((7, 1, 1), (table, 5), {"FIRST": 1, "SECOND": 2, "num_warps": 8})]
@@ -144,7 +133,7 @@ def test_only_the_first_launch_specialises(monkeypatch):
 def test_before_triton_3_3_compiled_kernels_take_no_constants(monkeypatch):
     direct = []
     launch = Launch(_Kernel(_Compiled(direct)), 7, (torch.zeros(3), 5), {"FIRST": 1, "SECOND": 2}, {})
-    monkeypatch.setattr(launch_module, "_TAKES_CONSTANTS", False)
+    monkeypatch.setattr(launch_module, "TAKES_CONSTANTS", False)
     launch()
     launch()
     assert [len(values) for _, values in direct] == [2]
