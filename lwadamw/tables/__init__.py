@@ -1,1 +1,1 @@
-"""The device tables from which a step is launched, and noticing that they are out of date."""
+"""Tables: the device tables that a step is launched from, and how a stale table is noticed."""

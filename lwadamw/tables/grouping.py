@@ -83,6 +83,6 @@ def group_by_plan(members: Sequence[Member], state: Any) -> dict[PlanKey, list[M
 
 
 def _kernel_storage(member: Member, state: Mapping[str, Any]) -> Storage:
-    """Return how the kernels see a parameter. They read a gradient of a dtype they do not know as a copy in the parameter's."""
+    """Return the storage that the kernels see. A gradient they cannot read is copied to the parameter's dtype first."""
     storage = storage_of(member.param, member.gradient, member.group, state)
     return storage if storage.grad in FLOATS else storage._replace(grad=storage.param)

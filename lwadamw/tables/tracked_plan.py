@@ -1,4 +1,4 @@
-"""Tracked plan: a plan together with the tensors it was made from, to notice that one of them has been replaced."""
+"""Tracked plan: a plan and the tensors it was made from. It notices when one of these tensors is replaced."""
 
 from __future__ import annotations
 
