@@ -34,11 +34,14 @@ def test_a_tensor_replaced_from_outside_is_noticed(what, backend, device):
     params = make_params(FEW_SHAPES, device)
     expected = make_reference(params, {})
     optimizer = AdamW(params, backend=backend)
+    held = []
     for _ in range(2):
         set_grads(params)
         reference_step(expected, params, {})
         optimizer.step()
-        # From here on, a step that still wrote to the old tensor would leave the new one behind.
+        # A step that still wrote to the old tensor would leave the new one behind. The old memory of the parameter is kept, so
+        # that such a step fails the comparison below instead of writing to memory of something else.
+        held.append(params[2].detach())
         REPLACEMENTS[what](optimizer, params[2])
     set_grads(params)
     reference_step(expected, params, {})
