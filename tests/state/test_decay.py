@@ -87,7 +87,7 @@ def test_a_law_matches_the_reference_over_a_schedule(name, backend, device):
 def test_groups_of_every_law_share_a_step(clip, backend, device, monkeypatch):
     launched = []
     original = Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self: (launched.append(self._kernel.fn.__name__), original(self))[1])
+    monkeypatch.setattr(Launch, "__call__", lambda self: (launched.append(self.kernel_name), original(self))[1])
     options = [{"decay": law, "weight_decay": 2.0, "lr": 0.02 * (i + 1)} for i, law in enumerate(LAWS)]
     params = make_params([(40,), (3, 5), (7,), (600,)], device)
     peaked = [{**o, "peak_lr": o["lr"]} for o in options]
