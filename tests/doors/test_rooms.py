@@ -1,4 +1,4 @@
-"""The rooms of docs/design.md are those of the package: nothing imports upwards, in a circle, or another room's private names."""
+"""The package keeps to the rooms of docs/design.md: no import upwards, in a circle, or of another room's private names."""
 
 import ast
 import re
