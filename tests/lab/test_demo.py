@@ -208,7 +208,7 @@ def test_the_steady_step_counts_the_decay_of_the_warm_up(text):
         (["--data", "no/such/file"], "--data: cannot read 'no/such/file'"),
         (["--out", "no/such/folder/x.png"], "--out: 'no/such/folder/x.png' is in a folder that does not exist"),
         (["--device", "tpu"], "--device: 'tpu' is no device"),
-        (["--device", "meta"], "--device: the demo runs on cpu or cuda"),
+        (["--device", "meta"], "--device: the laboratory runs on cpu or cuda"),
         (["--rule", "none"], "--rule: invalid choice: 'none'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -356,4 +356,4 @@ def test_decays_that_follow_the_width_are_noticed():
     rows = rows_of(lambda arm, width, lr, wd, seed: 1.0, widths=(64,), decays=(1.0,))
     rows += rows_of(lambda arm, width, lr, wd, seed: 1.0, widths=(128,), decays=(2.0,))
     text = " ".join(table(analyse(rows), outcomes.Outcomes("x.csv", "loss", tuple(rows))).split())
-    assert "a has one width at weight decay 1, so no drift. Weight decays are to be base values" in text
+    assert "a has one width at weight decay 1, so no drift. Weight decays have to be base values" in text
