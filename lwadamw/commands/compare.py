@@ -1,4 +1,4 @@
-"""`python -m lwadamw compare`: what grew or shrank from a proxy's profile to a target's, against the prediction."""
+"""`python -m lwadamw compare`: what grew or shrank from a proxy to a target, and whether the width rule predicts it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from ..monitor.profile import Profile
 
 _HEADER = ("role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off by", "")
-_RIGHT = range(3, 8)  # the numbers
+_RIGHT = range(3, 8)  # The columns with numbers are aligned right.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the arguments of the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
-        help="compare the profiles of two runs with what their learning rates and decays predict",
-        description="Print, per role and type of layer, what grew and what shrank from one run to another, and whether their "
-        "effective learning rates and weight decays predict it. Profiles are what Monitor.save() writes. Exits with 1 where "
-        "something is outside the tolerance, with 0 where nothing is; what is too early to be judged is not.",
+        help="compare the profiles of two runs with the prediction from their learning rates and weight decays",
+        description="Print, for each role and type of layer, what grew and what shrank from one run to another, and whether "
+        "the effective learning rates and weight decays predict the change. Monitor.save() writes the profiles. The exit "
+        "code is 1 if a statistic is outside the tolerance, otherwise 0. A statistic that is too early to be judged does not "
+        "count.",
     )
     option = parser.add_argument
     option("proxy", type=Path, metavar="proxy.json")
@@ -37,13 +39,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--statistic",
         action="append",
         metavar="NAME",
-        help="compare this one only, also if nothing predicts it; repeatable",
+        help="compare only this statistic, also if it has no prediction; may be given several times",
     )
-    option("--full", action="store_true", help="judge and print layer by layer, and what has no prediction")
+    option("--full", action="store_true", help="judge and print every layer, and statistics without a prediction")
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Run the command. Bad arguments end the program with exit code 2."""
     from ..monitor.comparison import TOLERANCE, compare
     from ..monitor.profile import load
 
@@ -61,7 +64,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     rows = [row for row in found.rows if keep_all or row.verdict != "no prediction"]
     print("\n".join([*_titles(profiles), *_table(rows), *_summary(found)]))
     if found.unmatched:
-        print(f"in one of the runs only: {', '.join(found.unmatched)}", file=sys.stderr)
+        print(f"only in one of the runs: {', '.join(found.unmatched)}", file=sys.stderr)
     return 1 if found.drifted else 0
 
 
