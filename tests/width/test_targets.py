@@ -233,9 +233,9 @@ def test_eps_is_printed_where_the_rule_scales_it(capsys):
     [
         (["fan2026"], "invalid choice: 'fan2026'"),
         (["mup", "--exponents", "lr=-1"], "--exponents: they are in place of a rule. Leave out 'mup'"),
-        (["--exponents", "lr=-1,lr=0"], "'lr=-1,lr=0' is not exponents"),
-        (["--exponents", "momentum=1"], "'momentum=1' is not exponents"),
-        (["--exponents", "lr=x"], "'lr=x' is not exponents"),
+        (["--exponents", "lr=-1,lr=0"], "'lr=-1,lr=0' is not a list of exponents"),
+        (["--exponents", "momentum=1"], "'momentum=1' is not a list of exponents"),
+        (["--exponents", "lr=x"], "'lr=x' is not a list of exponents"),
         (["--exponents", "wd=inf"], "exponent wd=inf is not finite"),
         (["--exponents", "lr=900"], "leaves the range of a float"),
         (["--batch-tokens", "1000"], "--batch-tokens: it needs --steps"),
