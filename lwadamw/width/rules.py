@@ -92,7 +92,9 @@ class Scale:
                     raise ValueError(name)
                 given[name] = float(value)
             except ValueError:
-                raise ValueError(f"{text!r} is not a list of exponents of lr, wd and eps, like lr=-0.75,wd=0.75") from None
+                raise ValueError(
+                    f"{text!r} is not a list of exponents of lr, wd and eps, like lr=-0.75,wd=0.75"
+                ) from None
         return cls(**given)
 
     def at(self, m: float) -> Multipliers:
@@ -203,7 +205,9 @@ def get_rule(rule: str | Rule) -> Rule:
     if not isinstance(rule, str):
         raise TypeError(f"rule must be a name or a lwadamw.Rule, got {type(rule).__name__}.")
     if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}. Rules are {', '.join(RULES)}. You can also pass a lwadamw.Rule(...) of your own.")
+        raise ValueError(
+            f"unknown rule {rule!r}. Rules are {', '.join(RULES)}. You can also pass a lwadamw.Rule(...) of your own."
+        )
     return RULES[rule]
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..state.arrays import Array
 
-# After 3 tau a matrix keeps e^-3, so 5 %, of its initial weights. Initial weights are often 2 to 4 times larger than the steady
-# state. After 2 tau what remains of them would still add a tenth to the norm. After 3 tau it does not.
+# After 3 tau a matrix keeps e^-3, so 5 %, of its initial weights. Initial weights are often 2 to 4 times larger than
+# the steady state. After 2 tau what remains of them would still add a tenth to the norm. After 3 tau it does not.
 STEADY_TAUS: Final = 3
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from lwadamw import Matrix, Output, param_groups, register_role
 from lwadamw.width import roles
+from lwadamw.width.sites import sites
 from tests import zoo
 
 
@@ -13,7 +14,7 @@ def _decided(model, given=None):
     """{name: (role, fan_in)} of every distinct parameter; None where nothing decided it."""
     return {
         places[0].name: (d.role, d.fan_in)
-        for p, places in roles.sites(model)
+        for p, places in sites(model)
         for d in [roles.decide(p, places, model, given or {})]
     }
 
