@@ -149,8 +149,11 @@ def _check_patterns(given: Mapping[str, Mapping[str, Any]], found: Sequence[Deci
         for pattern in patterns:
             if matches_any(pattern, names):
                 continue
-            close = difflib.get_close_matches(pattern, {layer_type(name) for name in names}, n=1, cutoff=0.3)
-            hint = f" Closest: {close[0]!r}." if close else " Correct the pattern or leave it out."
+            # Where the glob of a layer type would match other parameters too, the hint is a pattern that does not.
+            types = separating({d.names: layer_type(d.name) for d in found})
+            known = {name: name for name in names} | {kind: own for own, kind in types.items()}
+            close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.3)
+            hint = f" Closest: {known[close[0]]!r}." if close else " Correct the pattern or leave it out."
             message = f"param_groups: {argument} pattern {pattern!r} matches no parameter.{hint}"
             if strict:
                 raise ValueError(message)

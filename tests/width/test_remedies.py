@@ -209,6 +209,25 @@ def test_a_remedy_for_one_parameter_changes_no_decided_one():
     assert {name: e.role for name, e in evidence.items()} == {"0.weight": "vector", "1.weight": "matrix"}
 
 
+@pytest.mark.parametrize(
+    ("typo", "closest"),
+    [
+        ("0.wieght", "0.weight"),  # The layer type `*.weight` would also match the other matrices.
+        ("*.2.expert.fc.wait", "layers.2.expert.fc.weight"),
+        ("layers.*.fc.wieght", r"re:^layers\.\d+\.fc\.weight$"),  # `layers.*.fc.weight` would also match the experts.
+    ],
+)
+def test_the_closest_pattern_matches_no_other_parameters(typo, closest):
+    layers = [nn.ModuleDict({"fc": nn.Linear(8, 8), "expert": Layer(fc=(8, 8))}) for _ in range(3)]
+    model = (
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        if typo[0] == "0"
+        else nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    )
+    with pytest.raises(ValueError, match=re.escape(f"Closest: {closest!r}")):
+        param_groups(model, 8, width=8, roles={typo: "vector"})
+
+
 @pytest.mark.filterwarnings("default")
 def test_warnings_point_to_the_line_that_calls_param_groups():
     with pytest.warns(UserWarning, match="param_groups") as caught:
