@@ -146,7 +146,8 @@ def _role(text: str) -> tuple[str, RoleSpec]:
 
 
 def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[str, tuple[int, ...], str]]:
-    from ..width.roles import decide, sites
+    from ..width.roles import decide
+    from ..width.sites import sites
 
     found = [(p, places[0].name, decide(p, places, model, roles)) for p, places in sites(model) if p.requires_grad]
     return [(name, tuple(p.shape), decision.why) for p, name, decision in found if decision.role is None]
