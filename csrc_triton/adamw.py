@@ -1,24 +1,33 @@
 r"""Update kernel: one AdamW step of every chunk of every parameter, with its norms.
 
-    g <- a6 g            m <- m + a1 (g - m)        v <- v + a2 (g^2 - v)        x <- max(x, v)   (amsgrad, else x = v)
-    u = m / (sqrt(x) + a5)                          d = -a3 w - a4 u             w <- w + d
+For each element, with w the weight, g the gradient, m and v the moments, and the coefficients of layout.py:
 
-a1..a6 are the coefficients of the parameter (coefficients.py). The moments are written with two fused
-multiply-adds each, because 1 - beta rounds to fp32 far better than beta does: with beta2 = 0.999 the usual form
-settles 1.3e-5 away from v. d is added once, so the weight is rounded once.
+    g <- GRAD_FACTOR g
+    m <- m + ONE_MINUS_BETA1 (g - m)
+    v <- v + ONE_MINUS_BETA2 (g^2 - v)
+    x <- max(x, v) with amsgrad, else x = v
+    u = m / (sqrt(x) + SCALED_EPS)
+    d = -DECAY_PER_STEP w - STEP_SIZE u
+    w <- w + d
 
-Everything is computed in fp32, from storage of any type: w through weights.py, m and v through moments.py. The update
-uses m and v as they are before they are rounded to be stored.
+The moments take two fused multiply-adds each. The fp32 value of 1 - beta is far more accurate than the fp32 value of
+beta: with beta2 = 0.999, the usual form of the update settles 1.3e-5 away from v. d is added in one addition, so the
+weight is rounded once.
 
-With HUBER the decay is huber.py's instead of -a3 w, and the sum of |w| after the step is left for the next threshold.
+The kernel computes in fp32, whatever the storage types are: weights.py reads and writes w, moments.py reads and writes
+m and v. The update uses the moments before they are rounded for storage.
 
-Division and square root round to nearest and no multiply-add is fused that is not written as one
-(enable_fp_fusion off), so every path, chunking and target computes the same bits.
+If HUBER, the decay is the one of huber.py instead of -DECAY_PER_STEP w. The kernel then also leaves the sum of |w|
+after the step, from which the next threshold is made.
 
-One program updates one chunk. Its full blocks take 16-byte accesses of the widest type if all its addresses allow it;
-the rest, or all of it, takes one element per thread under a mask.
+Division and square root round to nearest. enable_fp_fusion is off, so the only fused multiply-adds are those written as
+tl.fma. So every path, every chunking and every target computes the same bits.
 
-Bytes per element, fp32: read p g m v (16), write p m v (12); amsgrad 8 more. Per chunk 16 bytes of statistics.
+One program updates one chunk. If all addresses of the chunk allow it, its full blocks take accesses of 16 bytes of the widest
+type. The rest of the chunk, or the whole chunk, takes one element per thread under a mask.
+
+Bytes per element in fp32: 16 for reading p, g, m and v, and 12 for writing p, m and v. amsgrad adds 8. Statistics add
+16 bytes per chunk.
 """
 
 import triton
@@ -26,18 +35,34 @@ import triton.language as tl
 
 from .huber import huber_step
 from .layout import (
+    K_ACTIVE,
     K_COEFFICIENTS,
     K_COUNT_BITS,
     K_COUNT_MASK,
+    K_DECAY_PER_STEP,
+    K_DOT_STATISTIC,
     K_DRAW,
+    K_GRAD_FACTOR,
+    K_GRAD_STATISTIC,
     K_KAHAN,
     K_MASTER,
+    K_ONE_MINUS_BETA1,
+    K_ONE_MINUS_BETA2,
     K_QUANT,
     K_REMAINDER,
+    K_ROUNDING_FIRST,
+    K_ROUNDING_RUN,
+    K_ROUNDING_SEED,
+    K_ROUNDING_STREAM,
+    K_ROUNDING_STRIDE,
+    K_SCALED_EPS,
     K_STATISTICS,
+    K_STEP_SIZE,
     K_STOCHASTIC,
     K_TAIL,
     K_THREADS,
+    K_UPDATE_STATISTIC,
+    K_WEIGHT_STATISTIC,
 )
 from .moments import load_moment, store_moment
 from .stochastic import hash_bits, hash_key, random_bits
@@ -47,31 +72,31 @@ from .weights import load_weight, store_weight
 
 @triton.jit
 def update_blocks(
-    p_address,  # byte addresses of the chunk's first elements; x_address 0: no amsgrad here
-    g_address,
-    m_address,
-    v_address,
-    x_address,
-    c_address,  # the weight's companion
-    ms_address,  # the moments' scales
-    vs_address,
-    start,  # the chunk's first element
-    seed,  # what random bits are drawn with, see stochastic.py
+    p_address,  # int64, byte address of the chunk's first element in the parameter
+    g_address,  # the same in the gradient
+    m_address,  # in exp_avg
+    v_address,  # in exp_avg_sq
+    x_address,  # in max_exp_avg_sq; 0 for a parameter without amsgrad
+    c_address,  # in the companion of the weight
+    ms_address,  # in the scales of exp_avg
+    vs_address,  # in the scales of exp_avg_sq
+    start,  # int64, the chunk's first element within the parameter
+    seed,  # the next seven say how random bits are drawn, see stochastic.py
     stream,
     first,
     run,
     stride,
     step,
     key,
-    begin,  # elements [begin, end) of the chunk, begin a multiple of SIZE
+    begin,  # int32: the call updates the elements [begin, end) of the chunk; begin is a multiple of SIZE
     end,
-    a1,
-    a2,
-    a3,
-    a4,
-    a5,
-    a6,
-    limit,  # read if HUBER, whose a3 is the shrinkage
+    one_minus_beta1,  # float32; the next six are coefficients of layout.py
+    one_minus_beta2,
+    shrinkage,  # decay_per_step; if HUBER, decay_per_step / (1 + decay_per_step)
+    step_size,
+    scaled_eps,
+    grad_factor,
+    limit,  # float32, read if HUBER: where huber decay stops growing with the weight
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
@@ -84,7 +109,11 @@ def update_blocks(
     SIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Update [begin, end) in blocks of SIZE; the chunk's four sums (zeros without NORMS), and that of |w| (0 without HUBER)."""
+    """Update the elements [begin, end) in blocks of SIZE elements.
+
+    Returns the sums of the four statistics of layout.py, which are 0 without NORMS, and the sum of |w|, which is 0
+    without HUBER.
+    """
     EACH: tl.constexpr = SIZE // K_THREADS
     g = pointer_to(g_address, GRAD, not MASKED)
     sum_w = tl.zeros([K_THREADS], tl.float32)
@@ -98,11 +127,11 @@ def update_blocks(
         offsets = i + lanes
         mask = offsets < end
         b_w = load_weight(p_address, c_address, offsets, mask, PARAM, WEIGHT, MASKED)
-        b_g = load(g, offsets, mask, MASKED) * a6
+        b_g = load(g, offsets, mask, MASKED) * grad_factor
         b_m = load_moment(m_address, ms_address, i, offsets, mask, end, EXP_AVG, SIZE, MASKED)
         b_v = load_moment(v_address, vs_address, i, offsets, mask, end, EXP_AVG_SQ, SIZE, MASKED)
-        b_m = tl.fma(b_g, a1, tl.fma(b_m, -a1, b_m))
-        b_v = tl.fma(b_g * b_g, a2, tl.fma(b_v, -a2, b_v))
+        b_m = tl.fma(b_g, one_minus_beta1, tl.fma(b_m, -one_minus_beta1, b_m))
+        b_v = tl.fma(b_g * b_g, one_minus_beta2, tl.fma(b_v, -one_minus_beta2, b_v))
         b_x = b_v
         if AMSGRAD:
             x = pointer_to(x_address, EXP_AVG_SQ, not MASKED)
@@ -110,17 +139,17 @@ def update_blocks(
             b_x = tl.maximum(load(x, offsets, x_mask, True), b_v, propagate_nan=tl.PropagateNan.ALL)
             store(x, offsets, b_x, x_mask, True)
         if EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8:
-            # Their last bits are lost in the codes anyway, and this variant is short of instructions, not of bytes.
+            # The codes lose the last bits anyway. This variant is bound by instructions, not by bytes.
             b_root = tl.sqrt(b_x)
-            b_inverse = tl.rsqrt(b_root + a5)
+            b_inverse = tl.rsqrt(b_root + scaled_eps)
             b_u = b_m * b_inverse * b_inverse
         else:
             b_root = tl.sqrt_rn(b_x)
-            b_u = tl.div_rn(b_m, b_root + a5)
+            b_u = tl.div_rn(b_m, b_root + scaled_eps)
         if HUBER:
-            b_d = huber_step(b_w, b_u * -a4, a3, limit)
+            b_d = huber_step(b_w, b_u * -step_size, shrinkage, limit)
         else:
-            b_d = tl.fma(b_u, -a4, b_w * -a3)
+            b_d = tl.fma(b_u, -step_size, b_w * -shrinkage)
         b_new = b_w + b_d
         random = 0
         if WEIGHT == K_STOCHASTIC:
@@ -138,13 +167,13 @@ def update_blocks(
             sum_abs += tl.sum(tl.reshape(b_abs, [K_THREADS, EACH]), 1)
         if NORMS:
             if (WEIGHT != K_MASTER and WEIGHT != K_REMAINDER) and PARAM != tl.float32:
-                # What rounding left of the update.
+                # The update counts as it is stored: rounding may have lost a part of it.
                 b_d = b_kept - b_w
             if MASKED:
-                # Outside the mask all loads gave 0, and 0 / (0 + eps) is NaN when eps is 0.
+                # Outside the mask every load gave 0, and 0 / (0 + eps) is NaN if eps is 0.
                 b_d = tl.where(mask, b_d, 0.0)
                 b_kept = tl.where(mask, b_kept, 0.0)
-            # Each thread adds up its own elements first, so that it keeps four sums and not four per element.
+            # Each thread first adds its own elements. So it keeps four sums, and not four values for each element.
             sum_w += tl.sum(tl.reshape(b_kept * b_kept, [K_THREADS, EACH]), 1)
             sum_d += tl.sum(tl.reshape(b_d * b_d, [K_THREADS, EACH]), 1)
             sum_g += tl.sum(tl.reshape(b_g * b_g, [K_THREADS, EACH]), 1)
@@ -155,24 +184,25 @@ def update_blocks(
 @triton.jit(do_not_specialize=["first_chunk"])
 def adamw_kernel(
     chunk_row,  # int32[n_chunks]  the parameter each chunk belongs to
-    chunk_span,  # int64[n_chunks]  its first element within the parameter << COUNT_BITS | its elements
-    addresses,  # int64[n_arrays, n_rows]  of the arrays below, those of them that the constants say there are
-    gradients,  # int64[n_rows]  addresses; not read for inactive rows
+    chunk_span,  # int64[n_chunks]  first element within the parameter << COUNT_BITS | number of elements
+    addresses,  # int64[n_arrays, n_rows]  byte addresses of the arrays that this variant has, in the order of the code below
+    gradients,  # int64[n_rows]  byte addresses; the kernel does not read them for inactive rows
     coefficients,  # float32[n_rows, COEFFICIENTS]
-    partials,  # float32[n_chunks, STATISTICS]  out if NORMS; left alone for inactive rows
-    steps,  # float32[n_rows]  of this step; read if STOCHASTIC
+    partials,  # float32[n_chunks, STATISTICS]  written if NORMS, but not for inactive rows
+    steps,  # float32[n_rows]  the steps taken, this one included; read if random bits are drawn
     rounding,  # int64[ROUNDING, n_rows]  read if random bits are drawn
     n_rows,
     first_chunk,  # the chunk of the first program
-    PARAM: tl.constexpr,  # storage type of the parameter, e.g. tl.float32
-    GRAD: tl.constexpr,  # of the gradient
-    EXP_AVG: tl.constexpr,  # of exp_avg; tl.int8: codes and scales
-    EXP_AVG_SQ: tl.constexpr,  # of exp_avg_sq and max_exp_avg_sq; tl.uint8: codes and scales
+    PARAM: tl.constexpr,  # storage type of the parameter, for example tl.float32
+    GRAD: tl.constexpr,  # storage type of the gradient
+    EXP_AVG: tl.constexpr,  # storage type of exp_avg; tl.int8 means codes with scales
+    EXP_AVG_SQ: tl.constexpr,  # storage type of exp_avg_sq and max_exp_avg_sq; tl.uint8 means codes with scales
     WEIGHT: tl.constexpr,  # how the weight is kept: PLAIN, MASTER, REMAINDER, KAHAN or STOCHASTIC
-    STRIDED: tl.constexpr,  # if random bits are drawn: some parameter is a shard of several runs of elements
-    AMSGRAD: tl.constexpr,  # some parameter keeps max_exp_avg_sq; address 0 for those that do not
-    HUBER: tl.constexpr,  # the decay is Huber's; two more rows of addresses: thresholds, and absolutes, float32[n_chunks], out
-    NORMS: tl.constexpr,
+    STRIDED: tl.constexpr,  # whether random bits are drawn and some parameter is a shard of several runs of elements
+    AMSGRAD: tl.constexpr,  # whether some parameter keeps max_exp_avg_sq; the address is 0 for a parameter that does not
+    HUBER: tl.constexpr,  # whether the decay is huber decay; then `addresses` ends with the threshold of each row and, in
+    # each row alike, the address of float32[n_chunks], to which the kernel writes the sums of |w|
+    NORMS: tl.constexpr,  # whether the kernel writes statistics
     BLOCK: tl.constexpr,  # elements per iteration of the aligned path
 ):
     i_chunk = first_chunk + tl.program_id(0).to(tl.int64)
@@ -181,13 +211,13 @@ def adamw_kernel(
     start = span >> K_COUNT_BITS
     count = (span & K_COUNT_MASK).to(tl.int32)
     row = coefficients + i_row * K_COEFFICIENTS
-    a1 = tl.load(row)
-    a2 = tl.load(row + 1)
-    a3 = tl.load(row + 2)
-    a4 = tl.load(row + 3)
-    a5 = tl.load(row + 4)
-    a6 = tl.load(row + 5)
-    active = tl.load(row + 6).to(tl.int32)
+    one_minus_beta1 = tl.load(row + K_ONE_MINUS_BETA1)
+    one_minus_beta2 = tl.load(row + K_ONE_MINUS_BETA2)
+    shrinkage = tl.load(row + K_DECAY_PER_STEP)
+    step_size = tl.load(row + K_STEP_SIZE)
+    scaled_eps = tl.load(row + K_SCALED_EPS)
+    grad_factor = tl.load(row + K_GRAD_FACTOR)
+    active = tl.load(row + K_ACTIVE).to(tl.int32)
     count *= active
 
     address = addresses + i_row
@@ -216,34 +246,36 @@ def adamw_kernel(
     if EXP_AVG_SQ == tl.uint8:
         vs_address = element_address(tl.load(address), start // K_QUANT, tl.float32)
         address += n_rows
-    limit = a3
+    limit = shrinkage
     if HUBER:
-        limit = tl.load(tl.load(address).to(tl.pointer_type(tl.float32))) * (1.0 + a3)
-        a3 = tl.div_rn(a3, 1.0 + a3)
+        limit = tl.load(tl.load(address).to(tl.pointer_type(tl.float32))) * (1.0 + shrinkage)
+        shrinkage = tl.div_rn(shrinkage, 1.0 + shrinkage)
     aligned = ((p_address | g_address | m_address | v_address | x_address | c_address) & 15) == 0
     seed, stream, first, run, stride, step, key = 0, 0, 0, 0, 0, 0, 0
     if WEIGHT == K_STOCHASTIC or (EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8):
         word = rounding + i_row
-        seed = tl.load(word)
-        stream = tl.load(word + n_rows).to(tl.uint32)
-        first = tl.load(word + 2 * n_rows)
+        seed = tl.load(word + K_ROUNDING_SEED * n_rows)
+        stream = tl.load(word + K_ROUNDING_STREAM * n_rows).to(tl.uint32)
+        first = tl.load(word + K_ROUNDING_FIRST * n_rows)
         step = tl.load(steps + i_row).to(tl.uint32)
         key = hash_key(seed, stream, step)
         if STRIDED:
-            run = tl.load(word + 3 * n_rows)
-            stride = tl.load(word + 4 * n_rows)
+            run = tl.load(word + K_ROUNDING_RUN * n_rows)
+            stride = tl.load(word + K_ROUNDING_STRIDE * n_rows)
         if WEIGHT == K_STOCHASTIC:
             aligned = aligned & (((first | run | stride) & (K_DRAW - 1)) == 0)
     full = tl.where(aligned, count // BLOCK * BLOCK, 0)
 
     w_1, d_1, g_1, wd_1, abs_1 = update_blocks(
         p_address, g_address, m_address, v_address, x_address, c_address, ms_address, vs_address,
-        start, seed, stream, first, run, stride, step, key, 0, full, a1, a2, a3, a4, a5, a6, limit,
+        start, seed, stream, first, run, stride, step, key, 0, full,
+        one_minus_beta1, one_minus_beta2, shrinkage, step_size, scaled_eps, grad_factor, limit,
         PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, HUBER, NORMS, BLOCK, False,
     )  # fmt: skip
     w_2, d_2, g_2, wd_2, abs_2 = update_blocks(
         p_address, g_address, m_address, v_address, x_address, c_address, ms_address, vs_address,
-        start, seed, stream, first, run, stride, step, key, full, count, a1, a2, a3, a4, a5, a6, limit,
+        start, seed, stream, first, run, stride, step, key, full, count,
+        one_minus_beta1, one_minus_beta2, shrinkage, step_size, scaled_eps, grad_factor, limit,
         PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, HUBER, NORMS, K_TAIL, True,
     )  # fmt: skip
     if HUBER:
@@ -253,7 +285,7 @@ def adamw_kernel(
     if NORMS:
         out = partials + i_chunk * K_STATISTICS
         if active != 0:
-            tl.store(out, w_1 + w_2)
-            tl.store(out + 1, d_1 + d_2)
-            tl.store(out + 2, g_1 + g_2)
-            tl.store(out + 3, wd_1 + wd_2)
+            tl.store(out + K_WEIGHT_STATISTIC, w_1 + w_2)
+            tl.store(out + K_UPDATE_STATISTIC, d_1 + d_2)
+            tl.store(out + K_GRAD_STATISTIC, g_1 + g_2)
+            tl.store(out + K_DOT_STATISTIC, wd_1 + wd_2)

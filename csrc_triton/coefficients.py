@@ -1,39 +1,64 @@
-r"""Coefficients kernel: from hyperparameters and steps to the fp32 numbers the update multiplies with.
+r"""Coefficients kernel: from hyperparameters and steps to the fp32 numbers that the update multiplies with.
 
-For every parameter, in fp64 and rounded once to fp32 (t = step + 1; eta, lambda, epsilon are base value times
-width multiplier, lambda of the law that decays it, see lwadamw/decay.py; c the clip factor, s the loss scale):
+The kernel computes in fp64 and rounds each coefficient once to fp32. With t = step + 1, and eta, lambda and epsilon the
+base values times their width multipliers (lambda also takes the factor of the decay law, see lwadamw/state/decay.py),
+the columns are:
 
-    1 - beta1      1 - beta2      eta lambda      eta sqrt(1 - beta2^t) / (1 - beta1^t)
-    epsilon sqrt(1 - beta2^t)     +-c / s         active
+    ONE_MINUS_BETA1    1 - beta1
+    ONE_MINUS_BETA2    1 - beta2
+    DECAY_PER_STEP     eta lambda
+    STEP_SIZE          eta sqrt(1 - beta2^t) / (1 - beta1^t)
+    SCALED_EPS         epsilon sqrt(1 - beta2^t)
+    GRAD_FACTOR        +-clip / loss_scale
+    ACTIVE             1 or 0
 
-so that the update  eta (m/(1-beta1^t)) / (sqrt(v)/sqrt(1-beta2^t) + epsilon)  is  a4 m / (sqrt(v) + a5).
+So eta (m/(1-beta1^t)) / (sqrt(v)/sqrt(1-beta2^t) + epsilon), the update of AdamW, is STEP_SIZE m / (sqrt(v) + SCALED_EPS).
 
-A parameter is inactive, and its step does not advance, when it has no gradient, when found_inf is set, or when
-the global norm to clip by is not finite and the step is not to happen then. All of that is decided here, on the device,
-without the host knowing; steps that do not happen for anybody are counted.
+A parameter is inactive, and its step does not advance, in three cases: it has no gradient, found_inf is set, or the
+global norm to clip by is not finite and such steps are to be skipped. The device decides all of this, and the host does
+not know. The kernel counts the steps that no parameter takes.
 
-The clip factor is that of torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), NaN if the norm is.
+The clip factor is the one of torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), or NaN if the norm is NaN.
 """
 
 import triton
 import triton.language as tl
 
 from .layout import (
+    K_ACTIVE,
     K_COEFFICIENTS,
     K_CORRECTED,
+    K_DECAY_PER_STEP,
+    K_GRAD_FACTOR,
     K_GROUP,
     K_GROUP_ADDRESSES,
+    K_GROUP_BETA1,
+    K_GROUP_BETA2,
+    K_GROUP_EPS,
     K_GROUP_KINDS,
+    K_GROUP_LR,
     K_GROUP_MULTIPLIERS,
     K_GROUP_SIGN,
+    K_GROUP_WEIGHT_DECAY,
     K_HEADER,
+    K_HEADER_FLAGS,
+    K_HEADER_FOUND_INF,
+    K_HEADER_GRAD_SCALE,
+    K_HEADER_MAX_NORM,
+    K_ONE_MINUS_BETA1,
+    K_ONE_MINUS_BETA2,
     K_ROWS,
+    K_SCALED_EPS,
+    K_STEP_SIZE,
 )
 
 
 @triton.jit
 def hyperparameter(group, INDEX: tl.constexpr, mask):
-    """Value INDEX of each row's group, fp64[ROWS]: from the table, or through its address where it lives on the device."""
+    """Base value INDEX of each row's group, fp64[ROWS].
+
+    The value is read from the table. If the table has an address for it, the value is read there.
+    """
     value = tl.load(group + INDEX, mask=mask, other=0).to(tl.float64, bitcast=True)
     address = tl.load(group + K_GROUP_ADDRESSES + INDEX, mask=mask, other=0)
     kinds = tl.load(group + K_GROUP_KINDS, mask=mask, other=0)
@@ -46,45 +71,45 @@ def hyperparameter(group, INDEX: tl.constexpr, mask):
 
 @triton.jit
 def one_minus_power(beta, step):
-    """1 - beta^step, fp64; beta = 0 gives 1."""
+    """1 - beta^step, fp64. For beta = 0 the result is 1."""
     return 1.0 - tl.exp(step * tl.log(tl.maximum(beta, 1e-300)))
 
 
 @triton.jit
 def scalar_at(address, DEFAULT: tl.constexpr):
-    """The float32 at an address, or DEFAULT where the address is 0."""
+    """The float32 at an address, or DEFAULT if the address is 0."""
     return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=DEFAULT)
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row"])
 def coefficients_kernel(
-    words,  # int64[HEADER + n_rows + n_groups*GROUP]  dynamic table, see layout.py
+    words,  # int64[HEADER + n_rows + n_groups*GROUP]  the dynamic table, see layout.py
     row_group,  # int32[n_rows]  the group of each parameter
-    steps,  # float32[n_rows]  steps taken so far; advanced here
-    totals,  # float64[n_totals]  sums of squares that make up that of every gradient, before unscaling; read if CLIP
-    coefficients,  # float32[n_rows, COEFFICIENTS]  out
-    grad_norm,  # float32[]  out if CLIP: global norm before clipping, unscaled
-    skipped,  # int64[]  one more if no parameter takes this step
+    steps,  # float32[n_rows]  the steps taken so far; the kernel advances them
+    totals,  # float64[n_totals]  their sum is the square of the global norm of the scaled gradients; read if CLIP
+    coefficients,  # float32[n_rows, COEFFICIENTS]  written
+    grad_norm,  # float32[]  written if CLIP: the global norm of the unscaled gradients, before clipping
+    skipped,  # int64[]  advanced by one if no parameter takes this step
     n_rows,
     n_totals,
-    first_row,  # the rows this launch is for
+    first_row,  # this launch computes the rows [first_row, last_row)
     last_row,
     CLIP: tl.constexpr,
 ):
     rows = first_row + tl.program_id(0) * K_ROWS + tl.arange(0, K_ROWS)
     mask = rows < last_row
 
-    loss_scale = scalar_at(tl.load(words + 1), 1.0).to(tl.float64)
-    found_inf = scalar_at(tl.load(words + 2), 0.0)
+    loss_scale = scalar_at(tl.load(words + K_HEADER_GRAD_SCALE), 1.0).to(tl.float64)
+    found_inf = scalar_at(tl.load(words + K_HEADER_FOUND_INF), 0.0)
     factor = 1.0 / loss_scale
     proceed = tl.where(found_inf == 0.0, 1, 0)
     if CLIP:
-        max_norm = tl.load(words).to(tl.float64, bitcast=True)
+        max_norm = tl.load(words + K_HEADER_MAX_NORM).to(tl.float64, bitcast=True)
         total = tl.load(totals)
         for i in range(1, n_totals):
             total += tl.load(totals + i)
         norm = tl.sqrt(total) / loss_scale
-        regardless = (tl.load(words + 3) & 1) != 0
+        regardless = (tl.load(words + K_HEADER_FLAGS) & 1) != 0
         proceed = tl.where((norm < float("inf")) | regardless, proceed, 0)
         factor *= tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
         if tl.program_id(0) == 0:
@@ -103,21 +128,21 @@ def coefficients_kernel(
     wd_mult = tl.load(group + K_GROUP_MULTIPLIERS + 1, mask=mask, other=0).to(tl.float64, bitcast=True)
     eps_mult = tl.load(group + K_GROUP_MULTIPLIERS + 2, mask=mask, other=0).to(tl.float64, bitcast=True)
     sign = tl.load(group + K_GROUP_SIGN, mask=mask, other=0).to(tl.float64, bitcast=True)
-    base_lr = hyperparameter(group, 0, mask)
+    base_lr = hyperparameter(group, K_GROUP_LR, mask)
     lr = base_lr * lr_mult
-    beta1 = hyperparameter(group, 1, mask)
-    beta2 = hyperparameter(group, 2, mask)
-    eps = hyperparameter(group, 3, mask) * eps_mult
+    beta1 = hyperparameter(group, K_GROUP_BETA1, mask)
+    beta2 = hyperparameter(group, K_GROUP_BETA2, mask)
+    eps = hyperparameter(group, K_GROUP_EPS, mask) * eps_mult
     corrected = (tl.load(group + K_GROUP_KINDS, mask=mask, other=0) >> K_CORRECTED & 1) != 0
-    weight_decay = hyperparameter(group, 4, mask) * wd_mult * tl.where(corrected, base_lr, 1.0)
+    weight_decay = hyperparameter(group, K_GROUP_WEIGHT_DECAY, mask) * wd_mult * tl.where(corrected, base_lr, 1.0)
 
     t = step.to(tl.float64)
     root = tl.sqrt(one_minus_power(beta2, t))
     out = coefficients + rows * K_COEFFICIENTS
-    tl.store(out, (1.0 - beta1).to(tl.float32), mask=mask)
-    tl.store(out + 1, (1.0 - beta2).to(tl.float32), mask=mask)
-    tl.store(out + 2, (lr * weight_decay).to(tl.float32), mask=mask)
-    tl.store(out + 3, (lr * root / one_minus_power(beta1, t)).to(tl.float32), mask=mask)
-    tl.store(out + 4, (eps * root).to(tl.float32), mask=mask)
-    tl.store(out + 5, (sign * factor).to(tl.float32), mask=mask)
-    tl.store(out + 6, active.to(tl.float32), mask=mask)
+    tl.store(out + K_ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
+    tl.store(out + K_ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
+    tl.store(out + K_DECAY_PER_STEP, (lr * weight_decay).to(tl.float32), mask=mask)
+    tl.store(out + K_STEP_SIZE, (lr * root / one_minus_power(beta1, t)).to(tl.float32), mask=mask)
+    tl.store(out + K_SCALED_EPS, (eps * root).to(tl.float32), mask=mask)
+    tl.store(out + K_GRAD_FACTOR, (sign * factor).to(tl.float32), mask=mask)
+    tl.store(out + K_ACTIVE, active.to(tl.float32), mask=mask)

@@ -1,11 +1,10 @@
-"""Global gradient norm for clipping: a sum of squares per chunk, then one sum over all chunks.
+"""Global gradient norm for clipping: one sum of squares for each chunk, then one sum over all chunks.
 
-Bytes per element, fp32: read g (4). This is the whole cost of clipping: the update multiplies by the clip factor
-as it reads g again, and no gradient is rewritten.
+Bytes per element in fp32: 4, for reading g. Clipping costs nothing else. The update multiplies by the clip factor when
+it reads g again, and no kernel rewrites a gradient.
 
-The sum over chunks does not depend on their order, so that regrouping parameters cannot change one bit of a
-clipped step: the fp32 partial sums are turned into integers on a common power-of-two scale, and integer addition
-is exact.
+The sum over chunks does not depend on their order, so regrouping parameters cannot change one bit of a clipped step. The fp32
+partial sums become integers on a common power-of-two scale, and integer addition is exact.
 """
 
 import triton
@@ -38,9 +37,9 @@ def square_blocks(g_address, begin, end, GRAD: tl.constexpr, SIZE: tl.constexpr,
 @triton.jit
 def grad_norm_kernel(
     chunk_row,  # int32[n_chunks]
-    chunk_span,  # int64[n_chunks]  first element within the parameter << COUNT_BITS | elements
-    gradients,  # int64[n_rows]  addresses, 0 where there is no gradient
-    partials,  # float32[n_chunks, STATISTICS]  out: the gradient's, before clipping
+    chunk_span,  # int64[n_chunks]  first element within the parameter << COUNT_BITS | number of elements
+    gradients,  # int64[n_rows]  byte addresses; 0 for a parameter without a gradient
+    partials,  # float32[n_chunks, STATISTICS]  GRAD_STATISTIC is written: the sum for the unclipped gradient
     GRAD: tl.constexpr,
 ):
     i_chunk = tl.program_id(0).to(tl.int64)
@@ -57,9 +56,9 @@ def grad_norm_kernel(
 @triton.jit
 def total_kernel(
     partials,  # float32[n_chunks, STATISTICS]
-    total,  # float64[1]  out: their sum; inf or NaN if any of them is
+    total,  # float64[1]  written: the sum over all chunks; inf or NaN if a partial sum is
     n_chunks,
-    BITS: tl.constexpr,  # n_chunks << BITS fits into an int64
+    BITS: tl.constexpr,  # bits of the integers; n_chunks << BITS fits into an int64
 ):
     lanes = tl.arange(0, K_PARTIALS).to(tl.int64)
     squares = partials + K_GRAD_STATISTIC
@@ -67,10 +66,10 @@ def total_kernel(
     for i in range(0, n_chunks, K_PARTIALS):
         b = tl.load(squares + (i + lanes) * K_STATISTICS, mask=i + lanes < n_chunks, other=0.0)
         largest = tl.maximum(largest, b, propagate_nan=tl.PropagateNan.ALL)
-    # Without the sign bit floats order as integers do, NaN above inf.
+    # Without the sign bit, the bits of floats have the same order as integers. NaN is above inf.
     top = tl.max(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     exponent = (top >> 23) - 126
-    # 2^(BITS - exponent) by its bits: every square times it is below 2^BITS.
+    # The scale is 2^(BITS - exponent), made from its bits. Every partial sum times the scale is below 2^BITS.
     scale = ((BITS - exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
     units = tl.zeros([K_PARTIALS], tl.int64)
     for i in range(0, n_chunks, K_PARTIALS):

@@ -1,21 +1,24 @@
-r"""Huber decay: the proximal step, and each parameter's threshold from what its weights have been.
+r"""Huber decay: its proximal step, and the threshold of each parameter, which follows the weights.
 
-    prox of tau R_delta at w:   w / (1 + tau)  where |w| <= L = (1 + tau) delta,  else  w - tau delta sign(w)
-                              = w - s clip(w, -L, L)                            with s = tau / (1 + tau)
+With r = lr wd, the DECAY_PER_STEP of the parameter (coefficients.py), and delta its threshold (lwadamw/state/decay.py),
+the proximal step of r R_delta maps a weight w to
 
-tau = lr wd is the decay coefficient of the parameter (coefficients.py), delta its threshold (lwadamw/decay.py). The second
-form is added to the update, so the weight is rounded once, as it is without it.
+    w / (1 + r)             where |w| <= L = (1 + r) delta
+    w - r delta sign(w)     elsewhere
+
+Both lines are w - s clip(w, -L, L) with s = r / (1 + r). The kernel adds this form to the update, so the weight is
+rounded once, as it is without huber decay.
 """
 
 import triton
 import triton.language as tl
 
-from .layout import K_COEFFICIENTS, K_PARTIALS
+from .layout import K_ACTIVE, K_COEFFICIENTS, K_PARTIALS
 
 
 @triton.jit
 def huber_step(b_w, b_step, shrink, limit):
-    """The change of weights that move by `b_step` and then shrink; shrink: s, limit: L."""
+    """The change of weights that move by `b_step` and then shrink. `shrink` is s, `limit` is L."""
     b_moved = b_w + b_step
     b_clipped = tl.minimum(tl.maximum(b_moved, -limit), limit)
     return tl.fma(b_clipped, -shrink, b_step)
@@ -24,12 +27,12 @@ def huber_step(b_w, b_step, shrink, limit):
 @triton.jit(do_not_specialize=["first_row"])
 def threshold_kernel(
     absolutes,  # float32[n_chunks]  sums of |w| after the step
-    row_chunk,  # int32[n_rows + 1]  first chunk of each parameter, then n_chunks
-    row_factor,  # float64[n_rows]  what turns a parameter's sum into the threshold for weights that stay as they are
-    addresses,  # int64[n_rows]  of the thresholds, float32
+    row_chunk,  # int32[n_rows + 1]  the first chunk of each parameter; the last entry is n_chunks
+    row_factor,  # float64[n_rows]  huber_scale / numel: times the sum of |w|, it gives the threshold of constant weights
+    addresses,  # int64[n_rows]  addresses of the thresholds, which are float32[]
     coefficients,  # float32[n_rows, COEFFICIENTS]
     first_row,  # the row of the first program
-    RATE: tl.constexpr,  # how much of the way to that a threshold goes per step
+    RATE: tl.constexpr,  # the share of its distance to the threshold of constant weights that a threshold moves in a step
 ):
     i_row = first_row + tl.program_id(0).to(tl.int64)
     first = tl.load(row_chunk + i_row).to(tl.int64)
@@ -42,6 +45,6 @@ def threshold_kernel(
     threshold = tl.load(addresses + i_row).to(tl.pointer_type(tl.float32))
     before = tl.load(threshold).to(tl.float64)
     after = before + RATE * (tl.sum(total) * tl.load(row_factor + i_row) - before)
-    active = tl.load(coefficients + i_row * K_COEFFICIENTS + 6).to(tl.int32)
+    active = tl.load(coefficients + i_row * K_COEFFICIENTS + K_ACTIVE).to(tl.int32)
     if active != 0:
         tl.store(threshold, after.to(tl.float32))

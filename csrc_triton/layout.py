@@ -1,92 +1,123 @@
 """Layout of the device tables that the kernels and the plan share, and the launch constants.
 
-Everything here is a number that one measured run may change; nothing else in the package repeats any of them.
+A measured run may change any launch constant here. No other file repeats one of these numbers.
 """
 
 import os
 
 import triton.language as tl
 
-# Elements per iteration of the aligned path where some bulk array is fp32: 16 bytes of that per thread at 256 threads.
-# Where all are 16-bit, twice as many. A thread holds the same elements of every array, so none passes through shared memory.
+# Launch constants.
+
+# Elements per iteration of the aligned path, if some array of the variant is fp32: 256 threads take 16 bytes of that
+# array each. Variants without an fp32 array take twice as many. A thread holds the same elements of every array, so no
+# value passes through shared memory.
 BLOCK = 1024
-# Registers per thread that the compiler is held to so that three programs share a multiprocessor: of variants with twice as
-# many elements, and of those that draw random bits.
+# Limits on the registers per thread, so that three programs fit on a multiprocessor. The first limit is for variants with
+# twice the BLOCK, the second for variants that draw random bits.
 DOUBLE_REGISTERS = 80
 RANDOM_REGISTERS = 72
-# Elements per iteration of the masked path (a chunk's last elements, unaligned tensors). Small, because its
-# per-element addresses and masks would otherwise set the register count of the whole kernel.
+# Elements per iteration of the masked path, which takes the last elements of a chunk and unaligned tensors. The masked
+# path has an address and a mask for each element. With more elements, it would set the register count of the whole kernel.
 TAIL = 256
-# Threads per program, and that divided by the width of a warp, by backend.
+# Threads per program, and warps per program by backend: a warp has 32 threads on CUDA and 64 on ROCm.
 THREADS = 256
 WARPS = {"cuda": THREADS // 32, "hip": THREADS // 64}
-# Elements per iteration of the gradient norm's aligned path: it reads one array, so it keeps more of it on its way.
+# Elements per iteration of the aligned path of the gradient norm. This kernel reads one array only, so it can keep more
+# elements of it in flight.
 GRAD_BLOCK = 2 * BLOCK
-# A chunk has MIN_CHUNK to MAX_CHUNK elements, as few as still make TARGET_CHUNKS chunks of all of them.
+# A chunk has MIN_CHUNK to MAX_CHUNK elements. It has as many as leave at least TARGET_CHUNKS chunks in total.
 MIN_CHUNK = GRAD_BLOCK
 MAX_CHUNK = 16 * BLOCK
 TARGET_CHUNKS = 2048
-# A chunk's first element and its number of elements share an int64: start << COUNT_BITS | count.
+# One int64 holds the first element and the number of elements of a chunk: first << COUNT_BITS | number.
 COUNT_BITS = 20
-# Rows of coefficients computed by one program.
+# Rows of coefficients that one program computes.
 ROWS = 128
-# Partial sums read per iteration by the reductions.
+# Partial sums that a reduction reads per iteration.
 PARTIALS = 1024
 
-# Cache hints of the aligned path: "", ".ca", ".cg" for loads, "", ".wb", ".cg", ".cs", ".wt" for stores; "", "evict_first",
-# "evict_last". Unset until a measurement asks for one.
+# Cache hints of the aligned path. Loads: "", ".ca", ".cg". Stores: "", ".wb", ".cg", ".cs", ".wt". Eviction: "",
+# "evict_first", "evict_last". All are empty until a measurement asks for one.
 LOAD_CACHE = ""
 LOAD_EVICTION = ""
 STORE_CACHE = ""
 STORE_EVICTION = ""
 
-# Coefficients of one parameter, fp32[COEFFICIENTS]: 1 - beta1, 1 - beta2, lr*wd, lr*sqrt(1 - beta2^t)/(1 - beta1^t),
-# eps*sqrt(1 - beta2^t), factor of the gradient (sign, clipping, unscaling), 1 if the step happens else 0.
+# Columns of the coefficients of one parameter, fp32[COEFFICIENTS]. t is the parameter's step. lr, weight_decay and eps
+# are effective.
+(
+    ONE_MINUS_BETA1,
+    ONE_MINUS_BETA2,
+    DECAY_PER_STEP,  # lr * weight_decay
+    STEP_SIZE,  # lr * sqrt(1 - beta2^t) / (1 - beta1^t)
+    SCALED_EPS,  # eps * sqrt(1 - beta2^t)
+    GRAD_FACTOR,  # what the gradient is multiplied by: sign, clip factor and 1 / loss scale
+    ACTIVE,  # 1 if the parameter takes this step, else 0
+) = range(7)
 COEFFICIENTS = 7
 
-# Statistics of one chunk or segment: sums of squares of weight, update, gradient, and <weight before, update>.
-# Until the update overwrites it, the gradient's is that before clipping, which the global norm is made of.
+# Columns of the statistics of one chunk or one segment, fp32[STATISTICS] or fp64[STATISTICS].
+(
+    WEIGHT_STATISTIC,  # sum of squares of the weight after the step
+    UPDATE_STATISTIC,  # sum of squares of the update
+    # Sum of squares of the gradient. Before the update runs, this column holds the sum for the unclipped gradient, from
+    # which the global norm is made. The update overwrites it with the sum for the clipped gradient.
+    GRAD_STATISTIC,
+    DOT_STATISTIC,  # scalar product of the weight before the step and the update
+) = range(4)
 STATISTICS = 4
-GRAD_STATISTIC = 2
 
-# How the weight of a parameter is kept. PLAIN: in the parameter. MASTER: in an fp32 companion, of which the parameter is
-# the rounded copy. REMAINDER: bf16 parameter and int16 companion are the upper and lower half of the fp32 weight. KAHAN:
-# the companion, of the parameter's type, is what rounding the parameter left over. STOCHASTIC: in the parameter, rounded
-# up or down at random so that the mean is exact.
+# How the weight of a parameter is kept.
+#   PLAIN       in the parameter
+#   MASTER      in an fp32 companion; the parameter is its rounded copy
+#   REMAINDER   a bf16 parameter and an int16 companion are the upper and the lower half of the fp32 weight
+#   KAHAN       the companion has the parameter's type and holds what rounding the parameter lost
+#   STOCHASTIC  in the parameter, rounded up or down at random so that the mean is exact
 PLAIN, MASTER, REMAINDER, KAHAN, STOCHASTIC = range(5)
 
-# Elements that share a scale in an 8-bit moment: no more than a warp holds, so that their maximum stays within it.
+# Elements that share a scale in an 8-bit moment. A warp holds at least this many, so their maximum stays within a warp.
 QUANT = 128
-# Elements that share one draw of 128 random bits, 16 each.
+# Elements that share one draw of 128 random bits. Each element gets 16 of them.
 DRAW = 8
-# Rounds of Philox 4x32; 7 pass BigCrush (Salmon et al. 2011, table 2).
+# Rounds of Philox 4x32. Seven rounds pass BigCrush (Salmon et al. 2011, table 2).
 PHILOX_ROUNDS = 7
-# Words of a row of the rounding table, int64: seed, stream, and where its elements are in the whole parameter: index of the
-# first, elements that follow each other there, elements from one such run's start to the next one's.
+# Rows of the rounding table, int64[ROUNDING, n_rows]. The last three say where the local elements are in the whole parameter.
+(
+    ROUNDING_SEED,
+    ROUNDING_STREAM,
+    ROUNDING_FIRST,  # index of the first local element
+    ROUNDING_RUN,  # number of elements that follow each other in the whole parameter
+    ROUNDING_STRIDE,  # distance from the start of one run to the start of the next
+) = range(5)
 ROUNDING = 5
 
-# The dynamic table, int64 words; float64 values are stored by their bits.
-#   HEADER words:     0 max_grad_norm   1 address of grad_scale or 0   2 address of found_inf or 0   3 flags
-#                     flags bit 0: a step whose norm to clip by is not finite happens all the same
-#   one word per row: address of the gradient, 0 where there is none
-#   GROUP words per group:
-#     0..4   lr, beta1, beta2, eps, weight_decay
-#     5..7   width multipliers of lr, weight_decay, eps; that of weight_decay over the peak lr where a law divides by it
-#     8      sign of the gradient: 1, or -1 to maximize
-#     9..13  address of the device scalar that replaces value 0..4, or 0
-#     14     bit i below 5 set: that scalar is float64, else float32; bit CORRECTED: weight_decay times base lr
+# The dynamic table, int64 words. A float64 value is stored by its bits. First come HEADER words:
+HEADER_MAX_NORM = 0  # float64
+HEADER_GRAD_SCALE = 1  # address of the float32 loss scale, or 0
+HEADER_FOUND_INF = 2  # address of a float32 that is not 0 if the step must not happen, or 0
+HEADER_FLAGS = 3  # bit 0: the step happens even if the norm to clip by is not finite
 HEADER = 4
-GROUP = 16
+# Then one word for each row: the address of its gradient, 0 where there is none. Then GROUP words for each group:
+#   words 0 to 4: the base values below, float64
+GROUP_LR, GROUP_BETA1, GROUP_BETA2, GROUP_EPS, GROUP_WEIGHT_DECAY = range(5)
+#   words 5 to 7: the width multipliers of lr, weight_decay and eps, float64. For the decay laws "independent" and
+# "corrected",   the multiplier of weight_decay is already divided by peak_lr.
 GROUP_MULTIPLIERS = 5
+#   word 8: the sign of the gradient, float64: 1, or -1 to maximize
 GROUP_SIGN = 8
+#   words 9 to 13: the address of a device scalar that replaces value 0 to 4, or 0
 GROUP_ADDRESSES = 9
+#   word 14: bit i below 5 is set if that scalar is float64, else it is float32. Bit CORRECTED is set if weight_decay is to be
+#   multiplied by the base lr of the step (decay law "corrected").
 GROUP_KINDS = 14
 CORRECTED = 5
+GROUP = 16
 
-# Whether the kernels run on Triton's interpreter, decided as it decides it.
+# Whether the kernels run on Triton's interpreter. Triton decides it in the same way.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
-# The same numbers for device code.
+# The same numbers for device code, which reads globals only if they are constexpr.
 K_INTERPRETED = tl.constexpr(INTERPRETED)
 K_THREADS = tl.constexpr(THREADS)
 K_GRAD_BLOCK = tl.constexpr(GRAD_BLOCK)
@@ -95,10 +126,29 @@ K_COUNT_BITS = tl.constexpr(COUNT_BITS)
 K_COUNT_MASK = tl.constexpr((1 << COUNT_BITS) - 1)
 K_ROWS = tl.constexpr(ROWS)
 K_PARTIALS = tl.constexpr(PARTIALS)
+K_ONE_MINUS_BETA1 = tl.constexpr(ONE_MINUS_BETA1)
+K_ONE_MINUS_BETA2 = tl.constexpr(ONE_MINUS_BETA2)
+K_DECAY_PER_STEP = tl.constexpr(DECAY_PER_STEP)
+K_STEP_SIZE = tl.constexpr(STEP_SIZE)
+K_SCALED_EPS = tl.constexpr(SCALED_EPS)
+K_GRAD_FACTOR = tl.constexpr(GRAD_FACTOR)
+K_ACTIVE = tl.constexpr(ACTIVE)
 K_COEFFICIENTS = tl.constexpr(COEFFICIENTS)
-K_STATISTICS = tl.constexpr(STATISTICS)
+K_WEIGHT_STATISTIC = tl.constexpr(WEIGHT_STATISTIC)
+K_UPDATE_STATISTIC = tl.constexpr(UPDATE_STATISTIC)
 K_GRAD_STATISTIC = tl.constexpr(GRAD_STATISTIC)
+K_DOT_STATISTIC = tl.constexpr(DOT_STATISTIC)
+K_STATISTICS = tl.constexpr(STATISTICS)
+K_HEADER_MAX_NORM = tl.constexpr(HEADER_MAX_NORM)
+K_HEADER_GRAD_SCALE = tl.constexpr(HEADER_GRAD_SCALE)
+K_HEADER_FOUND_INF = tl.constexpr(HEADER_FOUND_INF)
+K_HEADER_FLAGS = tl.constexpr(HEADER_FLAGS)
 K_HEADER = tl.constexpr(HEADER)
+K_GROUP_LR = tl.constexpr(GROUP_LR)
+K_GROUP_BETA1 = tl.constexpr(GROUP_BETA1)
+K_GROUP_BETA2 = tl.constexpr(GROUP_BETA2)
+K_GROUP_EPS = tl.constexpr(GROUP_EPS)
+K_GROUP_WEIGHT_DECAY = tl.constexpr(GROUP_WEIGHT_DECAY)
 K_GROUP = tl.constexpr(GROUP)
 K_GROUP_MULTIPLIERS = tl.constexpr(GROUP_MULTIPLIERS)
 K_GROUP_SIGN = tl.constexpr(GROUP_SIGN)
@@ -113,7 +163,11 @@ K_STOCHASTIC = tl.constexpr(STOCHASTIC)
 K_QUANT = tl.constexpr(QUANT)
 K_DRAW = tl.constexpr(DRAW)
 K_PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-K_ROUNDING = tl.constexpr(ROUNDING)
+K_ROUNDING_SEED = tl.constexpr(ROUNDING_SEED)
+K_ROUNDING_STREAM = tl.constexpr(ROUNDING_STREAM)
+K_ROUNDING_FIRST = tl.constexpr(ROUNDING_FIRST)
+K_ROUNDING_RUN = tl.constexpr(ROUNDING_RUN)
+K_ROUNDING_STRIDE = tl.constexpr(ROUNDING_STRIDE)
 K_LOAD_CACHE = tl.constexpr(LOAD_CACHE)
 K_LOAD_EVICTION = tl.constexpr(LOAD_EVICTION)
 K_STORE_CACHE = tl.constexpr(STORE_CACHE)

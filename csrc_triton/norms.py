@@ -1,29 +1,29 @@
-"""Norm reduction: from sums per chunk to sums per segment, only when somebody reads them.
+"""Norm reduction: from sums per chunk to sums per segment. It runs only when somebody reads norms.
 
-Each segment's chunks are added in order, in fp64, by one program: no atomics, so the same step gives the same
-bits. Sums, not roots, so that shards can be added before the root is taken.
+One program adds the chunks of one segment in order and in fp64. There are no atomics, so the same step always gives the same
+bits. The kernel writes sums of squares and takes no root, so that the sums of several shards can be added first.
 """
 
 import triton
 import triton.language as tl
 
-from .layout import K_COEFFICIENTS, K_PARTIALS, K_STATISTICS
+from .layout import K_ACTIVE, K_COEFFICIENTS, K_PARTIALS, K_STATISTICS
 
 
 @triton.jit
 def norms_kernel(
     partials,  # float32[n_chunks, STATISTICS]
-    segment_chunk,  # int32[n_segments + 1]  first chunk of each segment, then n_chunks
+    segment_chunk,  # int32[n_segments + 1]  the first chunk of each segment; the last entry is n_chunks
     chunk_row,  # int32[n_chunks]  the parameter each chunk belongs to
     coefficients,  # float32[n_rows, COEFFICIENTS]
-    sums,  # float64[n_segments, STATISTICS]  out; a parameter the last step left alone moved by 0 with gradient 0
+    sums,  # float64[n_segments, STATISTICS]  written; for an inactive parameter only the weight's sum is not 0
 ):
     i_segment = tl.program_id(0).to(tl.int64)
     first = tl.load(segment_chunk + i_segment).to(tl.int64)
     last = tl.load(segment_chunk + i_segment + 1).to(tl.int64)
-    # An empty segment has no chunk to ask, and nothing to add up.
+    # An empty segment has no chunk, so there is no row to look up and nothing to add.
     i_row = tl.load(chunk_row + first, mask=first < last, other=0)
-    active = tl.load(coefficients + i_row * K_COEFFICIENTS + 6).to(tl.int32)
+    active = tl.load(coefficients + i_row * K_COEFFICIENTS + K_ACTIVE).to(tl.int32)
     lanes = tl.arange(0, K_PARTIALS)
     columns = tl.arange(0, K_STATISTICS)
     total = tl.zeros([K_PARTIALS, K_STATISTICS], tl.float64)
