@@ -189,6 +189,7 @@ class _InputSample:
         self._seen = 0
 
     def hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the inputs of one call. A module calls this as its forward pre-hook."""
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.detach().reshape(-1, x.shape[-1])
         index = torch.arange(self._seen, self._seen + len(x), dtype=torch.float64, device=x.device)

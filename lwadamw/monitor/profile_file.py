@@ -29,9 +29,14 @@ class Monitored(Protocol):
     """What `save` needs of a `lwadamw.Monitor`: its optimizer and its readings."""
 
     @property
-    def optimizer(self) -> Any: ...
+    def optimizer(self) -> Any:
+        """The optimizer of the run."""
+        ...
+
     @property
-    def readings(self) -> Sequence[Reading]: ...
+    def readings(self) -> Sequence[Reading]:
+        """The readings of the run, oldest first."""
+        ...
 
 
 def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> Profile:
@@ -54,7 +59,7 @@ def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, An
     """
     if not monitor.readings:
         raise RuntimeError(
-            "profile.save: the monitor has no reading yet. Save after at least one reading, or make `every` smaller."
+            "Monitor.save: the monitor has no reading yet. Save after at least one reading, or make `every` smaller."
         )
     groups: Sequence[dict[str, Any]] = monitor.optimizer.param_groups
     shapes = _shapes(monitor.optimizer)
@@ -116,7 +121,7 @@ def write(path: str | os.PathLike[str], profile: Profile) -> None:
         text = json.dumps(_finite(data), indent=1, allow_nan=False)
     except TypeError as error:
         raise TypeError(
-            f"profile.save: meta holds what JSON cannot hold ({error}). Give numbers, texts, lists and dicts."
+            f"Monitor.save: meta holds what JSON cannot hold ({error}). Give numbers, texts, lists and dicts."
         ) from None
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:

@@ -117,8 +117,8 @@ class SegmentTracker:
         saved arrays over.
 
         Args:
-            state: what `state_dict` returned. Keys that start with an underscore are read too: versions up to 0.1.0 wrote
-                all keys but `names` and `group` in that form.
+            state: what `state_dict` returned. Older states have an underscore in front of every key but `names` and `group`.
+                They are read too.
         """
         tracker = cls.__new__(cls)
         tracker.names, tracker._params = tuple(state["names"]), []
