@@ -49,7 +49,9 @@ SUITE = (
     "step/test_amp.py",
     "step/test_gradient_release.py",
     "state/test_decay.py",
+    "monitor/test_columns.py",
     "monitor/test_monitor.py",
+    "monitor/test_resume.py",
 )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..monitor.text import aligned
 
 if TYPE_CHECKING:
-    from ..monitor.comparison import Comparison, Row
+    from ..monitor.comparison import Comparison, Finding
     from ..monitor.profile import Profile
 
 _HEADER = ("role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off by", "")
@@ -47,21 +47,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
-    from ..monitor.comparison import TOLERANCE, compare
-    from ..monitor.profile import load
+    from ..monitor.comparison import COMPARE_TOLERANCE, compare
+    from ..monitor.profile_file import load
 
     try:
         profiles = load(args.proxy), load(args.target)
         found = compare(
             *profiles,
-            TOLERANCE if args.tolerance is None else args.tolerance,
+            COMPARE_TOLERANCE if args.tolerance is None else args.tolerance,
             statistics=args.statistic,
             by_layer=args.full,
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     keep_all = args.full or args.statistic
-    rows = [row for row in found.rows if keep_all or row.verdict != "no prediction"]
+    rows = [row for row in found.findings if keep_all or row.verdict != "no prediction"]
     print("\n".join([*_titles(profiles), *_table(rows), *_summary(found)]))
     if found.unmatched:
         print(f"only in one of the runs: {', '.join(found.unmatched)}", file=sys.stderr)
@@ -78,19 +78,19 @@ def _titles(profiles: Sequence[Profile]) -> list[str]:
 
 def _summary(found: Comparison) -> list[str]:
     counts: dict[str, int] = {}
-    for row in found.rows:
+    for row in found.findings:
         counts[row.verdict] = counts.get(row.verdict, 0) + 1
     judged = sum(n for verdict, n in counts.items() if verdict not in ("too early", "no prediction"))
     text = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no statistic is in both runs"
     return [f"tolerance {found.tolerance:g}: {text}" + ("" if judged else "; nothing could be judged")]
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[Finding]) -> list[str]:
     cells = [_HEADER, *(_cells(row) for row in rows)]
     return aligned(cells, _RIGHT)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Finding) -> tuple[str, ...]:
     numbers = (row.proxy, row.target, row.ratio, row.predicted, row.off)
     shown = tuple("-" if math.isnan(x) else f"{x:.3g}" for x in numbers)
     return (row.role, row.layers, row.statistic, *shown, row.verdict)
