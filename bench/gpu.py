@@ -53,17 +53,23 @@ SUITE = (
 )
 
 
-def run_tests() -> list[dict[str, str]]:
-    """Every test of tests/kernels/test_gpu.py and test_gpu_storage.py, as plain functions."""
+def gpu_tests() -> list[Callable[[], None]]:
+    """The test functions of tests/kernels/test_gpu.py and test_gpu_storage.py. They need no pytest and no fixtures."""
     from tests.kernels import test_gpu, test_gpu_storage
 
-    results = []
-    members = [
-        pair for module in (test_gpu, test_gpu_storage) for pair in inspect.getmembers(module, inspect.isfunction)
+    return [
+        function
+        for module in (test_gpu, test_gpu_storage)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.startswith("test_")
     ]
-    for name, test in members:
-        if not name.startswith("test_"):
-            continue
+
+
+def run_tests() -> list[dict[str, str]]:
+    """Run every GPU test and return the name and the outcome of each."""
+    results = []
+    for test in gpu_tests():
+        name = test.__name__
         torch.manual_seed(0)
         start = time.perf_counter()
         try:
