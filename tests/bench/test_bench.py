@@ -94,9 +94,11 @@ def base_is_forgotten():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_benchmark_is_a_command_with_help(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"bench.{name}", "--help"])
-    with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
-        warnings.simplefilter("ignore", RuntimeWarning)  # The module is in sys.modules already.
-        runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+    # runpy warns that the module is in sys.modules already.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
     assert exit_.value.code == 0
     assert f"python -m bench.{name}" in capsys.readouterr().out
 
