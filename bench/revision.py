@@ -14,9 +14,8 @@ from types import ModuleType
 from bench.harness import ROOT
 
 NAME = "lwadamw_base"
-_folders: list[
-    tempfile.TemporaryDirectory[str]
-] = []  # Kept alive: Triton reads the kernel sources again when it compiles.
+# The folders are kept until the process ends, because Triton reads the kernel sources again when it compiles.
+_folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def load(rev: str) -> ModuleType:

@@ -9,8 +9,8 @@ take turns of a few steps. The clock times a turn from the batch to the updated 
 synchronised at the start and at the end of a turn. A first turn of each optimizer is not counted.
 
     usual way   clip_grad_norm_, torch fused, and the norm of every weight and gradient, moved to the host once per step
-    loss        mean over the last turn, in nats per byte. It is the same, up to rounding, for all optimizers that compute the
-                same: with clipping or without.
+    loss        mean over the last turn, in nats per byte. Up to rounding it is equal for all optimizers that clip, and equal
+                for all optimizers that do not clip.
     vs fused    tokens per second / tokens per second of torch fused: the median over turns
 """
 

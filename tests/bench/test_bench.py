@@ -38,21 +38,22 @@ def _start(*arguments):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """A function that runs a benchmark with a command line and returns its printed lines and its JSON record.
+def run(monkeypatch, capsys):
+    """A function that runs a benchmark with a command line. It returns the printed lines, or the JSON record if asked for.
 
-    The command runs in this process, because a new process needs about 8 seconds to import torch. On a machine with a GPU it
+    The command runs in this process, because a new process needs several seconds to import torch. On a machine with a GPU it
     runs in a new process, because the kernels of this process are compiled and dry runs on the CPU need interpreted ones.
     """
 
-    def _run(module, *arguments):
+    def run_(module, *arguments, json_to=None):
+        arguments = [*arguments, *(["--json", str(json_to)] if json_to else [])]
         if torch.cuda.is_available():
             done = _start(module.__name__, *arguments)
             assert done.returncode == 0, done.stdout + done.stderr
             printed = done.stdout
         else:
             monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-            monkeypatch.setitem(step.TURN, CPU.type, 0.0)  # A turn is one step, because nobody reads the times.
+            monkeypatch.setitem(step.TURN, CPU.type, 0.0)  # A turn is one step, because no test reads the times.
             capsys.readouterr()
             gc.freeze()  # The benchmarks collect garbage often, and the heap of the test process is large.
             try:
@@ -62,18 +63,14 @@ def run(monkeypatch, capsys, tmp_path):
             printed = capsys.readouterr().out
         lines = printed.splitlines()
         assert any(line.startswith("| --") for line in lines), "no table"
-        return lines
-
-    def _run_with_json(module, *arguments):
-        path = tmp_path / "record.json"
-        _run(module, *arguments, "--json", str(path))
-        record = json.loads(path.read_text())
+        if json_to is None:
+            return lines
+        record = json.loads(json_to.read_text())
         assert {"device", "driver", "torch", "triton", "python", "commit", "date"} <= record["machine"].keys()
         assert record["command"].startswith(f"python -m {module.__name__} --dry-run")
         return record
 
-    _run.with_json = _run_with_json
-    return _run
+    return run_
 
 
 @pytest.fixture
@@ -103,8 +100,8 @@ def test_every_benchmark_is_a_command_with_help(name, monkeypatch, capsys):
     assert f"python -m bench.{name}" in capsys.readouterr().out
 
 
-def test_step_lists_every_peer_or_the_reason_why_it_is_missing(run):
-    (one, *_, many) = run.with_json(step, "--dry-run")["results"]
+def test_step_lists_every_peer_or_the_reason_why_it_is_missing(run, tmp_path):
+    (one, *_, many) = run(step, "--dry-run", json_to=tmp_path / "step.json")["results"]
     assert (one["groups"], many["groups"]) == (1, 4)
     titles = {title for title, _ in peers.PEERS.values()} - OF_FEW_STORAGES
     for result in (one, many):
@@ -116,9 +113,9 @@ def test_step_lists_every_peer_or_the_reason_why_it_is_missing(run):
 
 
 @pytest.mark.usefixtures("base_is_forgotten")
-def test_host_has_a_column_per_grouping_and_rows_of_another_revision(run):
+def test_host_has_a_column_per_grouping_and_rows_of_another_revision(run, tmp_path):
     base = ["--base", "HEAD"] if IN_GIT else []
-    record = run.with_json(host, "--dry-run", *base)
+    record = run(host, "--dry-run", *base, json_to=tmp_path / "host.json")
     assert [column["groups"] for column in record["columns"]] == [1, 28, 30]
     labels = ("lwadamw", "lwadamw at HEAD") if IN_GIT else ("lwadamw",)
     ours = {label + variant for label in labels for variant in host.VARIANTS}
@@ -127,16 +124,16 @@ def test_host_has_a_column_per_grouping_and_rows_of_another_revision(run):
         assert all(time["p50"] > 0 for time in column["us"].values())
 
 
-def test_memory_compares_every_contestant_with_the_limit(run):
-    (result,) = run.with_json(memory, "--dry-run", "--workloads", "cpu_30m")["results"]
+def test_memory_compares_every_contestant_with_the_limit(run, tmp_path):
+    (result,) = run(memory, "--dry-run", "--workloads", "cpu_30m", json_to=tmp_path / "memory.json")["results"]
     assert {"lwadamw", "lwadamw, torch backend", peers.FUSED, "torch foreach"} <= result["rows"].keys()
     for row in result["rows"].values():
         assert row["within"] == (max(row["first"], row["step"]) <= result["limit"])
 
 
 @pytest.mark.usefixtures("short_text")
-def test_train_trains_one_model_with_every_optimizer(run):
-    rows = run.with_json(train, "--dry-run")["rows"]
+def test_train_trains_one_model_with_every_optimizer(run, tmp_path):
+    rows = run(train, "--dry-run", json_to=tmp_path / "train.json")["rows"]
     losses = {name: row["loss"] for name, row in rows.items()}
     unclipped = [losses[name] for name in ("lwadamw", "lwadamw, norms read every step", peers.FUSED, "torch foreach")]
     clipped = [losses["lwadamw, clipping, norms read every step"], losses["usual way: clip_grad_norm_, fused, norms"]]
@@ -236,9 +233,9 @@ def test_bytes_per_element_are_the_bytes_of_each_algorithm():
     assert per_element["usual way: clip_grad_norm_, fused, norms"] == 28 + 12 + 8
 
 
-def test_step_measures_every_storage_combination(run):
+def test_step_measures_every_storage_combination(run, tmp_path):
     arguments = ("--dry-run", "--workloads", "cpu_30m", "--storage", "all", "--groups", "1")
-    results = run.with_json(step, *arguments)["results"]
+    results = run(step, *arguments, json_to=tmp_path / "step.json")["results"]
     assert [r["storage"] for r in results] == list(COMBINATIONS)
     titles = {title for title, _ in peers.PEERS.values()} - OF_FEW_STORAGES
     for result in results:
@@ -410,8 +407,8 @@ def test_report_of_a_gpu_run(tmp_path):
     assert report.out_of_date(report.build(results), tmp_path) == ["README.md", "docs/performance.svg"]
 
 
-def test_tune_replaces_constants_of_the_layout(run):
-    record = run.with_json(tune, "--dry-run", "--workloads", "one_huge", "--only", "block 2048")
+def test_tune_replaces_constants_of_the_layout(run, tmp_path):
+    record = run(tune, "--dry-run", "--workloads", "one_huge", "--only", "block 2048", json_to=tmp_path / "tune.json")
     assert set(record["results"][0]["rows"]) == {
         "as it is", "as it is, clipping", "block 2048", "block 2048, clipping",
     }  # fmt: skip
