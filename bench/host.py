@@ -27,19 +27,18 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 
 from bench import harness, revision
+from bench.stubs import stubbed_fused, stubbed_kernels
 from bench.workloads import make_groups
 
 FUSED = "torch fused"
@@ -55,31 +54,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ", lr scheduled": {},
     ", state shared": {},
 }
-
-
-class _Stub:
-    """Replaces a kernel. It also replaces the result of a launch."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.arg_names = kernel.arg_names
-
-    def __getitem__(self, grid: object) -> Callable[..., _Stub]:
-        return lambda *args, **kwargs: self
-
-
-def stubbed_kernels(package: str = "lwadamw") -> Any:
-    """A context in which the plans of a package are made with kernels that do nothing.
-
-    Args:
-        package: import name of the package, for example "lwadamw".
-    """
-    kernels = importlib.import_module(f"{package}.kernels")
-    names = [name for name in vars(kernels) if name.endswith("_kernel")]
-    return mock.patch.multiple(kernels, **{name: _Stub(getattr(kernels, name)) for name in names})
-
-
-def nothing(*args: object, **kwargs: object) -> None:
-    """Replaces an operator of torch."""
 
 
 @dataclass
@@ -122,14 +96,6 @@ def stubbed(package: ModuleType, label: str, build: Callable[..., Contestant]) -
         contestant.schedules = "scheduled" in name
         out[label + name] = contestant
     return out
-
-
-def _stub_fused(steps_too: bool) -> AbstractContextManager[object]:
-    stack = ExitStack()
-    stack.enter_context(mock.patch("torch._fused_adamw_", nothing))
-    if steps_too:
-        stack.enter_context(mock.patch("torch._foreach_add_", nothing))
-    return stack
 
 
 def launched(package: ModuleType, label: str, build: Callable[..., Contestant]) -> dict[str, Contestant]:
@@ -232,7 +198,7 @@ def measure(
     contestants, missing = {}, {}
     for name, steps_too in ((FUSED, False), (f"{FUSED}, steps too", True)):
         contestants[name] = build(fused)
-        contestants[name].stubs = partial(_stub_fused, steps_too)
+        contestants[name].stubs = partial(stubbed_fused, steps_too)
     for package, label in ours:
         contestants |= stubbed(package, label, build)
     if device.type == "cuda":

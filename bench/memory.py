@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bench import harness, peers
-from bench.host import stubbed_kernels
+from bench.stubs import stubbed_kernels
 from bench.workloads import FOR_CPU, WORKLOADS, Workload, make_groups, make_params
 
 LIMIT_SHARE, LIMIT_BYTES = 1e-3, 10**6
