@@ -62,7 +62,7 @@ def hyperparameter(group, INDEX: tl.constexpr, mask):
     value = tl.load(group + INDEX, mask=mask, other=0).to(tl.float64, bitcast=True)
     address = tl.load(group + K_GROUP_ADDRESSES + INDEX, mask=mask, other=0)
     kinds = tl.load(group + K_GROUP_KINDS, mask=mask, other=0)
-    wide = (kinds & (1 << INDEX)) != 0
+    wide = (kinds >> INDEX & 1) != 0
     there = address != 0
     single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=there & (wide == 0), other=0.0).to(tl.float64)
     double = tl.load(address.to(tl.pointer_type(tl.float64)), mask=there & wide, other=0.0)
