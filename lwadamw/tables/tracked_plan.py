@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..state import keys
 from ..state.checks import check_gradient
+from ..state.creation import create_state, lay_out
 from ..state.decay import THRESHOLD, is_huber
-from ..state.draws import row_of
+from ..state.draws import rounding_row
 from ..state.members import Member, gradients_of, local
-from ..state.packing import create_state, lay_out, read_weight
+from ..state.packing import read_weight
 from ..state.storage import FLOATS, STATE, Storage, storage_of
 from .plan import NO_ROUNDING, Plan, Row, Shared
 
@@ -57,7 +58,7 @@ class TrackedPlan:
                     state["step"],
                     m.group_index,
                     m.segments,
-                    row_of(m) if storage.draws else NO_ROUNDING,
+                    rounding_row(m) if storage.draws else NO_ROUNDING,
                     keys.HUBER_SCALE.of(m.group) if is_huber(m.group) else None,
                 )
                 for m, p, state in zip(members, params, states, strict=True)

@@ -111,7 +111,7 @@ def test_torchs_moments_are_loaded_as_they_are(backend, device):
     p.grad = torch.randn_like(p)
     theirs.step()
     ours = AdamW([p], backend=backend, **EIGHT, master_weights="remainder")
-    with pytest.warns(UserWarning, match=r"exp_avg of '0.0' is torch.bfloat16, asked for is torch.int8, and 2 more"):
+    with pytest.warns(UserWarning, match=r"exp_avg of '0.0' is torch.bfloat16, its group asks for torch.int8, and 2 more"):
         ours.load_state_dict(theirs.state_dict())
     assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"])
     assert ours.state[p]["exp_avg"].dtype == B
