@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-_DRAW = 8  # elements that share one draw of 128 bits: layout.DRAW
-_ROUNDS = 7  # layout.PHILOX_ROUNDS
+DRAW = 8  # elements that share one draw of 128 bits, as layout.DRAW
+PHILOX_ROUNDS = 7  # as layout.PHILOX_ROUNDS
 
 
 def random_bits(index: Tensor, seed: int, stream: int, step: int) -> Tensor:
@@ -34,16 +34,16 @@ def random_bits(index: Tensor, seed: int, stream: int, step: int) -> Tensor:
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    draw = index // _DRAW
+    draw = index // DRAW
     c0, c1 = draw & _MASK, draw >> 32
     c2, c3 = torch.full_like(draw, step & _MASK), torch.full_like(draw, stream & _MASK)
     k0, k1 = seed & _MASK, seed >> 32 & _MASK
-    for _ in range(_ROUNDS):
+    for _ in range(PHILOX_ROUNDS):
         high_a, low_a = _product(0xD2511F53, c0)
         high_b, low_b = _product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    place = index % _DRAW
+    place = index % DRAW
     word = torch.where(place < 4, torch.where(place < 2, c0, c1), torch.where(place < 6, c2, c3))
     return torch.where(place % 2 == 0, word & 0xFFFF, word >> 16).to(torch.int32)
 

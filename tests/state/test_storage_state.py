@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from lwadamw import AdamW
 from lwadamw.state.combinations import COMBINATIONS
 from tests.cases import clone_params
-from tests.state.test_storage import ALIKE, assert_same_bits, give_grads, make, optimizer_of
+from tests.state.storages import ALIKE, assert_same_bits, give_grads, make, optimizer_of
 
 B, F = torch.bfloat16, torch.float32
 SHAPES = [(64, 70), (3,), (33, 128)]
@@ -111,7 +111,9 @@ def test_torchs_moments_are_loaded_as_they_are(backend, device):
     p.grad = torch.randn_like(p)
     theirs.step()
     ours = AdamW([p], backend=backend, **EIGHT, master_weights="remainder")
-    with pytest.warns(UserWarning, match=r"exp_avg of '0.0' is torch.bfloat16, its group asks for torch.int8, and 2 more"):
+    with pytest.warns(
+        UserWarning, match=r"exp_avg of '0.0' is torch.bfloat16, its group asks for torch.int8, and 2 more"
+    ):
         ours.load_state_dict(theirs.state_dict())
     assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"])
     assert ours.state[p]["exp_avg"].dtype == B
