@@ -17,16 +17,25 @@ QUICK = ("fp32, 8 bits", "bf16", "bf16, stochastic")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in STORAGES])
 def test_huber_kernels_and_torch_store_alike(name, device):
     """Weights, thresholds and norms, for every way to keep a weight."""
-    runs = [make(name, "huber", backend, device, [(64, 70), (33,)]) for backend in ("torch", "triton")]
+    shapes = [(33, 128) if "8 bits" in name else (33, 64), (33,)]
+    runs = [make(name, "huber", backend, device, shapes) for backend in ("torch", "triton")]
     for _ in range(3):
         set_grads(*(params for params, _ in runs))
         for _, optimizer in runs:
             optimizer.step()
     (ours, one), (theirs, two) = runs
     for p, q in zip(ours, theirs, strict=True):
-        differ = one.master_weight(p) - two.master_weight(q)
-        # A draw may fall either way where the last digits differ.
-        assert (differ.abs() > 1e-5 * (1 + q.detach().abs())).float().mean() < 2e-3
+        distance, size = (one.master_weight(p) - two.master_weight(q)).abs(), 1 + q.detach().abs().float()
+        bound = 1e-5 * size
+        assert (distance > bound).float().mean() < 2e-3
+        # If the last digits differ, a number may be rounded to the neighbouring number or code: once per step.
+        if name in ("bf16", "bf16, stochastic"):
+            bound = bound + 3 * torch.finfo(p.dtype).eps * size
+        if name == "bf16, kahan":  # its companion and its moments are rounded
+            bound = bound + 3 * (torch.finfo(p.dtype).eps ** 2 * size + PEAK * torch.finfo(p.dtype).eps)
+        if "8 bits" in name:
+            bound = bound + 3 * PEAK * 0.05
+        assert (distance <= bound).all()
         assert float(one.state[p]["huber_threshold"]) == pytest.approx(float(two.state[q]["huber_threshold"]), rel=1e-4)
     np.testing.assert_allclose(one.norms().update, two.norms().update, rtol=2e-3)
 
