@@ -46,9 +46,15 @@ SUITE = (
     "state/test_checkpoint.py",
     "step/test_torch_parity.py",
     "state/test_storage.py",
+    "state/test_storage_kernels.py",
+    "state/test_gradient_storage.py",
+    "state/test_convergence.py",
+    "state/test_codes.py",
     "step/test_amp.py",
     "step/test_gradient_release.py",
     "state/test_decay.py",
+    "state/test_decay_checkpoint.py",
+    "state/test_huber.py",
     "monitor/test_monitor.py",
 )
 
