@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.workloads import make_groups
 from lwadamw.state.combinations import COMBINATIONS
-from lwadamw.state.packing import create_state
+from lwadamw.state.creation import create_state
 from lwadamw.state.storage import Storage, storage_of
 
 

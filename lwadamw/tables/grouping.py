@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..state import keys
+from ..state.creation import create_state, lay_out
 from ..state.decay import is_huber
 from ..state.members import Member, local
-from ..state.packing import create_state, lay_out
 from ..state.storage import FLOATS, Storage, storage_of
 
 

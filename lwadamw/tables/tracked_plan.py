@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..state import keys
 from ..state.decay import THRESHOLD, is_huber
-from ..state.draws import row_of
+from ..state.draws import rounding_row
 from ..state.members import Member, local
 from ..state.storage import STATE, Storage
 from .device_totals import DeviceTotals
@@ -109,6 +109,6 @@ def _make_row(member: Member, state: dict[str, Any], storage: Storage) -> Row:
         state["step"],
         member.group_index,
         member.segments,
-        row_of(member) if storage.draws else NO_ROUNDING,
+        rounding_row(member) if storage.draws else NO_ROUNDING,
         keys.HUBER_SCALE.of(member.group) if is_huber(member.group) else None,
     )
