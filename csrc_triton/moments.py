@@ -1,17 +1,18 @@
-r"""Moments in 8 bits: codes c and one fp32 scale s per QUANT elements, counted from the parameter's first.
+r"""Moments in 8 bits: a code c for each element, and one fp32 scale s for each QUANT elements of the parameter.
 
-    exp_avg, int8 c in -127..127      m = s sign(c) c^4         s = max |m| / 127^4
-    exp_avg_sq, uint8 c in 0..255     sqrt(v) = s c^4           s = max sqrt(v) / 255^4
+    exp_avg      int8, c from -127 to 127     m = s sign(c) c^4      s = max |m| / 127^4
+    exp_avg_sq   uint8, c from 0 to 255       sqrt(v) = s c^4        s = max sqrt(v) / 255^4
 
-Fourth powers, because a block holds moments of many magnitudes; of v the root, so that both cover the same range.
+The codes hold fourth powers, because a block holds moments of many magnitudes. exp_avg_sq holds the root of v, so that
+both moments cover the same range.
 
-Codes are rounded up or down at random such that the mean of m and of v is exact. Rounded to nearest, 0.9 m would find its
-way back to m for ever while v decays, and a v with beta2 = 0.999 would not move at all. That of v is never 0 where its
-block has anything else, so that a denominator cannot vanish. A block whose largest value is below TINY counts as zeros.
-A scale that is inf or NaN keeps its whole block from being finite again.
+Codes are rounded up or down at random, so that the mean of m and of v is exact. Rounded to nearest, 0.9 m would return
+to m for ever while v decays, and v with beta2 = 0.999 would not move at all. A code of v is never 0 if its block holds
+anything else, so that no denominator vanishes. A block whose largest value is below TINY counts as zeros. If a scale is
+inf or NaN, its whole block stays so.
 
-One encoding is off by less than a code: |m|^1/4 and v^1/8 by 1/127 and 1/255 of the block's largest, m and sqrt(v)
-themselves by at most 3.1 % and 1.6 % of it.
+One encoding is off by less than one code. So |m|^1/4 and v^1/8 are off by at most 1/127 and 1/255 of the block's
+largest value, and m and sqrt(v) by at most 3.1 % and 1.6 % of it.
 """
 
 import triton
@@ -21,20 +22,20 @@ from .layout import K_QUANT
 from .storage import load, load_raw, pointer_to, store, store_raw
 
 TINY = tl.constexpr(2.0**-90)
-# Added to a small number, 1.5 2^23 leaves its nearest integer in the lower bits, as two's complement.
+# The sum of 1.5 2^23 and a small number has the nearest integer of that number in its lower bits, as two's complement.
 MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def spread(b_scale, SIZE: tl.constexpr):
-    """One value per QUANT elements, [SIZE / QUANT], to one per element."""
+    """Repeat the value of each block of QUANT elements, [SIZE / QUANT], for each of its elements, [SIZE]."""
     N: tl.constexpr = SIZE // K_QUANT
     return tl.reshape(tl.broadcast_to(b_scale[:, None], [N, K_QUANT]), [SIZE])
 
 
 @triton.jit
 def scales_at(scale_address, begin, end, SIZE: tl.constexpr):
-    """Pointers to the scales of elements [begin, begin + SIZE), and which of those blocks begin before `end`."""
+    """Pointers to the scales of the elements [begin, begin + SIZE), and a mask of the blocks that begin before `end`."""
     i_block = begin // K_QUANT + tl.arange(0, SIZE // K_QUANT)
     return scale_address.to(tl.pointer_type(tl.float32)) + i_block, i_block * K_QUANT < end
 
@@ -43,7 +44,7 @@ def scales_at(scale_address, begin, end, SIZE: tl.constexpr):
 def load_moment(
     address, scale_address, begin, offsets, mask, end, TYPE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr
 ):
-    """A block of exp_avg or exp_avg_sq as fp32; elements outside the mask read as 0."""
+    """Load a block of exp_avg or exp_avg_sq as fp32. Elements outside the mask are 0."""
     block = load(pointer_to(address, TYPE, not MASKED), offsets, mask, MASKED)
     if TYPE == tl.int8 or TYPE == tl.uint8:
         scales, there = scales_at(scale_address, begin, end, SIZE)
@@ -55,13 +56,14 @@ def load_moment(
 
 @triton.jit
 def round_code(power, random, LARGEST: tl.constexpr, SQUARED: tl.constexpr):
-    """MAGIC plus the code k or k + 1 whose fourth powers `power` lies between, as bits.
+    """Round `power` to the code k or k + 1 whose fourth powers enclose it. Returns the bits of MAGIC plus the code.
 
-    k + 1 with the probability that makes the mean of the fourth power, or of its square, that of `power`; random: 16 bits.
+    `random` has 16 random bits. The code is k + 1 with the probability that makes the mean of its fourth power equal to
+    `power`. If SQUARED, the mean of the square of its fourth power is equal to the square of `power`.
     """
     centred = (random << 7 | 0x3F800000).to(tl.float32, bitcast=True) - 1.4999924
     lower = tl.minimum(tl.rsqrt(tl.rsqrt(tl.maximum(power, 1e-30))) - 0.5 + MAGIC, MAGIC + (LARGEST - 1.0))
-    # With x halfway between k and k + 1: the powers' distance, and their mean.
+    # x is halfway between k and k + 1. `gap` is the distance of the fourth powers of k and k + 1, `mean` is their mean.
     x = lower - MAGIC + 0.5
     xx = x * x
     gap = x * tl.fma(xx, 4.0, 1.0)
@@ -81,14 +83,15 @@ def store_codes(
     TYPE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     LARGEST: tl.constexpr = 127.0 if TYPE == tl.int8 else 255.0
-    # Without the sign bit floats order as integers do, NaN above inf, so neither is lost in the maximum.
+    # Without the sign bit, the bits of floats have the same order as integers, and NaN is above inf. So the maximum
+    # keeps both.
     bits = tl.reshape(block.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [SIZE // K_QUANT, K_QUANT])
     largest = tl.max(bits, 1).to(tl.float32, bitcast=True)
     zero = largest < TINY
     scales, there = scales_at(scale_address, begin, end, SIZE)
     store_raw(scales, 0, tl.where(zero, 0.0, largest * (1.0 / LARGEST**4)), there, MASKED)
-    # Approximate, as the roots in round_code; an error there only moves a probability. rsqrt is one instruction, a quotient
-    # eight.
+    # The quotient and the roots in round_code are approximate. An error in them only moves a probability. rsqrt is one
+    # instruction, and a quotient takes eight.
     inverse = tl.rsqrt(tl.where(zero, 1.0, largest))
     power = tl.abs(block) * spread(tl.where(zero, 0.0, inverse * inverse * LARGEST**4), SIZE)
     code = round_code(power, random & 0xFFFF, LARGEST, TYPE == tl.uint8) & 0xFF
@@ -104,7 +107,10 @@ def store_moment(
     address, scale_address, begin, offsets, block, root, random, mask, end,
     TYPE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of exp_avg, or of exp_avg_sq with its root; of the 32 random bits per element each takes a half."""
+    """Write a block of exp_avg or exp_avg_sq. `root` is the square root of the block, which only exp_avg_sq uses.
+
+    `random` has 32 random bits for each element. exp_avg uses the lower half, exp_avg_sq the upper half.
+    """
     pointer = pointer_to(address, TYPE, not MASKED)
     if TYPE == tl.int8:
         store_codes(pointer, scale_address, begin, offsets, block, random, mask, end, TYPE, SIZE, MASKED)

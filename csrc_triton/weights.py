@@ -1,10 +1,10 @@
-r"""How the weight of a parameter is kept: in the parameter alone, or in it and a companion array (layout.PLAIN and on).
+r"""How the weight w of a parameter is kept: in the parameter alone, or in the parameter and a companion array.
 
-MASTER      w = companion                     parameter = w rounded to nearest; companion fp32
-REMAINDER   bits of w = (bits of parameter << 16) + companion, a signed 16-bit number; exact
-KAHAN       w = parameter + companion         parameter = w rounded to nearest, companion what that left over, rounded
-STOCHASTIC  w = parameter                     rounded up with probability (distance to the lower neighbour) / spacing
-PLAIN       w = parameter                     rounded to nearest
+PLAIN       w = parameter, rounded to nearest
+MASTER      w = companion, in fp32; the parameter is w rounded to nearest
+REMAINDER   bits of w = (bits of the parameter << 16) + companion, a signed 16-bit number; exact
+KAHAN       w = parameter + companion; the parameter is w rounded to nearest, the companion is what rounding lost, rounded
+STOCHASTIC  w = parameter, rounded up with the probability (distance to the lower neighbour) / (spacing of the neighbours)
 """
 
 import triton
@@ -16,6 +16,7 @@ from .storage import load, load_raw, pointer_to, rounded, store, store_raw
 
 @triton.jit
 def load_weight(p_address, c_address, offsets, mask, PARAM: tl.constexpr, WEIGHT: tl.constexpr, MASKED: tl.constexpr):
+    """Load a block of the fp32 weight."""
     ALIGNED: tl.constexpr = not MASKED
     if WEIGHT == K_MASTER:
         return load(pointer_to(c_address, tl.float32, ALIGNED), offsets, mask, MASKED)
@@ -32,7 +33,10 @@ def load_weight(p_address, c_address, offsets, mask, PARAM: tl.constexpr, WEIGHT
 
 @triton.jit
 def canonical_bits(block):
-    """Bits of an fp32 block as int32, of every NaN those that survive being cut in half: CUDA's, 0x7fffffff, do not."""
+    """Bits of an fp32 block as int32. Every NaN gets bits that are still a NaN when they are cut in half.
+
+    The NaN of CUDA, 0x7fffffff, would not be one any more: its rounded upper half is -0.
+    """
     return tl.where(block == block, block.to(tl.int32, bitcast=True), 0x7FC00000)
 
 
@@ -42,13 +46,13 @@ def store_weight(
     c_address,
     offsets,
     block,
-    random,  # int32 bits below 2^16 if STOCHASTIC
+    random,  # int32[SIZE] below 2^16, read if STOCHASTIC
     mask,
     PARAM: tl.constexpr,
     WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Write the fp32 weight, and return it as the next step will read it."""
+    """Write a block of the fp32 weight. Returns the block as the next step will read it."""
     ALIGNED: tl.constexpr = not MASKED
     p = pointer_to(p_address, PARAM, ALIGNED)
     if WEIGHT == K_MASTER:
