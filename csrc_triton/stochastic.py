@@ -52,8 +52,7 @@ def random_bits(
     step,  # uint32
     STRIDED: tl.constexpr,  # if False, run and stride are not used
     SIZE: tl.constexpr,
-    EACH: tl.constexpr,  # neighbouring elements per thread; with 4 or 8, every draw begins at a multiple of DRAW in
-    this shard
+    EACH: tl.constexpr,  # neighbouring elements per thread; with 4 or 8, every draw begins at a multiple of DRAW here
 ):
     """Random bits of SIZE elements, int32[SIZE], from 0 to 2^16 - 1."""
     if EACH == 8:
