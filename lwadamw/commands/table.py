@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..state.names import layer_type
 from ..width.rules import ROLES, RULES
 from .arguments import positive, whole
 from .factory import EXAMPLE, build, literal
@@ -156,7 +157,7 @@ def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[st
 def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool) -> str:
     alike: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, shape, why in undecided:
-        alike.setdefault((name if full else re.sub(r"\d+", "*", name), shape, why), []).append(name)
+        alike.setdefault((name if full else layer_type(name), shape, why), []).append(name)
     lines = [
         f"  {names[0] if len(names) == 1 else f'{pattern} x{len(names)}'}  {shape}  {why}"
         for (pattern, shape, why), names in alike.items()
