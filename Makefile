@@ -1,14 +1,15 @@
-# make demo   train a small language model at two widths and look at its norms
-# make test   everything CI runs: lint, types, tests
-# make study  the laboratory's runs behind docs/width_transfer.md, then its figures and tables: hours on a CPU;
-#             runs that are there already are not made again
-# make gpu    GPU tests, then benchmarks; needs only python3, torch, triton and numpy
-# make check  lint and types
-# make bench  what can be measured without a GPU, and README's figure of it
-# The first two build .venv by themselves. PYTHON=python3.12 chooses the interpreter it is built from.
+# make demo   trains a small language model at two widths and shows its norms
+# make test   runs lint, types and tests: everything that CI runs
+# make check  runs lint and types
+# make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
+# make gpu    runs the GPU tests, then the benchmarks; needs only python3, torch, triton and numpy
+# make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
+#             Runs that exist already are not repeated.
+# All targets but gpu and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
 
 PYTHON ?= python3
 OUT ?= bench/results
+JOBS ?= auto
 BIN := .venv/bin
 
 .PHONY: demo test check bench study gpu clean
@@ -27,7 +28,7 @@ check: .venv/.installed
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json

@@ -1,12 +1,14 @@
-"""Benchmarks that answer one question each. `--help` of each says what is measured, and how.
+"""Benchmarks. Each command answers one question. `--help` says what the command measures, and how.
 
-python -m bench.step        how long does a step take, and how near to a copy's speed is it?
-python -m bench.host        what does step() cost the host?
-python -m bench.codegen     what does the compiler make of the kernels?
-python -m bench.memory      how much memory does a step need beyond parameters, gradients and state?
-python -m bench.train       how many tokens per second does a small LLaMA train at?
-python -m bench.gpu         all of it, and the GPU tests, on a machine with one
-python -m bench.report      README's figure and table, from bench/results
-python -m bench.workloads   what is stepped
+python -m bench.step        How long does a step take, and how close is it to the speed of a copy?
+python -m bench.host        How much host time does step() take?
+python -m bench.codegen     Which code does the compiler make from the kernels?
+python -m bench.memory      How much memory does a step need in addition to parameters, gradients and state?
+python -m bench.train       How many tokens per second does a small LLaMA train at?
+python -m bench.monitor     Which share of the training time does lwadamw.Monitor take?
+python -m bench.tune        Which launch constants of the kernels are fastest?
+python -m bench.gpu         Runs all of these except codegen and tune, and the GPU tests, on a machine with a GPU.
+python -m bench.report      Writes the figure and the table in README from bench/results.
+python -m bench.workloads   Prints the parameter lists that are stepped.
 pytest bench/ --benchmark-only
 """

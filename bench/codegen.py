@@ -36,7 +36,7 @@ from lwadamw.kernels import layout
 from lwadamw.state import decay
 from lwadamw.state.combinations import COMBINATIONS
 from lwadamw.state.storage import Storage
-from lwadamw.tables.plan import launch_options, total_bits, update_constants
+from lwadamw.tables.variants import launch_options, total_bits, update_constants
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

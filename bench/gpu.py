@@ -1,12 +1,13 @@
-"""One command for a bare GPU machine: GPU tests, every benchmark, one JSON, one short table. Under 9 minutes on an H200.
+"""One command for a bare GPU machine: GPU tests, all benchmarks, one JSON file, one short table.
 
     make gpu                                        # or: python -m bench.gpu --out results
     python -m bench.gpu --only step host --workloads llama_1b
 
-Needs torch, triton and numpy; no pytest, git, network or other files. What is measured, and how, is said by the parts:
-bench.step, bench.host, bench.memory, bench.train, bench.monitor. `suite` runs the rest of the tests on this device, where there
-is pytest, in the time that is left. A part that fails is recorded with its error and does not keep the others from running;
-the JSON is written anew after each.
+It takes less than 9 minutes on an H200. It needs torch, triton and numpy. It needs no pytest, no git, no network and no other
+files. The docstrings of bench.step, bench.host, bench.memory, bench.train and bench.monitor say what is measured, and how.
+The part `suite` runs other tests of the project on this device, if pytest is installed, in the time that is left.
+
+If a part fails, its error is recorded and the other parts still run. The JSON file is written again after each part.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from lwadamw.state.combinations import COMBINATIONS
 
 PARTS = ("tests", "step", "storage", "host", "memory", "train", "monitor", "suite")
 MINUTES = 8.7
-TABLE_SECONDS = 8.0  # of rounds for each table of bench.step
+TABLE_SECONDS = 8.0  # time for the rounds of one table of bench.step
 STORAGE_WORKLOAD, STORAGE_SECONDS = "llama_1b", 3.0
 STORAGE_PEERS = ("fused_mixed", "fused_copies", "optimi", "torchao", "bitsandbytes")
 HOST_GROUPS, HOST_TENSORS, HOST_ROUNDS = (1, 28, 500), 500, 20
+# Test files for the part `suite`, below tests/.
 SUITE = (
     "step/test_backends.py",
     "tables/test_grouping.py",
@@ -46,24 +48,38 @@ SUITE = (
     "state/test_checkpoint.py",
     "step/test_torch_parity.py",
     "state/test_storage.py",
+    "state/test_storage_kernels.py",
+    "state/test_gradient_storage.py",
+    "state/test_convergence.py",
+    "state/test_codes.py",
     "step/test_amp.py",
     "step/test_gradient_release.py",
     "state/test_decay.py",
+    "state/test_decay_checkpoint.py",
+    "state/test_huber.py",
+    "monitor/test_columns.py",
     "monitor/test_monitor.py",
+    "monitor/test_resume.py",
 )
 
 
-def run_tests() -> list[dict[str, str]]:
-    """Every test of tests/kernels/test_gpu.py and test_gpu_storage.py, as plain functions."""
+def gpu_tests() -> list[Callable[[], None]]:
+    """The test functions of tests/kernels/test_gpu.py and test_gpu_storage.py. They need no pytest and no fixtures."""
     from tests.kernels import test_gpu, test_gpu_storage
 
-    results = []
-    members = [
-        pair for module in (test_gpu, test_gpu_storage) for pair in inspect.getmembers(module, inspect.isfunction)
+    return [
+        function
+        for module in (test_gpu, test_gpu_storage)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.startswith("test_")
     ]
-    for name, test in members:
-        if not name.startswith("test_"):
-            continue
+
+
+def run_tests() -> list[dict[str, str]]:
+    """Run every GPU test and return the name and the outcome of each."""
+    results = []
+    for test in gpu_tests():
+        name = test.__name__
         torch.manual_seed(0)
         start = time.perf_counter()
         try:
@@ -79,7 +95,7 @@ def run_tests() -> list[dict[str, str]]:
 
 
 def run_suite(seconds: float) -> str:
-    """The rest of the tests with kernels on this device; the last line pytest prints."""
+    """Run the test files of SUITE on this device for at most `seconds`, and return the last line that pytest prints."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     command += [f"tests/{name}" for name in SUITE]
     try:
@@ -93,7 +109,7 @@ def run_suite(seconds: float) -> str:
 
 
 def run_step(names: list[str], device: torch.device, dry: bool, end: float) -> list[dict[str, Any]]:
-    """bench.step, workload by workload until the time is up."""
+    """Run bench.step on one workload after the other. No workload starts after `end`, in seconds of time.monotonic."""
     results = []
     for name in names:
         if time.monotonic() > end:
@@ -106,7 +122,11 @@ def run_step(names: list[str], device: torch.device, dry: bool, end: float) -> l
 
 
 def run_storage(device: torch.device, dry: bool, end: float) -> list[dict[str, Any]]:
-    """bench.step on one workload in one group, storage by storage until the time is up; fp32 is among `run_step`'s."""
+    """Run bench.step on one workload in one group, for one storage combination after the other.
+
+    The combination "fp32" is left out, because `run_step` measures it. No combination starts after `end`, in seconds of
+    time.monotonic.
+    """
     results = []
     for name in COMBINATIONS:
         if name == "fp32":
@@ -122,24 +142,28 @@ def run_storage(device: torch.device, dry: bool, end: float) -> list[dict[str, A
 
 
 def run_host(device: torch.device, dry: bool) -> dict[str, Any]:
+    """Run bench.host and print its table."""
     result = host.run(30, (1,), 1, device) if dry else host.run(HOST_TENSORS, HOST_GROUPS, HOST_ROUNDS, device)
     print(f"\n{host.table(result['tensors'], result['columns'])}\n")
     return result
 
 
 def run_memory(names: list[str], device: torch.device, dry: bool) -> list[dict[str, Any]]:
+    """Run bench.memory and print its table."""
     results = memory.run(names, device, dry=dry)
     print(f"\n{memory.table(results)}\n")
     return results
 
 
 def run_train(device: torch.device, dry: bool) -> dict[str, Any]:
+    """Run bench.train and print its table."""
     result = train.measure(device, train.config_for(device, dry))
     print(f"\n{train.table(result)}\n")
     return result
 
 
 def run_monitor(device: torch.device, dry: bool) -> list[dict[str, Any]]:
+    """Run bench.monitor and print its table."""
     config = monitor.DRY if dry else monitor.GPU
     results = [monitor.measure(device, config, width) for width in config["widths"]]
     print(f"\n{monitor.table(results, config)}\n")
@@ -147,6 +171,7 @@ def run_monitor(device: torch.device, dry: bool) -> list[dict[str, Any]]:
 
 
 def storage_table(results: list[dict[str, Any]]) -> str:
+    """A table with a row for each storage combination of `run_storage`."""
     rows = []
     for result in results:
         ours = result["rows"]["lwadamw"]
@@ -159,7 +184,7 @@ def storage_table(results: list[dict[str, Any]]) -> str:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The figures a claim could rest on."""
+    """The most important results of a record, as tables and lines."""
     rows = []
     for result in record.get("step") or ():
         ours, others = result["rows"]["lwadamw"], result["rows"]
@@ -203,6 +228,7 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def verdicts(record: dict[str, Any]) -> list[str]:
+    """One line for each part that failed, and one each for the results of the GPU tests and of the suite."""
     failed = [t["test"] for t in record.get("tests") or () if t["outcome"] != "passed"]
     lines = [f"{part} did not run: {error}" for part, error in record["errors"].items()]
     if record.get("tests"):
@@ -213,25 +239,27 @@ def verdicts(record: dict[str, Any]) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "bench/results", help="folder for the JSON")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts instead of all")
+    parser.add_argument("--out", type=Path, default=harness.ROOT / "bench/results", help="folder for the JSON file")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run only these parts")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(FOR_GPU), help="of step and memory")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="time that is divided up")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="total time for all parts")
     parser.add_argument(
-        "--suite-seconds", type=float, default=200, help="time limit of the pytest part, if there is as much"
+        "--suite-seconds", type=float, default=200, help="time limit of the part suite, or less if less time is left"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="on the CPU, on a few small tensors: does the script run?"
+        "--dry-run", action="store_true", help="use the CPU and a few small tensors, to check that the script runs"
     )
     return parser.parse_args()
 
 
 def main() -> None:
+    """Run the parts, write the JSON file and print the summary."""
     arguments = parse()
     dry = arguments.dry_run
     if not torch.cuda.is_available() and not dry:
-        sys.exit("bench.gpu: torch sees no GPU here. --dry-run tries the script out on the CPU.")
+        sys.exit("bench.gpu: torch sees no GPU on this machine. Use --dry-run to try the script on the CPU.")
     device = harness.choose_device("cpu" if dry else "cuda")
     begin = time.monotonic()
     end = begin + 60 * arguments.minutes
@@ -242,7 +270,7 @@ def main() -> None:
     record: dict[str, Any] = {"command": harness.command_line("bench.gpu"), "machine": described, "errors": {}}
     parts: dict[str, Callable[[], Any]] = {
         "tests": run_tests,
-        # These leave two minutes to the parts after them, and the first of them as much to the second.
+        # `step` ends 240 s before the end, so 120 s are left for `storage` and 120 s for the parts after it.
         "step": lambda: run_step(arguments.workloads, device, dry, end - 240),
         "storage": lambda: run_storage(device, dry, end - 120),
         "host": lambda: run_host(device, dry),

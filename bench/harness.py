@@ -1,4 +1,4 @@
-"""What the benchmark commands share: the machine's description, a timer, quantiles, JSON, tables."""
+"""Functions that the benchmark commands share: a description of the machine, a timer, quantiles, JSON and tables."""
 
 from __future__ import annotations
 
@@ -23,22 +23,30 @@ ROOT = Path(__file__).parent.parent
 
 
 def log(message: str) -> None:
+    """Print a message with the time of day."""
     print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, else a GPU, else the CPU. Without a GPU, kernels are set up to run interpreted."""
+    """Choose the device of a benchmark, and set up interpreted kernels if it is the CPU.
+
+    Args:
+        name: "cuda" or "cpu"; None: a GPU if there is one, else the CPU.
+
+    Raises:
+        SystemExit: "cuda" was given and torch sees no GPU.
+    """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch sees no GPU here: --device cpu measures what can be measured without.")
+        sys.exit("torch sees no GPU on this machine. Use --device cpu to measure what needs no GPU.")
     if device.type == "cpu":
-        # Triton reads this once, as the kernels are first imported.
+        # Triton reads this variable once, when the kernels are imported for the first time.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     return device
 
 
 def output(*command: str) -> str | None:
-    """What a command prints, or None if it is missing or fails."""
+    """The standard output of a command without surrounding spaces, or None if the command is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -46,7 +54,12 @@ def output(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """LWADAMW_COMMIT, for a copy without a repository; else git's, with "+dirty" if tracked files differ from it."""
+    """The commit that is measured.
+
+    Returns:
+        The environment variable LWADAMW_COMMIT if it is set, for a copy without a repository. Otherwise the commit from git,
+        with "+dirty" added if tracked files differ from the commit. "unknown" without git.
+    """
     given = os.environ.get("LWADAMW_COMMIT")
     if given:
         return given
@@ -57,12 +70,18 @@ def commit() -> str:
 
 
 def version_of(module: str) -> str:
+    """The version of an installed module, or "none"."""
     return importlib.import_module(module).__version__ if importlib.util.find_spec(module) else "none"
 
 
 def machine(device: torch.device, threads: int | None = None) -> dict[str, str]:
-    """What a figure cannot be read without; `threads` if a CPU was not given all that torch has."""
-    # Not above: Triton reads how kernels are to run when it is first imported.
+    """Describe the machine: device, driver, versions, commit and date. Every published number needs this description.
+
+    Args:
+        device: the device that was measured.
+        threads: number of CPU threads that the benchmark used; None: all threads of torch.
+    """
+    # This import is not at the top, because Triton reads TRITON_INTERPRET when it is imported for the first time.
     from lwadamw.lab.sweep import cpu_name
 
     cuda, threads = device.type == "cuda", threads or torch.get_num_threads()
@@ -80,27 +99,29 @@ def machine(device: torch.device, threads: int | None = None) -> dict[str, str]:
 
 
 def one_line(description: Mapping[str, str]) -> str:
-    """A machine's description as it stands under a table, the commit shortened."""
+    """The description of a machine as one line under a table, with a shortened commit."""
     head, *dirty = description["commit"].split("+")
     short = {**description, "commit": "+".join([head[:10], *dirty])}
     return ", ".join(value if key == "device" else f"{key} {value}" for key, value in short.items() if value != "-")
 
 
 class Timer:
-    """Seconds per call over several consecutive calls: by device events on a GPU, by the clock on a CPU.
+    """Measures seconds per call over several consecutive calls.
 
-    So a figure is what one call adds to a training loop: time on the device or on the host, whichever is longer.
+    On a GPU it uses device events, on a CPU the clock. So the result is the time that one call adds to a training loop: the
+    time on the device or the time on the host, whichever is longer.
 
     Args:
-        steps: calls per measurement at most.
-        seconds: a measurement takes about this long, if that many calls allow it.
+        device: the device that the calls use.
+        steps: largest number of calls in one measurement.
+        seconds: one measurement takes about this long, if `steps` calls are enough for it.
     """
 
     def __init__(self, device: torch.device, steps: int = 50, seconds: float = 0.1) -> None:
         self.device, self.steps, self.seconds = device, steps, seconds
 
     def calls_for(self, once: float) -> int:
-        """Calls per measurement of something that takes `once` seconds."""
+        """Number of calls in one measurement, if one call takes `once` seconds."""
         return min(self.steps, max(1, round(self.seconds / max(once, 1e-9))))
 
     def __call__(self, call: Callable[[], object], calls: int) -> float:
@@ -120,7 +141,10 @@ class Timer:
 
 
 def shuffled(names: Iterable[str], round_: int) -> list[str]:
-    """Names in an order of their own for every round: what ran before leaves caches as it needed them."""
+    """The names in a random order that differs from round to round.
+
+    Each contestant leaves the caches in a state that suits itself. A fixed order would always favour the same one.
+    """
     order = list(names)
     random.Random(round_).shuffle(order)
     return order
@@ -129,10 +153,19 @@ def shuffled(names: Iterable[str], round_: int) -> list[str]:
 def interleaved(
     timer: Timer, calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float | None = None
 ) -> dict[str, list[float]]:
-    """Seconds per call by name, one value per round; in a round every contestant has its turn, in another order each time.
+    """Time contestants in turn. In every round each contestant has one turn, in another order each time.
 
-    Each is called three times before: the first call compiles, the third tells how many calls a measurement takes.
-    `seconds` ends the rounds early, but not before the third.
+    Before the first round each contestant is called three times. The first call compiles. The third call is timed, and its
+    time gives the number of calls in one measurement.
+
+    Args:
+        timer: measures one turn.
+        calls: the function to time, by name of the contestant.
+        rounds: number of rounds.
+        seconds: stop after this time, but not before three rounds are done; None: no limit.
+
+    Returns:
+        Seconds per call, by name, one value per round.
     """
     counts = {}
     for name, call in calls.items():
@@ -149,7 +182,7 @@ def interleaved(
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """p20, p50, p80 with linear interpolation between the values."""
+    """The quantiles p20, p50 and p80, with linear interpolation between the values."""
     if len(values) == 1:
         return dict.fromkeys(("p20", "p50", "p80"), values[0])
     deciles = statistics.quantiles(values, n=10, method="inclusive")
@@ -157,22 +190,33 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, reference: str) -> float:
-    """How many times faster `name` is than `reference`: the median over rounds, in each of which both saw one machine."""
+    """How many times faster `name` is than `reference`.
+
+    This is the median of the ratios within each round. Within a round both ran at about the same time, so a machine that
+    becomes slower does not change the ratio.
+    """
     return statistics.median(r / t for r, t in zip(times[reference], times[name], strict=True))
 
 
 def parser_for(module_doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with what every command has: its docstring as help, --device, --json, --dry-run."""
+    """An argument parser with the options that every command has: --device, --json, --dry-run.
+
+    Args:
+        module_doc: docstring of the command, shown as its help.
+        **defaults: default values of arguments.
+    """
     parser = argparse.ArgumentParser(description=module_doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes and few rounds: does the command run?")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="use tiny sizes and few rounds, to check that the command runs"
+    )
     parser.set_defaults(**defaults)
     return parser
 
 
 def write_json(path: Path | None, record: Mapping[str, Any]) -> None:
-    """Write a record, figures rounded to what is known of them."""
+    """Write a record as JSON, with numbers rounded to five digits. Nothing is written if the path is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
@@ -189,14 +233,28 @@ def _rounded(value: Any) -> Any:
 def finish(
     path: Path | None, module: str, device: torch.device, figures: Mapping[str, Any], threads: int | None = None
 ) -> None:
-    """The end of every command: its machine under its table, and the record with both."""
+    """End a command: print the description of the machine, and write it with the results to a file.
+
+    Args:
+        path: file for the record; None: no file.
+        module: name of the command, for example "bench.step".
+        device: the device that was measured.
+        figures: the results.
+        threads: number of CPU threads that the benchmark used; None: all threads of torch.
+    """
     described = machine(device, threads)
     print(one_line(described))
     write_json(path, {"command": command_line(module), "machine": described, **figures})
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
-    """Markdown, the columns lined up: the first `left` to the left, the others to the right."""
+    """A Markdown table with aligned columns.
+
+    Args:
+        header: titles of the columns.
+        rows: cells of each row.
+        left: this many columns are aligned to the left, the others to the right.
+    """
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
@@ -209,6 +267,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1
 
 
 def command_line(module: str) -> str:
-    """The command as it was given, for the record; not where its figures went."""
+    """The command as it was typed, for the record, without the --json option."""
     given = " ".join(["python -m", module, *sys.argv[1:]])
     return re.sub(r" --json[ =]\S+", "", given)

@@ -1,43 +1,44 @@
-"""What step() costs the host: lwadamw against torch fused, by number of parameter groups.
+"""Host time of step(): lwadamw compared with torch fused, for several numbers of parameter groups.
 
     python -m bench.host                            # 500 tensors in 1, 28 and 500 groups
     python -m bench.host --tensors 400 --groups 1 28 --json host.json
-    python -m bench.host --base HEAD~1              # and the package as it was then
-    python -m bench.host --cold                     # 128 MB written before every step, as forward and backward would
+    python -m bench.host --base HEAD~1              # also the package of another revision
+    python -m bench.host --cold                     # writes 128 MB before every step, like a forward and backward pass
 
-Tensors have 4 elements, so that the device has next to nothing to do. Gradients are other tensors at every step. Every
-contestant takes 10 steps at a time in turn, in another order each round, each step timed by the clock; figures are quantiles
-over all its steps.
+Each tensor has 4 elements, so the device has almost nothing to do. Every step gets other gradient tensors. The contestants
+take turns of 10 steps each, in another order in every round. The clock times each step. The results are quantiles over all
+steps of a contestant.
 
-With launches stubbed, both optimizers run the whole of their Python and launch nothing. Of torch fused the operator
-`_fused_adamw_` is stubbed; in a second row also the operator that advances the steps, which on a GPU is a launch too (on
-the CPU it adds to tensors one by one). lwadamw is timed as a plain loop leaves it, with norms off, with clipping, with every
-learning rate assigned before every step, and after somebody has read `optimizer.state`, from when on it verifies every
-moment at every step.
+With stubbed launches, both optimizers run all of their Python code and launch nothing. For torch fused, the operator
+`_fused_adamw_` is stubbed. A second row also stubs the operator that advances the step counters. On a GPU this operator is a
+launch too. On a CPU it adds to the tensors one by one.
 
-On a GPU also with real launches, the device idle before every step so that no queue is full, and as the replay of a CUDA
-graph that holds the step.
+The variants of lwadamw are: a plain loop, norms off, clipping, every learning rate assigned before every step, and
+`optimizer.state` read once before. After such a read, lwadamw verifies every moment at every step.
 
-    x       torch fused's median over this one's: stubbed rows over "torch fused", launched rows over "torch fused, launched"
+On a GPU there are also rows with real launches and rows for the replay of a CUDA graph that holds the step. There the device
+is idle before every step, so that no queue is full.
+
+    x       median of torch fused / median of this row. Stubbed rows are compared with "torch fused", launched rows with
+            "torch fused, launched".
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 
 from bench import harness, revision
+from bench.stubs import stubbed_fused, stubbed_kernels
 from bench.workloads import make_groups
 
 FUSED = "torch fused"
@@ -45,7 +46,7 @@ LAUNCHED = f"{FUSED}, launched"
 STEPS = 10
 NUMEL = 4
 COLD_BYTES = 2**27
-# Variants of lwadamw: what is added to its name, and its options.
+# Variants of lwadamw: the ending of the row's name, and the options of the optimizer.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     ", norms off": {"norms": False},
@@ -55,34 +56,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Stub:
-    """Stands for a kernel, and for what launching one returns."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.arg_names = kernel.arg_names
-
-    def __getitem__(self, grid: object) -> Callable[..., _Stub]:
-        return lambda *args, **kwargs: self
-
-
-def stubbed_kernels(package: str = "lwadamw") -> Any:
-    """While this lasts, plans of the package are made with kernels that do nothing."""
-    kernels = importlib.import_module(f"{package}.kernels")
-    names = [name for name in vars(kernels) if name.endswith("_kernel")]
-    return mock.patch.multiple(kernels, **{name: _Stub(getattr(kernels, name)) for name in names})
-
-
-def nothing(*args: object, **kwargs: object) -> None:
-    return None
-
-
 @dataclass
 class Contestant:
+    """An optimizer whose step is timed.
+
+    Attributes:
+        optimizer: the optimizer.
+        call: the function that is timed.
+        stubs: makes the context that is active during the turns of this contestant.
+        schedules: whether every learning rate is assigned before every step.
+        moves: whether every step gets other gradient tensors.
+    """
+
     optimizer: torch.optim.Optimizer
     call: Callable[[], object]
-    stubs: Callable[[], AbstractContextManager[object]] = nullcontext  # entered around its turns
+    stubs: Callable[[], AbstractContextManager[object]] = nullcontext
     schedules: bool = False
-    moves: bool = True  # gets other gradients before every step
+    moves: bool = True
 
 
 def _step(make: Callable[..., torch.optim.Optimizer], tensors: int, n_groups: int, device: torch.device) -> Contestant:
@@ -92,7 +82,13 @@ def _step(make: Callable[..., torch.optim.Optimizer], tensors: int, n_groups: in
 
 
 def stubbed(package: ModuleType, label: str, build: Callable[..., Contestant]) -> dict[str, Contestant]:
-    """Variants of lwadamw whose kernels do nothing."""
+    """The variants of lwadamw, with kernels that do nothing.
+
+    Args:
+        package: the package to measure.
+        label: name of the package in the table.
+        build: makes a contestant from a function that makes an optimizer.
+    """
     out = {}
     for name, options in VARIANTS.items():
         contestant = build(partial(package.AdamW, backend="triton", **options))
@@ -102,22 +98,14 @@ def stubbed(package: ModuleType, label: str, build: Callable[..., Contestant]) -
     return out
 
 
-def _stub_fused(steps_too: bool) -> AbstractContextManager[object]:
-    stack = ExitStack()
-    stack.enter_context(mock.patch("torch._fused_adamw_", nothing))
-    if steps_too:
-        stack.enter_context(mock.patch("torch._foreach_add_", nothing))
-    return stack
-
-
 def launched(package: ModuleType, label: str, build: Callable[..., Contestant]) -> dict[str, Contestant]:
-    """Variants of lwadamw that launch for real."""
+    """The variants of lwadamw with real launches; arguments as in `stubbed`."""
     variants = {", launched": {}, ", clipping, launched": {"max_grad_norm": 1.0}}
     return {label + name: build(partial(package.AdamW, **options)) for name, options in variants.items()}
 
 
 def captured(make: Callable[..., torch.optim.Optimizer], build: Callable[..., Contestant]) -> Contestant:
-    """The replay of a CUDA graph of one step, gradients where they are."""
+    """A contestant that replays a CUDA graph of one step. The gradients stay in place."""
     contestant = build(partial(make, capturable=True))
     for group in contestant.optimizer.param_groups:
         for p in group["params"]:
@@ -137,7 +125,17 @@ def captured(make: Callable[..., torch.optim.Optimizer], build: Callable[..., Co
 def take_turns(
     contestants: dict[str, Contestant], rounds: int, device: torch.device, cold: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of every single step by name; `cold`: with nothing of it left in the CPU's caches."""
+    """Time every single step of all contestants.
+
+    Args:
+        contestants: the contestants, by name.
+        rounds: number of rounds of STEPS steps each.
+        device: the device of the parameters.
+        cold: write 128 MB before every step, so that the caches of the CPU hold no data of the optimizer.
+
+    Returns:
+        Seconds of every step, by name.
+    """
     elsewhere = torch.zeros(COLD_BYTES // 8 if cold else 0, dtype=torch.float64)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     params = {name: [p for g in c.optimizer.param_groups for p in g["params"]] for name, c in contestants.items()}
@@ -179,7 +177,19 @@ def measure(
     base: tuple[str, ModuleType] | None = None,
     cold: bool = False,
 ) -> dict[str, Any]:
-    """Rows of one number of groups: microseconds by contestant, and the reason of each that is missing."""
+    """Measure one number of groups.
+
+    Args:
+        tensors: number of tensors.
+        n_groups: number of parameter groups.
+        rounds: number of rounds.
+        device: the device of the parameters.
+        base: name and package of another revision to measure too.
+        cold: see `take_turns`.
+
+    Returns:
+        The number of groups, quantiles in microseconds by contestant, and the reason for each contestant that is missing.
+    """
     import lwadamw
 
     build = partial(_step, tensors=tensors, n_groups=n_groups, device=device)
@@ -188,7 +198,7 @@ def measure(
     contestants, missing = {}, {}
     for name, steps_too in ((FUSED, False), (f"{FUSED}, steps too", True)):
         contestants[name] = build(fused)
-        contestants[name].stubs = partial(_stub_fused, steps_too)
+        contestants[name].stubs = partial(stubbed_fused, steps_too)
     for package, label in ours:
         contestants |= stubbed(package, label, build)
     if device.type == "cuda":
@@ -199,7 +209,7 @@ def measure(
         for make, label in graphs:
             try:
                 contestants[f"{label}, graph replay"] = captured(make, build)
-            except Exception as error:  # a graph that cannot be captured is a finding, not the end of the measurement
+            except Exception as error:  # If a graph cannot be captured, report it and go on.
                 missing[f"{label}, graph replay"] = f"{type(error).__name__}: {error}"
                 torch.cuda.synchronize()
     take_turns(contestants, 1, device)
@@ -215,11 +225,12 @@ def measure(
 
 
 def reference(name: str, rows: dict[str, Any]) -> str:
+    """Name of the row that a row is compared with."""
     return LAUNCHED if LAUNCHED in rows and ("launched" in name or "graph" in name) else FUSED
 
 
 def table(tensors: int, columns: Sequence[dict[str, Any]]) -> str:
-    """Median microseconds and ratio, a column per number of groups."""
+    """A table of median microseconds and ratios, with a column for each number of groups."""
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column["us"]):
         cells = []
@@ -245,7 +256,7 @@ def run(
     base: tuple[str, ModuleType] | None = None,
     cold: bool = False,
 ) -> dict[str, Any]:
-    """`measure` in every number of groups, on one thread."""
+    """Run `measure` for every number of groups, on one thread. The arguments are those of `measure`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -258,16 +269,20 @@ def run(
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = harness.parser_for(__doc__)
     parser.add_argument("--tensors", type=int, default=500)
-    parser.add_argument("--groups", type=int, nargs="+", help="numbers of groups; default: 1, 28 and one per tensor")
+    parser.add_argument(
+        "--groups", type=int, nargs="+", help="numbers of groups; default: 1, 28 and one group per tensor"
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--base", metavar="REV", help="also measure this git revision of lwadamw")
-    parser.add_argument("--cold", action="store_true", help="empty the caches before every step")
+    parser.add_argument("--cold", action="store_true", help="empty the caches of the CPU before every step")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Measure, print the table and write the JSON file."""
     arguments = parse()
     device = harness.choose_device(arguments.device)
     base = revision.load_or_exit(arguments.base)

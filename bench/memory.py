@@ -1,21 +1,24 @@
-"""Peak memory of a step beyond parameters, gradients and state, against the limit: 0.1 % of the parameters plus 1 MB.
+"""Peak memory of a step in addition to parameters, gradients and state. The limit is 0.1 % of the parameters plus 1 MB.
 
     python -m bench.memory                                  # all workloads
     python -m bench.memory --workloads llama_1b --json memory.json
 
-    first       peak over constructor and first step, less parameters, gradients and state
-    a step      the same over a later step, with gradients elsewhere: what stays allocated, and what the step adds
-    of params   the larger of both over the bytes of the parameters
+    first       peak over the constructor and the first step, without parameters, gradients and state
+    a step      the same over a later step, with gradients at other addresses: bytes that stay allocated plus bytes that
+                the step allocates
+    of params   the larger of the two, divided by the bytes of the parameters
 
-State is whatever the optimizer keeps per parameter: moments and step counts. "norms read" reads all norms after the step.
+State is everything that the optimizer keeps per parameter: moments and step counts. In the rows with "norms read", all norms
+are read after the step.
 
-On a GPU the allocator's statistics are read, in bytes as requested, so that its rounding of small tensors does not count.
+On a GPU the numbers come from the statistics of the allocator. They count the requested bytes, so the allocator's rounding of
+small tensors does not count.
 
-On a CPU, torch's allocations and releases are summed from its profiler; to them come the NumPy arrays that are alive after
-the step, which the tables are made of, by tracemalloc. lwadamw's kernels are stubbed, since a kernel allocates nothing;
-so every workload's plan is made in full size over parameters, gradients and moments that share one buffer nobody touches.
-Pinned host buffers do not count. Where tensors have to be real, lwadamw on the torch backend and the peers, only
-workloads for CPUs are measured.
+On a CPU the numbers are the sum of torch's allocations and releases, from its profiler, plus the NumPy arrays that are alive
+after the step, from tracemalloc. The tables are made of NumPy arrays. The kernels of lwadamw are stubbed, because a kernel
+allocates nothing. So the plan of every workload is made in full size, over parameters, gradients and moments that share one
+buffer whose memory is never touched. Pinned host buffers do not count. lwadamw on the torch backend and the peers need real
+tensors. They are measured only on the workloads for CPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bench import harness, peers
-from bench.host import stubbed_kernels
+from bench.stubs import stubbed_kernels
 from bench.workloads import FOR_CPU, WORKLOADS, Workload, make_groups, make_params
 
 LIMIT_SHARE, LIMIT_BYTES = 1e-3, 10**6
@@ -45,7 +48,12 @@ Step = Callable[[Any], object]
 
 @dataclass
 class Usage:
-    """Bytes allocated while something ran."""
+    """Bytes that were allocated in a context.
+
+    Attributes:
+        peak: largest number of allocated bytes, above the number at the start.
+        left: bytes that are still allocated at the end.
+    """
 
     peak: int = 0
     left: int = 0
@@ -53,6 +61,7 @@ class Usage:
 
 @contextmanager
 def cuda_usage(device: torch.device) -> Iterator[Usage]:
+    """Count the bytes that torch allocates on a GPU in this context."""
     usage = Usage()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -66,6 +75,7 @@ def cuda_usage(device: torch.device) -> Iterator[Usage]:
 
 @contextmanager
 def cpu_usage() -> Iterator[Usage]:
+    """Count the bytes that torch and NumPy allocate on the CPU in this context."""
     usage = Usage()
     domain = tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -84,16 +94,18 @@ def cpu_usage() -> Iterator[Usage]:
 
 
 def usage_on(device: torch.device) -> Any:
+    """The context that counts bytes on a device."""
     return cuda_usage(device) if device.type == "cuda" else cpu_usage()
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all storages that tensors live in, each counted once."""
+    """Bytes of the storages of all tensors. A storage that several tensors share counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """All tensors in the state of an optimizer."""
     return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
 
@@ -105,11 +117,18 @@ def measure_optimizer(
     moments: Sequence[dict[str, Tensor]] | None = None,
     move: Callable[[], None] = lambda: None,
 ) -> dict[str, int]:
-    """Bytes beyond parameters, gradients and state over the first step and over a later one.
+    """Measure the memory of the first step and of a later step, in addition to parameters, gradients and state.
 
     Args:
-        moments: state that is there already, so that it is not allocated while this looks; one dict per parameter.
-        move: puts every gradient elsewhere.
+        params: the parameters of the optimizer.
+        make: makes the optimizer.
+        step: takes one step.
+        moments: state that exists already, one dict per parameter, so that the step does not allocate it. None: the step
+            creates the state.
+        move: puts every gradient at another address.
+
+    Returns:
+        Bytes of the first and of the later step, under "first" and "step".
     """
     device = params[0].device
     with usage_on(device) as first:
@@ -126,16 +145,25 @@ def measure_optimizer(
 
 
 def plain(optimizer: Any) -> None:
+    """Take a step."""
     optimizer.step()
 
 
 def with_norms(optimizer: Any) -> None:
+    """Take a step and read all norms."""
     optimizer.step()
     optimizer.norm_sums()
 
 
 def ours(backend: str | None) -> dict[str, tuple[Callable[..., Optimizer], Step]]:
-    """By name: what makes the optimizer out of groups, and its step."""
+    """The variants of lwadamw.
+
+    Args:
+        backend: the backend of lwadamw; None: the default.
+
+    Returns:
+        By name, a function that makes the optimizer from groups, and a function that takes its step.
+    """
     import lwadamw
 
     make = partial(lwadamw.AdamW, backend=backend)
@@ -150,6 +178,7 @@ def ours(backend: str | None) -> dict[str, tuple[Callable[..., Optimizer], Step]
 
 
 def torch_peers(params: Sequence[Tensor]) -> dict[str, tuple[Callable[..., Optimizer], Step]]:
+    """The optimizers of torch, in the form that `ours` returns."""
     fused, foreach = (partial(torch.optim.AdamW, **{how: True}) for how in ("fused", "foreach"))
     return {
         peers.FUSED: (fused, plain),
@@ -159,7 +188,13 @@ def torch_peers(params: Sequence[Tensor]) -> dict[str, tuple[Callable[..., Optim
 
 
 def untouched(workload: Workload) -> tuple[list[Parameter], list[dict[str, Tensor]], Callable[[], None]]:
-    """Parameters with gradients, their moments, and what moves the gradients: all of one buffer nobody has touched."""
+    """Make parameters of a workload that need almost no real memory.
+
+    All tensors are views of one buffer that nobody has written, so the operating system provides no pages for it.
+
+    Returns:
+        Parameters with gradients, their moments (one dict per parameter), and a function that moves the gradients.
+    """
     longest = max(torch.Size(shape).numel() for shape in workload.shapes)
     buffer = torch.empty(longest + 16)
 
@@ -179,7 +214,7 @@ def untouched(workload: Workload) -> tuple[list[Parameter], list[dict[str, Tenso
 
 
 def measure(workload: Workload, device: torch.device) -> dict[str, Any]:
-    """Bytes of every contestant on one workload, in as many groups as it is ever measured in."""
+    """Measure every contestant on one workload, with the last number of groups of the workload."""
     n_groups = workload.counts()[-1]
     rows: dict[str, dict[str, int]] = {}
     if device.type == "cpu":
@@ -206,7 +241,8 @@ def measure(workload: Workload, device: torch.device) -> dict[str, Any]:
 
 
 def run(names: Sequence[str], device: torch.device, *, dry: bool = False) -> list[dict[str, Any]]:
-    # What imports and first calls allocate is not any optimizer's; and imports are slow while tracemalloc watches.
+    """Run `measure` on workloads by name, in small sizes if `dry` is set."""
+    # The first calls import modules. Their memory must not count, and imports are slow while tracemalloc is active.
     warm_up = WORKLOADS[FOR_CPU[0]].shrunk(2, 4)
     torch.optim.AdamW(make_params(warm_up, device)).step()
     measure(warm_up, device)
@@ -220,6 +256,7 @@ def run(names: Sequence[str], device: torch.device, *, dry: bool = False) -> lis
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
+    """A table with a row for each workload and contestant."""
     rows = []
     for result in results:
         groups = f"{result['groups']} group{'s' * (result['groups'] != 1)}"
@@ -233,12 +270,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = harness.parser_for(__doc__)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     return parser.parse_args()
 
 
 def main() -> None:
+    """Measure, print the table and write the JSON file."""
     arguments = parse()
     device = harness.choose_device(arguments.device)
     results = run(arguments.workloads, device, dry=arguments.dry_run)

@@ -34,7 +34,6 @@ NEVER = 10**9
 
 def trainers(model: torch.nn.Module, width: int) -> dict[str, Trainer]:
     import lwadamw
-    from lwadamw.monitor.spectrum import Spectrum
 
     def make(every: int | None, spectrum_every: int = 0) -> Trainer:
         trainer = Trainer(model, lwadamw.AdamW, plain)
@@ -45,11 +44,7 @@ def trainers(model: torch.nn.Module, width: int) -> dict[str, Trainer]:
             return trainer
         monitor = lwadamw.Monitor(trainer.optimizer, every=every, spectrum_every=spectrum_every, history=1)
         if spectrum_every:
-
-            def forget(_: Any) -> None:
-                monitor._spectrum = Spectrum()
-
-            monitor.on_reading.append(forget)
+            monitor.on_reading.append(lambda _: monitor.forget_spectrum())
         return trainer
 
     return {WITHOUT: make(None), BETWEEN: make(NEVER), READING: make(1), SPECTRUM: make(1, 1)}

@@ -1,7 +1,7 @@
-"""Who is timed: this package's AdamW in its variants, and its peers, all on the same parameters and gradients.
+"""The contestants: the AdamW of this package in its variants, and its peers, all on the same parameters and gradients.
 
-Moments are shared too wherever an implementation keeps them as torch does, so that the largest workloads fit; what is
-timed does not depend on values. A peer that cannot take part is returned with the reason.
+If an implementation keeps moments as torch does, it shares them with the others, so that the largest workloads fit. The time
+of a step does not depend on the values. A peer that cannot take part is returned with the reason.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lwadamw.state.combinations import COMBINATIONS
 from lwadamw.state.storage import CODES
 
 FUSED = "torch fused"
-COMPILE_TENSORS = 200  # compiling a step of more takes minutes
+COMPILE_TENSORS = 200  # Compiling a step of more tensors takes minutes.
 
-# Arrays that an implementation reads and writes, by what it does to p, g, m, v of one type.
+# How many arrays of the size of the parameters an implementation reads and writes, if p, g, m and v have one type.
 STEP = 7  # read p, g, m, v; write p, m, v
 FOREACH = 20  # mul_ 2, lerp_ 3, mul_ 2, addcmul_ 3, sqrt 2, div_ 2, add_ 2, addcdiv_ 4
 CLIP = 3  # clip_grad_norm_: read g for the norm; read and write it to scale it
@@ -31,11 +31,11 @@ LOG = 2  # read p and g for a norm of each
 
 
 class Unavailable(Exception):
-    """Why a peer cannot take part."""
+    """A peer cannot take part; the message says why."""
 
 
 class OtherStorage(Exception):
-    """A peer has nothing to do with how this field is stored."""
+    """A peer does not exist for the storage types of this field. It is left out without a reason."""
 
 
 def _require_uniform(field: Field) -> None:
@@ -64,7 +64,7 @@ def _fused_mixed(field: Field) -> Contestant:
     if field.combination != "fp32, bf16 moments":
         raise OtherStorage
     if torch.__version__ < (2, 12):
-        raise Unavailable(f"torch {torch.__version__} has no such kernel, 2.12 has")
+        raise Unavailable(f"torch {torch.__version__} has no such kernel, torch 2.12 has")
     if field.device.type != "cuda":
         raise Unavailable("needs a GPU")
     optimizer = torch.optim.AdamW(field.groups(), fused=True)
@@ -72,7 +72,7 @@ def _fused_mixed(field: Field) -> Contestant:
 
 
 def _fused_copies(field: Field) -> Contestant:
-    """Mixed precision by hand: float32 copies of weights and gradients."""
+    """Mixed precision without support by the optimizer: float32 copies of weights and gradients."""
     if field.storage.weight not in ("master", "remainder"):
         raise OtherStorage
     masters = [torch.nn.Parameter(p.detach().float()) for p in field.params]
@@ -141,7 +141,7 @@ def _apex(field: Field) -> Contestant:
 
 
 def _in_8_bits(field: Field, make: Callable[[], torch.optim.Optimizer]) -> Contestant:
-    """An optimizer whose moments are 8-bit codes with a float32 scale per 256."""
+    """An optimizer whose moments are 8-bit codes with one float32 scale per 256 elements."""
     if field.storage.exp_avg not in CODES or field.storage.weight not in ("plain", "stochastic"):
         raise Unavailable("has 8-bit moments, and nothing besides the parameter")
     optimizer = make()
@@ -161,7 +161,16 @@ def _bitsandbytes(field: Field) -> Contestant:
 
 
 def usual_way(params: Sequence[Tensor], optimizer: torch.optim.Optimizer, max_norm: float = 1.0) -> list[float]:
-    """clip_grad_norm_, the step, and the norm of every weight and gradient, moved to the host at once."""
+    """Do with torch alone what lwadamw does in its step: clip, take the step, and compute the norms.
+
+    Args:
+        params: the parameters, all with gradients.
+        optimizer: an optimizer over these parameters.
+        max_norm: the gradients are clipped to this global norm.
+
+    Returns:
+        The norm of every weight, then the norm of every gradient, moved to the host in one copy.
+    """
     torch.nn.utils.clip_grad_norm_(params, max_norm)
     optimizer.step()
     tensors = [p.detach() for p in params] + [p.grad for p in params if p.grad is not None]
@@ -177,7 +186,7 @@ def _usual_way(field: Field) -> Contestant:
     return contestant
 
 
-# By the name --peers takes: the name in tables, and what makes it.
+# Key: the name for --peers. Value: the name in tables, and the function that makes the contestant.
 PEERS: dict[str, tuple[str, Callable[[Field], Contestant]]] = {
     "fused": (FUSED, _fused),
     "fused_one_group": ("torch fused, one group", _fused_one_group),
@@ -203,8 +212,17 @@ def _clip_step_norms(optimizer: Any) -> Callable[[], object]:
 
 
 def ours(field: Field, package: ModuleType, backend: str | None, label: str = "lwadamw") -> dict[str, Contestant]:
-    """The working tree's package, or another revision's, in its variants."""
+    """The variants of lwadamw as contestants.
 
+    Args:
+        field: the parameters.
+        package: the package of the working tree or of another revision.
+        backend: the backend of the package; None: the default.
+        label: name of the package in tables.
+
+    Returns:
+        Contestants by name.
+    """
     moved, again = field.bytes_per_element, field.storage.grad.itemsize
 
     def enter(bytes_per_element: float, **options: Any) -> Contestant:
@@ -218,7 +236,7 @@ def ours(field: Field, package: ModuleType, backend: str | None, label: str = "l
         f"{label}, clipping": enter(moved + again, max_grad_norm=1.0),
         f"{label}, clipping, norms read": enter(moved + again, max_grad_norm=1.0),
     }
-    if backend == "torch":  # measures norms when they are read, and not before
+    if backend == "torch":  # This backend computes norms only when they are read, so both variants take the same step.
         del entered[f"{label}, norms off"]
     measured = entered[f"{label}, clipping, norms read"]
     measured.step = _clip_step_norms(measured.optimizer)
@@ -230,9 +248,14 @@ def _one() -> Tensor:
 
 
 def peers(field: Field, wanted: Sequence[str] | None = None) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """Contestants by name, all or those wanted, torch fused always; and the reason of each that cannot take part.
+    """Make the peers. Each peer takes one step, so that a peer that cannot work fails here.
 
-    Each takes one step, so that what fails does so here.
+    Args:
+        field: the parameters.
+        wanted: keys of PEERS; None: all. torch fused always takes part.
+
+    Returns:
+        Contestants by name, and by name the reason for each peer that cannot take part.
     """
     entered: dict[str, Contestant] = {}
     missing: dict[str, str] = {}
@@ -250,7 +273,7 @@ def peers(field: Field, wanted: Sequence[str] | None = None) -> tuple[dict[str, 
         except Unavailable as reason:
             missing[name] = str(reason)
         except Exception as error:
-            # Somebody else's package or compiler; whatever it raises, the others are measured.
+            # The error comes from another package or a compiler. Whatever it is, the other peers are measured.
             if key == "fused":
                 raise
             missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"

@@ -1,11 +1,11 @@
-"""README's performance section, one figure and one table, from the committed JSON in bench/results.
+"""The performance section of README, with one figure and one table, from the committed JSON in bench/results.
 
     python -m bench.report                          # writes the section and docs/performance.svg
-    python -m bench.report --check                  # exit status 1 if either is not what the JSON says
+    python -m bench.report --check                  # exit code 1 if the section or the figure does not match the JSON
 
-The section stands between two markers. It shows bench/results/gpu_*.json if there is one, the latest by date; else what has
-been measured without a GPU, host.json and cpu_step.json, and says so. The figure carries a digest of its numbers, by which
---check, which needs no matplotlib, recognises it.
+The section stands between two markers. If there is a bench/results/gpu_*.json, the section shows the latest one by date.
+Otherwise it shows the results without a GPU, host.json and cpu_step.json, and says so. The figure contains a digest of its
+numbers. --check compares this digest, so it does not need matplotlib.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FIGURE = Path("docs/performance.svg")
 OURS, CLIPPED, USUAL = "lwadamw", "lwadamw, clipping, norms read", peers.PEERS["usual"][0]
 HOST_ROWS = {
     host.FUSED: "torch fused, its operator stubbed",
-    f"{host.FUSED}, steps too": "torch fused, its step counters' operator stubbed too",
+    f"{host.FUSED}, steps too": "torch fused, the operator for step counters stubbed too",
     OURS: "**lwadamw**",
     "lwadamw, clipping": "with clipping",
     "lwadamw, lr scheduled": "every learning rate assigned before every step",
-    "lwadamw, state shared": "after `optimizer.state` has been read: every moment verified",
+    "lwadamw, state shared": "after `optimizer.state` was read: every moment is verified",
 }
 STEP_ROWS = {peers.FUSED: "torch fused", OURS: "**lwadamw**", "lwadamw, clipping": "with clipping"}
 COLOURS = {OURS: "#c8553d", host.FUSED: "#4d6a8a", "torch foreach": "#9aa5b1", f"{host.FUSED}, steps too": "#9db4cc"}
@@ -39,18 +39,37 @@ OTHER_COLOURS = ("#7a9e7e", "#b8a15a", "#8d6a9f", "#5b5b5b")
 
 @dataclass
 class Panel:
-    """Grouped bars: a value per series and position, None where there is none."""
+    """A chart with grouped bars.
+
+    Attributes:
+        title: title of the chart.
+        unit: label of the vertical axis.
+        positions: labels on the horizontal axis.
+        series: by name, one value per position; None: no bar.
+        log: whether the vertical axis is logarithmic.
+        level: value of a horizontal line to compare the bars with; None: no line.
+    """
 
     title: str
     unit: str
     positions: list[str]
     series: dict[str, list[float | None]]
     log: bool = False
-    level: float | None = None  # a line to compare with
+    level: float | None = None
 
 
 @dataclass
 class Report:
+    """The content of the section.
+
+    Attributes:
+        lead: the text above the figure.
+        header: titles of the columns.
+        rows: cells of the table.
+        conditions: paragraphs below the table: command, machine and link to the results.
+        panels: charts of the figure.
+    """
+
     lead: str
     header: list[str]
     rows: list[list[str]]
@@ -58,10 +77,12 @@ class Report:
     panels: list[Panel]
 
     def digest(self) -> str:
+        """A hash of everything that the figure shows."""
         numbers = json.dumps([vars(panel) for panel in self.panels], sort_keys=True)
         return hashlib.sha256(numbers.encode()).hexdigest()[:16]
 
     def section(self) -> str:
+        """The section as Markdown, with its markers."""
         table = harness.table(self.header, self.rows)
         picture = f"![{'; '.join(panel.title for panel in self.panels)}]({FIGURE.as_posix()})"
         conditions = "\n\n".join(self.conditions)
@@ -69,15 +90,18 @@ class Report:
 
 
 def conditions(record: dict[str, Any], what: str, path: Path) -> str:
+    """The paragraph with the command, the machine and the link to a result file."""
     command = record["command"]
     return f"{what}: `{command}`, {harness.one_line(record['machine'])}, [results](bench/results/{path.name})."
 
 
 def read(path: Path) -> dict[str, Any]:
+    """Read a result file."""
     return json.loads(path.read_text())
 
 
 def from_gpu(path: Path) -> Report:
+    """The report of a run of bench.gpu."""
     record = read(path)
     rows, positions = [], []
     results = record["step"]
@@ -92,17 +116,22 @@ def from_gpu(path: Path) -> Report:
     names = dict.fromkeys(name for r in results for name in r["rows"] if "norms" not in name and "clip" not in name)
     shares = {name: [r["rows"][name]["of_copy"] if name in r["rows"] else None for r in results] for name in names}
     panel = Panel("Bytes per second of a step, over a measured copy's", "share of copy", positions, shares, level=1.0)
-    lead = "A step on a GPU, float32, against the same GPU's copy of as many bytes and against torch fused in the same run."
+    lead = (
+        "Time of a float32 step on a GPU. It is compared with a copy of as many bytes on the same GPU, and with torch\n"
+        "fused in the same run."
+    )
     header = ["workload", "parameters in tensors", "groups", "lwadamw, ms", "of copy", "torch fused, ms", "faster"]
     header.append("clipped, norms read: over the usual way")
     return Report(lead, header, rows, [conditions(record, "Step", path)], [panel])
 
 
 def group_label(groups: int, tensors: int) -> str:
+    """The label of a number of groups; the same for all workloads with one group per tensor."""
     return "a group per tensor" if groups == tensors else f"{groups} group{'s' * (groups != 1)}"
 
 
 def from_cpu(results: Path) -> Report:
+    """The report of the results without a GPU, host.json and cpu_step.json in a folder."""
     host_path, step_path = results / "host.json", results / "cpu_step.json"
     on_host, step = read(host_path), read(step_path)
     by_label = {group_label(c["groups"], on_host["tensors"]): c["us"] for c in on_host["columns"]}
@@ -140,19 +169,22 @@ def from_cpu(results: Path) -> Report:
         ),
     ]  # fmt: skip
     lead = (
-        "**No speed on a GPU has been measured at these kernels yet**: `make gpu` does. Without one, medians, and in brackets\n"
-        "how many times faster than torch fused: what step() costs the host, launches stubbed, and a step on the CPU."
+        "**The speed of these kernels on a GPU has not been measured yet.** `make gpu` measures it. The table shows what was\n"
+        "measured without a GPU: the host time of step() with stubbed launches, and the time of a step on the CPU. The\n"
+        "values are medians. The number in brackets says how many times faster than torch fused the row is."
     )
     under = [conditions(on_host, host_title, host_path), conditions(step, "Step on the CPU", step_path)]
     return Report(lead, ["", *labels], rows, under, panels)
 
 
 def build(results: Path) -> Report:
+    """The report of the results in a folder: of the latest GPU run if there is one, else of the CPU."""
     on_gpu = sorted(results.glob("gpu_*.json"), key=lambda path: (read(path)["machine"]["date"], path.name))
     return from_gpu(on_gpu[-1]) if on_gpu else from_cpu(results)
 
 
 def draw(report: Report, path: Path) -> None:
+    """Draw the figure of a report as SVG."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -193,19 +225,25 @@ def _bars(ax: Any, panel: Panel) -> None:
 
 
 def replaced(text: str, section: str) -> str:
-    """README with its section replaced.
+    """Replace the section in the text of README.
+
+    Args:
+        text: the text of README.
+        section: the new section with its markers.
 
     Raises:
-        ValueError: the markers are not there, or not once each.
+        ValueError: a marker does not occur exactly once.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README needs one {BEGIN} and one {END}.")
+        raise ValueError(
+            f"README must contain {BEGIN} once and {END} once. Add the missing marker, or remove the extra one."
+        )
     before, _, rest = text.partition(BEGIN)
     return before + section + rest.partition(END)[2]
 
 
 def out_of_date(report: Report, root: Path) -> list[str]:
-    """Which of README and figure are not what the results say."""
+    """The files, README or the figure, that do not match a report."""
     text = (root / "README.md").read_text()
     figure = root / FIGURE
     stale = [] if replaced(text, report.section()) == text else ["README.md"]
@@ -214,11 +252,10 @@ def out_of_date(report: Report, root: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write the section and the figure, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit status 1 if something is out of date"
-    )
-    parser.add_argument("--root", type=Path, default=harness.ROOT, help="the checkout")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
+    parser.add_argument("--root", type=Path, default=harness.ROOT, help="folder of the repository")
     arguments = parser.parse_args(argv)
     report = build(arguments.root / "bench/results")
     if arguments.check:

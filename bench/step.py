@@ -1,20 +1,21 @@
-"""Time of an optimizer step: this package and its peers in one process, on the same tensors, in turn.
+"""Time of an optimizer step: lwadamw and its peers take turns in one process, on the same tensors.
 
-    python -m bench.step                                       # on a GPU: all its workloads; on a CPU: cpu_30m
+    python -m bench.step                                       # all workloads for this kind of device
     python -m bench.step --workloads llama_1b --groups 28 --peers fused,foreach --json step.json
-    python -m bench.step --storage all --workloads llama_1b    # every storage combination of lwadamw/combinations.py
-    python -m bench.step --base HEAD~1                         # and the package as it was then
+    python -m bench.step --storage all --workloads llama_1b    # every combination of lwadamw/state/combinations.py
+    python -m bench.step --base HEAD~1                         # also the package of another revision
 
-In every round each contestant takes several consecutive steps, between two device events on a GPU, by the clock on a CPU,
-so a figure is what a step adds to a training loop: time on the device or on the host, whichever is longer. Gradients stay
-where they are; `bench.host` measures what it costs when they move.
+In every round each contestant takes several consecutive steps. They are timed by two device events on a GPU, by the clock on
+a CPU. So the result is the time that a step adds to a training loop: the time on the device or the time on the host,
+whichever is longer. Gradients stay at their addresses. `bench.host` measures the cost of moving them.
 
-    bytes       what the implementation reads and writes of p, g, m, v and what else it keeps: of float32, 28 per parameter
-                in one pass
-    of copy     bytes per second over those of a copy on the same device that moves as many bytes as a step, in the same rounds;
-                on a CPU a copy also fetches the lines it overwrites, so an update in place may exceed it
-    vs fused    torch fused's time over this one's, both with the same groups: the median over rounds. Torch fused keeps
-                everything in the parameter's type, whatever the combination
+    bytes       bytes that the implementation reads and writes, of p, g, m, v and everything else that it keeps. With float32
+                and one pass over memory this is 28 per parameter.
+    of copy     bytes per second of the step, divided by bytes per second of a copy. The copy runs on the same device in the
+                same rounds and moves as many bytes as a step. On a CPU a copy also reads the cache lines that it overwrites,
+                so an update in place may be faster than the copy.
+    vs fused    time of torch fused / time of this row, both with the same groups: the median over rounds. torch fused keeps
+                everything in the type of the parameter, for every storage combination.
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ from lwadamw.state.combinations import COMBINATIONS
 
 ROUNDS = 15
 SECONDS = 45.0
-TURN = {"cuda": 0.06, "cpu": 0.1}  # seconds of a contestant's turn, about
-DRY_LENGTH = 64  # so that a matrix is large enough for 8-bit moments
-COPY_MEMORY = 0.2  # share of the device's free memory that the copy's two buffers take at most
+TURN = {"cuda": 0.06, "cpu": 0.1}  # approximate seconds of one turn of a contestant
+DRY_LENGTH = 64  # A matrix of this size is large enough for 8-bit moments.
+COPY_MEMORY = 0.2  # both buffers of the copy together take at most this share of the free device memory
 
 
 def make_copy(n_bytes: float, device: torch.device) -> tuple[Any, int]:
-    """A copy that moves so many bytes, as a step does, where memory allows, and how many it moves."""
+    """Make a copy that moves as many bytes as a step.
+
+    Args:
+        n_bytes: bytes that the copy should read and write together.
+        device: the device of both buffers.
+
+    Returns:
+        A function that copies, and the bytes that it moves. They are fewer than n_bytes if memory is short.
+    """
     n = int(n_bytes) // 8
     n = min(n, int(torch.cuda.mem_get_info(device)[0] * COPY_MEMORY) // 8 if device.type == "cuda" else 2**27)
     source = torch.randn(n, device=device)
@@ -60,14 +69,21 @@ def measure(
     seconds: float | None = None,
     base: tuple[str, ModuleType] | None = None,
 ) -> dict[str, Any]:
-    """One workload in one number of groups.
+    """Measure one workload with one number of groups.
 
     Args:
+        workload: the parameter list.
+        n_groups: number of parameter groups.
+        device: the device of the parameters.
         storage: a key of COMBINATIONS.
-        backend: this package's; None lets it choose.
+        backend: the backend of lwadamw; None: the default.
         wanted: keys of peers.PEERS; None: all.
-        seconds: ends the rounds early.
-        base: another revision and its package.
+        rounds: number of rounds.
+        seconds: stop after this time, but not before three rounds are done; None: no limit.
+        base: name and package of another revision to measure too.
+
+    Returns:
+        The result as it is written to JSON: `rows` by contestant, `missing` with the reasons, and the bandwidth of the copy.
     """
     import lwadamw
 
@@ -78,7 +94,7 @@ def measure(
         label = f"lwadamw at {base[0]}"
         try:
             entered |= peers.ours(field, base[1], backend, label)
-        except TypeError as error:  # an argument it does not know
+        except TypeError as error:  # The other revision does not know an argument.
             missing[label] = str(error)
     copy, copied = make_copy(workload.elements * field.bytes_per_element, device)
     calls = {"copy": copy, **{name: contestant.step for name, contestant in entered.items()}}
@@ -118,7 +134,16 @@ def run(
     dry: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """`measure` every workload in every storage and number of groups, printing each table as it is done."""
+    """Run `measure` on every workload, storage combination and number of groups, and print each table.
+
+    Args:
+        names: keys of WORKLOADS.
+        device: the device of the parameters.
+        groups: number of groups; None: the numbers of the workload; 0: one group per tensor.
+        storages: keys of COMBINATIONS.
+        dry: use tiny sizes.
+        **options: further arguments of `measure`.
+    """
     results = []
     for name, storage in itertools.product(names, storages):
         workload = WORKLOADS[name].shrunk(length=DRY_LENGTH) if dry else WORKLOADS[name]
@@ -132,6 +157,7 @@ def run(
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
+    """A table for each result, with notes about the copy and the missing contestants."""
     out: list[str] = []
     for result in results:
         stored = "" if result["storage"] == "fp32" else f"{result['storage']}: "
@@ -151,15 +177,18 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = harness.parser_for(__doc__)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="default: all of the device's kind")
-    combinations = f"some of {', '.join(map(repr, COMBINATIONS))}, or 'all'; default: fp32"
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="default: all for this kind of device")
+    combinations = f"any of {', '.join(map(repr, COMBINATIONS))}, or 'all'; default: fp32"
     parser.add_argument("--storage", nargs="+", default=["fp32"], metavar="NAME", help=combinations)
-    parser.add_argument("--groups", type=int, help="this many groups instead of the workload's own; 0: one per tensor")
-    parser.add_argument("--backend", choices=("triton", "torch"), help="lwadamw's; default on a CPU: torch")
-    parser.add_argument("--peers", help=f"some of {','.join(peers.PEERS)}, with commas; default: all")
+    parser.add_argument(
+        "--groups", type=int, help="number of groups; 0: one group per tensor; default: see bench.workloads"
+    )
+    parser.add_argument("--backend", choices=("triton", "torch"), help="backend of lwadamw; default on a CPU: torch")
+    parser.add_argument("--peers", help=f"any of {','.join(peers.PEERS)}, separated by commas; default: all")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    limit = "end the rounds of each table after so long, but not before the third"
+    limit = "stop the rounds of a table after this time, but not before three are done"
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"{limit}; default: {SECONDS:.0f}")
     parser.add_argument("--base", metavar="REV", help="also measure this git revision of lwadamw")
     arguments = parser.parse_args()
@@ -175,6 +204,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print the tables and write the JSON file."""
     arguments = parse()
     device = harness.choose_device(arguments.device)
     base = revision.load_or_exit(arguments.base)

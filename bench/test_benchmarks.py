@@ -1,6 +1,7 @@
-"""A few steps for those who live in pytest-benchmark: `pytest bench/ --benchmark-only`. Small without a GPU.
+"""A few steps for users of pytest-benchmark: `pytest bench/ --benchmark-only`. The sizes are small without a GPU.
 
-One call is a step, on a GPU until the device has finished it, so it includes a wait that bench.step does not.
+One call is one step. On a GPU the call ends when the device has finished the step. So it includes a wait that bench.step does
+not have.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ OPTIMIZERS: dict[str, Callable[[peers.Field], Callable[[], object]]] = {
 
 @pytest.fixture(scope="module", params=LISTS, ids=[f"{name}-{n or 'per_tensor'}" for name, n in LISTS])
 def workload(request: pytest.FixtureRequest) -> Iterator[peers.Field]:
+    """The parameters of one workload, with gradients."""
     name, groups = request.param
     chosen = WORKLOADS[name]
     if not CUDA:
@@ -45,6 +47,7 @@ def workload(request: pytest.FixtureRequest) -> Iterator[peers.Field]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_step(benchmark: Any, workload: peers.Field, optimizer: str) -> None:
+    """Time the step of one optimizer."""
     take = OPTIMIZERS[optimizer](workload)
 
     def step() -> None:

@@ -3,13 +3,15 @@
     python -m bench.train                           # on a GPU 220M parameters under bf16 autocast, on a CPU 0.9M
     python -m bench.train --width 512 --depth 8 --json train.json
 
-Every optimizer trains a copy of its own of one model, lwadamw.lab's, from the same weights on the same windows of text with
-the same settings in two groups, matrices with weight decay and vectors without. They take turns of a few steps, timed by
-the clock from batch to updated weights, the device synchronised at both ends; `zero_grad` included. A first turn warms up.
+The model is the LLaMA of lwadamw.lab. Every optimizer trains its own copy of the model, from the same weights, on the same
+windows of text, with the same settings. There are two groups: matrices with weight decay, and vectors without. The optimizers
+take turns of a few steps. The clock times a turn from the batch to the updated weights, including `zero_grad`. The device is
+synchronised at the start and at the end of a turn. A first turn of each optimizer is not counted.
 
     usual way   clip_grad_norm_, torch fused, and the norm of every weight and gradient, moved to the host once per step
-    loss        mean over the last turn, nats per byte: the same for all who compute the same, up to rounding and clipping
-    x           tokens per second over torch fused's: the median over turns
+    loss        mean over the last turn, in nats per byte. Up to rounding it is equal for all optimizers that clip, and equal
+                for all optimizers that do not clip.
+    vs fused    tokens per second / tokens per second of torch fused: the median over turns
 """
 
 from __future__ import annotations
@@ -25,16 +27,17 @@ from torch import Tensor
 
 from bench import harness, peers
 
-STEPS = 5  # a turn
+STEPS = 5  # steps in one turn
 GPU = {"width": 1024, "depth": 16, "head_dim": 64, "context": 512, "batch": 16, "rounds": 12}
 CPU = {"width": 128, "depth": 4, "head_dim": 32, "context": 64, "batch": 4, "rounds": 15}
 DRY = {"width": 32, "depth": 1, "head_dim": 16, "context": 16, "batch": 2, "rounds": 2}
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 CLIP = 1.0
-WINDOWS = 64  # batches drawn beforehand, used again and again
+WINDOWS = 64  # number of batches; they are drawn before the measurement and used repeatedly
 
 
 def make_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay, and vectors without."""
     named = list(model.named_parameters())
     matrices = [(name, p) for name, p in named if p.ndim > 1]
     vectors = [(name, p) for name, p in named if p.ndim <= 1]
@@ -42,7 +45,13 @@ def make_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 class Trainer:
-    """One copy of the model with its optimizer, and what is done once there are gradients."""
+    """A copy of a model with an optimizer.
+
+    Args:
+        model: the model; it is copied.
+        make: makes the optimizer from groups and SETTINGS.
+        step: updates the parameters once they have gradients. It gets the parameters and the optimizer.
+    """
 
     def __init__(
         self,
@@ -57,7 +66,7 @@ class Trainer:
         self.device = self.params[0].device
 
     def turn(self, batches: Sequence[Tensor]) -> tuple[float, float]:
-        """Seconds and mean loss of training on so many batches."""
+        """Train one step on each batch, and return the seconds and the mean loss."""
         losses = []
         self._wait()
         start = time.perf_counter()
@@ -77,15 +86,18 @@ class Trainer:
 
 
 def plain(params: Sequence[Tensor], optimizer: Any) -> None:
+    """Take a step."""
     optimizer.step()
 
 
 def norms_read(params: Sequence[Tensor], optimizer: Any) -> None:
+    """Take a step and read the norms."""
     optimizer.step()
     optimizer.norms()
 
 
 def trainers(model: torch.nn.Module) -> dict[str, Trainer]:
+    """A trainer for each optimizer, by name."""
     import lwadamw
 
     def make(kind: Any, **options: Any) -> Callable[..., torch.optim.Optimizer]:
@@ -106,7 +118,15 @@ def trainers(model: torch.nn.Module) -> dict[str, Trainer]:
 
 
 def measure(device: torch.device, config: dict[str, int]) -> dict[str, Any]:
-    """Train with every optimizer; `config` is one of GPU, CPU, DRY, or like them."""
+    """Train with every optimizer.
+
+    Args:
+        device: the device to train on.
+        config: sizes with the keys of GPU, CPU and DRY.
+
+    Returns:
+        The result as it is written to JSON, with `rows` by optimizer.
+    """
     from lwadamw.lab.data import batches, standard_library
     from lwadamw.lab.model import ModelConfig, Transformer
 
@@ -139,6 +159,7 @@ def measure(device: torch.device, config: dict[str, int]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    """A table with a row for each optimizer."""
     c = result["config"]
     title = f"{result['parameters'] / 1e6:.1f}M parameters in {result['tensors']} tensors, {c['batch']} x {c['context']} tokens"
     rows = []
@@ -149,6 +170,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = harness.parser_for(__doc__)
     for name in CPU:
         sizes = f"default: {GPU[name]} on a GPU, {CPU[name]} on a CPU"
@@ -157,10 +179,12 @@ def parse() -> argparse.Namespace:
 
 
 def config_for(device: torch.device, dry: bool) -> dict[str, int]:
+    """A copy of the default sizes for a device, or of the tiny sizes of a dry run."""
     return dict(DRY if dry else GPU if device.type == "cuda" else CPU)
 
 
 def main() -> None:
+    """Train, print the table and write the JSON file."""
     arguments = parse()
     device = harness.choose_device(arguments.device)
     config = config_for(device, arguments.dry_run)

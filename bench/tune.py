@@ -1,11 +1,12 @@
-"""The launch constants of csrc_triton/layout.py, tried out: each candidate is the package with some of them replaced.
+"""Compares launch constants of csrc_triton/layout.py. Each candidate is the package with some constants replaced.
 
-    python -m bench.tune                              # every candidate, LLaMA 1B and GPT-2 124M
+    python -m bench.tune                              # all candidates, on LLaMA 1B and GPT-2 124M
     python -m bench.tune --workloads one_huge --only "block 2048,tail 512"
     python -m bench.tune --storage "bf16, remainder, 8-bit moments" --only "4 programs of random ones"
 
-All candidates step the same tensors in one process, in turn. One that wins by more than its spread p20 to p80 on every
-workload replaces the constants; the others go to LOG.md. Whether a candidate spills or fits is `bench.codegen`'s to say.
+All candidates step the same tensors in one process, in turn. A candidate replaces the constants if it is faster on every
+workload, by more than its spread from p20 to p80. The other candidates are written to LOG.md. Whether a candidate spills
+registers, and how many programs fit, is a question for `bench.codegen`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bench.step import make_copy
 from bench.workloads import WORKLOADS, make_params
 from lwadamw.state.combinations import COMBINATIONS
 
+# Key: the name of a candidate. Value: the constants that it replaces.
 CANDIDATES: dict[str, dict[str, object]] = {
     "as it is": {},
     "block 512": {"BLOCK": 512},
@@ -50,16 +52,19 @@ _numbers = itertools.count()
 
 
 def variant(constants: Mapping[str, object]) -> ModuleType:
-    """The working tree's package, imported under a name of its own, with constants of its layout replaced.
+    """Import the package of the working tree under a new name, with replaced constants.
+
+    Args:
+        constants: new values, by name of the constant in layout.py.
 
     Raises:
-        ValueError: layout.py does not define such a constant.
+        ValueError: layout.py does not define one of the constants.
     """
     text = (harness.ROOT / "csrc_triton" / "layout.py").read_text()
     for constant, value in constants.items():
         text, replaced = re.subn(rf"^{constant} = .*$", f"{constant} = {value!r}", text, flags=re.MULTILINE)
         if replaced != 1:
-            raise ValueError(f"layout.py defines no constant {constant}.")
+            raise ValueError(f"layout.py defines no constant {constant}. Check its name in csrc_triton/layout.py.")
     folder = tempfile.TemporaryDirectory(prefix="lwadamw_variant_")
     for part in ("csrc_triton", "lwadamw"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -77,7 +82,19 @@ def measure(
     rounds: int,
     storage: str = "fp32",
 ) -> dict[str, Any]:
-    """Milliseconds of a step with norms, and of one that clips too, by candidate."""
+    """Measure every candidate on one workload, without and with clipping. Norms are on.
+
+    Args:
+        workload_name: a key of WORKLOADS.
+        packages: the packages, by name of the candidate. The first one is the reference.
+        device: the device of the parameters.
+        dry: use tiny sizes.
+        rounds: number of rounds.
+        storage: a key of COMBINATIONS.
+
+    Returns:
+        The result as it is written to JSON, with `rows` by candidate.
+    """
     workload = WORKLOADS[workload_name].shrunk() if dry else WORKLOADS[workload_name]
     field = peers.Field(make_params(workload, device, COMBINATIONS[storage].param), 1, storage)
     backend = "triton" if device.type == "cpu" else None
@@ -103,6 +120,7 @@ def measure(
 
 
 def table(result: Mapping[str, Any]) -> str:
+    """A table with a row for each candidate, the fastest first."""
     rows = [
         [
             name,
@@ -116,10 +134,11 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure, print the tables and write the JSON file."""
     parser = harness.parser_for(__doc__)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["llama_1b", "gpt2_124m"])
     parser.add_argument("--storage", choices=COMBINATIONS, default="fp32", metavar="NAME", help="see bench.step")
-    parser.add_argument("--only", help="some of the candidates, with commas")
+    parser.add_argument("--only", help="names of candidates, separated by commas; default: all")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     device = harness.choose_device(arguments.device)

@@ -1,6 +1,6 @@
-"""Parameter lists by name, and the numbers of groups each is measured in.
+"""Parameter lists by name, and the numbers of groups in which each list is measured.
 
-`python -m bench.workloads` prints what each one counts.
+`python -m bench.workloads` prints the number of tensors, elements and groups of each list.
 """
 
 from __future__ import annotations
@@ -15,37 +15,55 @@ from torch.nn import Parameter
 
 Shapes = list[tuple[int, ...]]
 
-PER_TENSOR = 0  # a number of groups that stands for one group per tensor
-SETTINGS = 28  # distinct learning rates at most, as layerwise decay over 24 layers gives
+PER_TENSOR = 0  # as a number of groups, this means one group per tensor
+SETTINGS = 28  # largest number of distinct learning rates, as layerwise learning rate decay over 24 layers gives
 
 
 @dataclass(frozen=True)
 class Workload:
+    """A list of parameter shapes.
+
+    Attributes:
+        name: name of the list.
+        shapes: shape of each parameter.
+        groups: numbers of groups in which the list is measured.
+    """
+
     name: str
     shapes: Shapes
-    groups: tuple[int, ...]  # numbers of groups it is measured in
+    groups: tuple[int, ...]
 
     @property
     def elements(self) -> int:
+        """Number of elements of all parameters together."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def __str__(self) -> str:
         return f"{self.name}: {len(self.shapes):,} tensors, {self.elements:,} elements"
 
     def counts(self, override: int | None = None) -> list[int]:
-        """Numbers of groups to measure, each at most the number of tensors; `override` replaces them all."""
+        """Numbers of groups to measure, each at most the number of tensors.
+
+        Args:
+            override: measure only this number of groups; PER_TENSOR: one group per tensor.
+        """
         wanted = self.groups if override is None else (override,)
         return list(dict.fromkeys(min(n, len(self.shapes)) if n else len(self.shapes) for n in wanted))
 
     def shrunk(self, tensors: int = 4, length: int = 16) -> Workload:
-        """The same kind of list in a size for a dry run: few tensors, no dimension longer than `length`."""
+        """A small list of the same kind for a dry run.
+
+        Args:
+            tensors: keep this many tensors.
+            length: no dimension is longer than this.
+        """
         return Workload(
             self.name, [tuple(min(n, length) for n in shape) for shape in self.shapes[:tensors]], self.groups
         )
 
 
 def gpt2_124m() -> Shapes:
-    """GPT-2 small, tied head: 12 layers of width 768."""
+    """GPT-2 small with a tied head: 12 layers of width 768."""
     d = 768
     layer = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     return [(50257, d), (1024, d), *(layer * 12), (d,), (d,)]
@@ -59,23 +77,23 @@ def llama_1b() -> Shapes:
 
 
 def llama_7b_shard() -> Shapes:
-    """What one of 8 ranks steps of LLaMA 7B under FSDP, which shards every tensor along its first dimension."""
+    """The part of LLaMA 7B that one of 8 ranks steps under FSDP. FSDP shards every tensor along its first dimension."""
     d, ffn, vocab, ranks = 4096, 11008, 32000, 8
     layer = [(d, d)] * 4 + [(ffn, d), (ffn, d), (d, ffn), (d,), (d,)]
     return [(shape[0] // ranks, *shape[1:]) for shape in [(vocab, d), *(layer * 32), (d,), (vocab, d)]]
 
 
 def mixtral_experts() -> Shapes:
-    """Mixtral's layer at half width, 8 experts packed into two tensors, 4 layers, no embedding: 22 GB with state."""
+    """4 layers of Mixtral at half width without embedding, with 8 experts packed into two tensors: 22 GB with state."""
     d, kv, ffn, experts = 2048, 512, 7168, 8
     layer = [(d, d), (kv, d), (kv, d), (d, d), (experts, d), (experts, 2 * ffn, d), (experts, d, ffn), (d,), (d,)]
     return [*(layer * 4), (d,)]
 
 
 def vit_465() -> Shapes:
-    """A detector on ViT-L: 24 layers of width 1024 with layer scale, 18 tensors each, and a decoder of width 256.
+    """A detector on ViT-L: 24 layers of width 1024 with layer scale and 18 tensors each, and a decoder of width 256.
 
-    465 groups with 28 distinct settings is what layerwise learning rate decay makes of such a model.
+    Layerwise learning rate decay makes 465 groups with 28 distinct settings from this model.
     """
     d, decoder = 1024, 256
     attention = [(d,), (d,), *([(d, d), (d,)] * 4), (d,)]
@@ -86,16 +104,17 @@ def vit_465() -> Shapes:
 
 
 def many_small() -> Shapes:
-    """10,000 tensors of 64 elements: what costs the host, not the memory."""
+    """10,000 tensors of 64 elements. The host limits the step, not the memory."""
     return [(64,)] * 10_000
 
 
 def one_huge() -> Shapes:
+    """One tensor of 2^30 elements."""
     return [(2**30,)]
 
 
 def cpu_30m() -> Shapes:
-    """A transformer of 30M parameters for CPUs: MiniLM-L12, BERT's layer at width 384, with a vocabulary of 22,000."""
+    """A transformer of 30M parameters for CPUs: MiniLM-L12, a BERT of width 384, with a vocabulary of 22,000."""
     d, ffn, vocab = 384, 1536, 22_000
     attention = [*([(d, d), (d,)] * 4), (d,), (d,)]
     feed_forward = [(ffn, d), (ffn,), (d, ffn), (d,), (d,), (d,)]
@@ -103,12 +122,13 @@ def cpu_30m() -> Shapes:
 
 
 def efficientnet_b5() -> Shapes:
-    """A convolutional network of 30M parameters for CPUs, most of its 506 tensors short: stages (t, c, n, k) of its paper."""
+    """A convolutional network of 30M parameters for CPUs. Most of its 506 tensors are short."""
 
     def width(channels: float) -> int:
         rounded = max(8, int(channels * 1.6 + 4) // 8 * 8)
         return rounded + 8 if rounded < 0.9 * channels * 1.6 else rounded
 
+    # (expansion, channels, layers, kernel): t, c, n and k in the table of the paper.
     stages = [
         (1, 16, 1, 3),
         (6, 24, 2, 3),
@@ -149,7 +169,7 @@ FOR_GPU = tuple(name for name in WORKLOADS if name not in FOR_CPU)
 
 
 def make_params(workload: Workload, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
-    """Random parameters with random gradients of their own, both of one type."""
+    """Make random parameters of one type, each with a random gradient of the same type."""
     params = [Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in workload.shapes]
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
@@ -157,7 +177,13 @@ def make_params(workload: Workload, device: torch.device, dtype: torch.dtype = t
 
 
 def make_groups(params: Sequence[torch.Tensor], n_groups: int, lr: float = 1e-5) -> list[dict[str, Any]]:
-    """Parameters dealt out to groups in turn, with learning rates of which at most SETTINGS are distinct."""
+    """Divide parameters into groups in turn.
+
+    Args:
+        params: the parameters.
+        n_groups: number of groups.
+        lr: learning rate of the first group. Group i gets lr * (1 + i % SETTINGS).
+    """
     return [{"params": list(params[i::n_groups]), "lr": lr * (1 + i % SETTINGS)} for i in range(n_groups)]
 
 

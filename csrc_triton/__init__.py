@@ -1,4 +1,4 @@
-"""Triton kernels of lwadamw. Device code only: they know tables and addresses, no optimizer and no model."""
+"""Triton kernels of lwadamw. They are device code: they know tables and addresses, and know no optimizer and no model."""
 
 from . import layout
 from .adamw import adamw_kernel

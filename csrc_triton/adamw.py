@@ -1,51 +1,53 @@
-r"""Update kernel: one AdamW step of every chunk of every parameter, and the sums for the norms.
+r"""Update kernel: one AdamW step of every chunk of every parameter, with its norms.
 
-    g <- grad_factor * g
-    m <- m + one_minus_beta1 * (g - m)
-    v <- v + one_minus_beta2 * (g^2 - v)
-    x <- max(x, v) with amsgrad, otherwise x = v
-    u = m / (sqrt(x) + eps)
-    d = -decay_per_step * w - step_size * u
+For each element, with w the weight, g the gradient, m and v the moments, and the coefficients of layout.py:
+
+    g <- GRAD_FACTOR g
+    m <- m + ONE_MINUS_BETA1 (g - m)
+    v <- v + ONE_MINUS_BETA2 (g^2 - v)
+    x <- max(x, v) with amsgrad, else x = v
+    u = m / (sqrt(x) + SCALED_EPS)
+    d = -DECAY_PER_STEP w - STEP_SIZE u
     w <- w + d
 
-The factors are the coefficients of the parameter (coefficients.py). docs/kernels.md derives this form and explains why the
-moments are written with two fused multiply-adds each. d is added once, so the weight is rounded once.
+The moments take two fused multiply-adds each. The fp32 value of 1 - beta is far more accurate than the fp32 value of
+beta: with beta2 = 0.999, the usual form of the update settles 1.3e-5 away from v. d is added in one addition, so the
+weight is rounded once.
 
-The kernel computes in fp32 and stores in any type: w through weights.py, m and v through moments.py. The update uses m and
-v before they are rounded to the stored type.
+The kernel computes in fp32, whatever the storage types are: weights.py reads and writes w, moments.py reads and writes
+m and v. The update uses the moments before they are rounded for storage.
 
-With HUBER, d comes from huber.py, and the kernel also writes the sum of |w| after the step, from which the next threshold is
-computed.
+If HUBER, the decay is the one of huber.py instead of -DECAY_PER_STEP w. The kernel then also leaves the sum of |w|
+after the step, from which the next threshold is made.
 
-Division and square root round to nearest. The compiler option enable_fp_fusion is off, so only tl.fma fuses a multiply and an
-add. Both loops, every chunking and every target therefore compute the same bits. 8-bit moments are the exception: their
-division and root are approximate.
+Division and square root round to nearest. enable_fp_fusion is off, so the only fused multiply-adds are those written as
+tl.fma. So every path, every chunking and every target computes the same bits.
 
-One program updates one chunk with two loops. If all addresses of the chunk allow it, the aligned loop updates its full
-blocks and reads 16 bytes of the widest type per thread. The masked loop updates the rest, one element per thread.
+One program updates one chunk. If all addresses of the chunk allow it, its full blocks take accesses of 16 bytes of the widest
+type. The rest of the chunk, or the whole chunk, takes one element per thread under a mask.
 
-Bytes per element, fp32: read p g m v (16), write p m v (12), with amsgrad 8 more. Bytes per chunk: 16 for the statistics.
+Bytes per element in fp32: 16 for reading p, g, m and v, and 12 for writing p, m and v. amsgrad adds 8. Statistics add
+16 bytes per chunk.
 """
 
 import triton
 import triton.language as tl
 
-from .huber import huber_numbers, huber_step
+from .huber import huber_step
 from .layout import (
     K_ACTIVE,
     K_COEFFICIENTS,
     K_COUNT_BITS,
     K_COUNT_MASK,
     K_DECAY_PER_STEP,
+    K_DOT_STATISTIC,
     K_DRAW,
-    K_EPS,
     K_GRAD_FACTOR,
     K_GRAD_STATISTIC,
     K_KAHAN,
     K_MASTER,
     K_ONE_MINUS_BETA1,
     K_ONE_MINUS_BETA2,
-    K_PRODUCT_STATISTIC,
     K_QUANT,
     K_REMAINDER,
     K_ROUNDING_FIRST,
@@ -53,6 +55,7 @@ from .layout import (
     K_ROUNDING_SEED,
     K_ROUNDING_STREAM,
     K_ROUNDING_STRIDE,
+    K_SCALED_EPS,
     K_STATISTICS,
     K_STEP_SIZE,
     K_STOCHASTIC,
@@ -69,30 +72,31 @@ from .weights import load_weight, store_weight
 
 @triton.jit
 def update_blocks(
-    p_address,  # parameter; this and the next seven are byte addresses of the first element of the chunk
-    g_address,  # gradient
-    m_address,  # exp_avg
-    v_address,  # exp_avg_sq
-    x_address,  # max_exp_avg_sq; 0: the parameter has none
-    c_address,  # companion of the weight
-    ms_address,  # scales of exp_avg
-    vs_address,  # scales of exp_avg_sq
-    start,  # index of the first element of the chunk in its parameter
-    seed,  # the next five are of the rounding table, see layout.py
+    p_address,  # int64, byte address of the chunk's first element in the parameter
+    g_address,  # the same in the gradient
+    m_address,  # in exp_avg
+    v_address,  # in exp_avg_sq
+    x_address,  # in max_exp_avg_sq; 0 for a parameter without amsgrad
+    c_address,  # in the companion of the weight
+    ms_address,  # in the scales of exp_avg
+    vs_address,  # in the scales of exp_avg_sq
+    start,  # int64, the chunk's first element within the parameter
+    seed,  # the next seven say how random bits are drawn, see stochastic.py
     stream,
     first,
     run,
     stride,
-    step,  # this step as uint32
-    begin,  # the function updates elements [begin, end) of the chunk; begin is a multiple of SIZE
+    step,
+    key,
+    begin,  # int32: the call updates the elements [begin, end) of the chunk; begin is a multiple of SIZE
     end,
-    one_minus_beta1,  # the next six are coefficients, see layout.py
+    one_minus_beta1,  # float32; the next six are coefficients of layout.py
     one_minus_beta2,
-    decay_per_step,
+    shrinkage,  # decay_per_step; if HUBER, decay_per_step / (1 + decay_per_step)
     step_size,
-    eps,
+    scaled_eps,
     grad_factor,
-    threshold,  # threshold of huber decay; read if HUBER
+    limit,  # float32, read if HUBER: where huber decay stops growing with the weight
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
@@ -105,23 +109,20 @@ def update_blocks(
     SIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Update elements [begin, end) of a chunk in blocks of SIZE.
+    """Update the elements [begin, end) in blocks of SIZE elements.
 
-    Returns the four statistics (0 without NORMS) and the sum of |w| after the step (0 without HUBER).
+    Returns the sums of the four statistics of layout.py, which are 0 without NORMS, and the sum of |w|, which is 0
+    without HUBER.
     """
     EACH: tl.constexpr = SIZE // K_THREADS
     g = pointer_to(g_address, GRAD, not MASKED)
     sum_w = tl.zeros([K_THREADS], tl.float32)
     sum_d = tl.zeros([K_THREADS], tl.float32)
     sum_g = tl.zeros([K_THREADS], tl.float32)
-    sum_product = tl.zeros([K_THREADS], tl.float32)
+    sum_wd = tl.zeros([K_THREADS], tl.float32)
     sum_abs = tl.zeros([K_THREADS], tl.float32)
     lanes = tl.arange(0, SIZE)
     x_end = tl.where(x_address != 0, end, 0)
-    if EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8:
-        key = hash_key(seed, stream, step)
-    if HUBER:
-        shrinkage, limit = huber_numbers(decay_per_step, threshold)
     for i in range(begin, end, SIZE):
         offsets = i + lanes
         mask = offsets < end
@@ -138,18 +139,17 @@ def update_blocks(
             b_x = tl.maximum(load(x, offsets, x_mask, True), b_v, propagate_nan=tl.PropagateNan.ALL)
             store(x, offsets, b_x, x_mask, True)
         if EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8:
-            # Encoding loses the last bits anyway, and instructions limit the speed of this variant, not bytes. So the root
-            # and the quotient are approximate.
+            # The codes lose the last bits anyway. This variant is bound by instructions, not by bytes.
             b_root = tl.sqrt(b_x)
-            b_inverse = tl.rsqrt(b_root + eps)
+            b_inverse = tl.rsqrt(b_root + scaled_eps)
             b_u = b_m * b_inverse * b_inverse
         else:
             b_root = tl.sqrt_rn(b_x)
-            b_u = tl.div_rn(b_m, b_root + eps)
+            b_u = tl.div_rn(b_m, b_root + scaled_eps)
         if HUBER:
             b_d = huber_step(b_w, b_u * -step_size, shrinkage, limit)
         else:
-            b_d = tl.fma(b_u, -step_size, b_w * -decay_per_step)
+            b_d = tl.fma(b_u, -step_size, b_w * -shrinkage)
         b_new = b_w + b_d
         random = 0
         if WEIGHT == K_STOCHASTIC:
@@ -167,44 +167,44 @@ def update_blocks(
             sum_abs += tl.sum(tl.reshape(b_abs, [K_THREADS, EACH]), 1)
         if NORMS:
             if (WEIGHT != K_MASTER and WEIGHT != K_REMAINDER) and PARAM != tl.float32:
-                # The weight was rounded, so the statistics use the change that remained after rounding.
+                # The update counts as it is stored: rounding may have lost a part of it.
                 b_d = b_kept - b_w
             if MASKED:
-                # Outside the mask all loads gave 0. If eps is 0 there, 0 / (0 + eps) is NaN.
+                # Outside the mask every load gave 0, and 0 / (0 + eps) is NaN if eps is 0.
                 b_d = tl.where(mask, b_d, 0.0)
                 b_kept = tl.where(mask, b_kept, 0.0)
-            # Each thread first adds up its own elements. So it keeps one number per sum and not one per element.
+            # Each thread first adds its own elements. So it keeps four sums, and not four values for each element.
             sum_w += tl.sum(tl.reshape(b_kept * b_kept, [K_THREADS, EACH]), 1)
             sum_d += tl.sum(tl.reshape(b_d * b_d, [K_THREADS, EACH]), 1)
             sum_g += tl.sum(tl.reshape(b_g * b_g, [K_THREADS, EACH]), 1)
-            sum_product += tl.sum(tl.reshape(b_w * b_d, [K_THREADS, EACH]), 1)
-    return tl.sum(sum_w), tl.sum(sum_d), tl.sum(sum_g), tl.sum(sum_product), tl.sum(sum_abs)
+            sum_wd += tl.sum(tl.reshape(b_w * b_d, [K_THREADS, EACH]), 1)
+    return tl.sum(sum_w), tl.sum(sum_d), tl.sum(sum_g), tl.sum(sum_wd), tl.sum(sum_abs)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def adamw_kernel(
-    chunk_row,  # int32[n_chunks]  row of the parameter that each chunk belongs to
-    chunk_span,  # int64[n_chunks]  first element of the chunk in its parameter << COUNT_BITS | number of elements
-    addresses,  # int64[n_arrays, n_rows]  of the arrays of each parameter; the constants below say which arrays there are
-    gradients,  # int64[n_rows]  addresses; not read for inactive rows
+    chunk_row,  # int32[n_chunks]  the parameter each chunk belongs to
+    chunk_span,  # int64[n_chunks]  first element within the parameter << COUNT_BITS | number of elements
+    addresses,  # int64[n_arrays, n_rows]  byte addresses of the arrays that this variant has, in the order of the code below
+    gradients,  # int64[n_rows]  byte addresses; the kernel does not read them for inactive rows
     coefficients,  # float32[n_rows, COEFFICIENTS]
-    partials,  # float32[n_chunks, STATISTICS]  out if NORMS; not written for inactive rows
-    steps,  # float32[n_rows]  this step, counted from 1; read if random bits are drawn
+    partials,  # float32[n_chunks, STATISTICS]  written if NORMS, but not for inactive rows
+    steps,  # float32[n_rows]  the steps taken, this one included; read if random bits are drawn
     rounding,  # int64[ROUNDING, n_rows]  read if random bits are drawn
     n_rows,
     first_chunk,  # the chunk of the first program
     PARAM: tl.constexpr,  # storage type of the parameter, for example tl.float32
     GRAD: tl.constexpr,  # storage type of the gradient
-    EXP_AVG: tl.constexpr,  # storage type of exp_avg; tl.int8: codes and scales
-    EXP_AVG_SQ: tl.constexpr,  # storage type of exp_avg_sq and max_exp_avg_sq; tl.uint8: codes and scales
+    EXP_AVG: tl.constexpr,  # storage type of exp_avg; tl.int8 means codes with scales
+    EXP_AVG_SQ: tl.constexpr,  # storage type of exp_avg_sq and max_exp_avg_sq; tl.uint8 means codes with scales
     WEIGHT: tl.constexpr,  # how the weight is kept: PLAIN, MASTER, REMAINDER, KAHAN or STOCHASTIC
-    STRIDED: tl.constexpr,  # random bits are drawn, and some parameter is a shard of several runs
-    AMSGRAD: tl.constexpr,  # some parameter keeps max_exp_avg_sq; a parameter without it has the address 0
-    HUBER: tl.constexpr,  # huber decay; addresses has two more rows: thresholds, and float32[n_chunks] for sums of |w|, out
-    NORMS: tl.constexpr,  # write the statistics
-    BLOCK: tl.constexpr,  # elements per iteration of the aligned loop
+    STRIDED: tl.constexpr,  # whether random bits are drawn and some parameter is a shard of several runs of elements
+    AMSGRAD: tl.constexpr,  # whether some parameter keeps max_exp_avg_sq; the address is 0 for a parameter that does not
+    HUBER: tl.constexpr,  # whether the decay is huber decay; then `addresses` ends with the threshold of each row and, in
+    # each row alike, the address of float32[n_chunks], to which the kernel writes the sums of |w|
+    NORMS: tl.constexpr,  # whether the kernel writes statistics
+    BLOCK: tl.constexpr,  # elements per iteration of the aligned path
 ):
-    """One program updates one chunk of one parameter. A chunk of an inactive row has no elements to update."""
     i_chunk = first_chunk + tl.program_id(0).to(tl.int64)
     i_row = tl.load(chunk_row + i_chunk)
     span = tl.load(chunk_span + i_chunk)
@@ -213,14 +213,13 @@ def adamw_kernel(
     row = coefficients + i_row * K_COEFFICIENTS
     one_minus_beta1 = tl.load(row + K_ONE_MINUS_BETA1)
     one_minus_beta2 = tl.load(row + K_ONE_MINUS_BETA2)
-    decay_per_step = tl.load(row + K_DECAY_PER_STEP)
+    shrinkage = tl.load(row + K_DECAY_PER_STEP)
     step_size = tl.load(row + K_STEP_SIZE)
-    eps = tl.load(row + K_EPS)
+    scaled_eps = tl.load(row + K_SCALED_EPS)
     grad_factor = tl.load(row + K_GRAD_FACTOR)
     active = tl.load(row + K_ACTIVE).to(tl.int32)
     count *= active
 
-    # The rows of `addresses` follow each other in this order. Rows of arrays that the variant does not have are missing.
     address = addresses + i_row
     g_address = element_address(tl.load(gradients + i_row), start, GRAD)
     p_address = element_address(tl.load(address), start, PARAM)
@@ -247,17 +246,19 @@ def adamw_kernel(
     if EXP_AVG_SQ == tl.uint8:
         vs_address = element_address(tl.load(address), start // K_QUANT, tl.float32)
         address += n_rows
-    threshold = decay_per_step
+    limit = shrinkage
     if HUBER:
-        threshold = tl.load(tl.load(address).to(tl.pointer_type(tl.float32)))
+        limit = tl.load(tl.load(address).to(tl.pointer_type(tl.float32))) * (1.0 + shrinkage)
+        shrinkage = tl.div_rn(shrinkage, 1.0 + shrinkage)
     aligned = ((p_address | g_address | m_address | v_address | x_address | c_address) & 15) == 0
-    seed, stream, first, run, stride, step = 0, 0, 0, 0, 0, 0
+    seed, stream, first, run, stride, step, key = 0, 0, 0, 0, 0, 0, 0
     if WEIGHT == K_STOCHASTIC or (EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8):
         word = rounding + i_row
         seed = tl.load(word + K_ROUNDING_SEED * n_rows)
         stream = tl.load(word + K_ROUNDING_STREAM * n_rows).to(tl.uint32)
         first = tl.load(word + K_ROUNDING_FIRST * n_rows)
         step = tl.load(steps + i_row).to(tl.uint32)
+        key = hash_key(seed, stream, step)
         if STRIDED:
             run = tl.load(word + K_ROUNDING_RUN * n_rows)
             stride = tl.load(word + K_ROUNDING_STRIDE * n_rows)
@@ -265,16 +266,16 @@ def adamw_kernel(
             aligned = aligned & (((first | run | stride) & (K_DRAW - 1)) == 0)
     full = tl.where(aligned, count // BLOCK * BLOCK, 0)
 
-    w_1, d_1, g_1, product_1, abs_1 = update_blocks(
+    w_1, d_1, g_1, wd_1, abs_1 = update_blocks(
         p_address, g_address, m_address, v_address, x_address, c_address, ms_address, vs_address,
-        start, seed, stream, first, run, stride, step, 0, full,
-        one_minus_beta1, one_minus_beta2, decay_per_step, step_size, eps, grad_factor, threshold,
+        start, seed, stream, first, run, stride, step, key, 0, full,
+        one_minus_beta1, one_minus_beta2, shrinkage, step_size, scaled_eps, grad_factor, limit,
         PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, HUBER, NORMS, BLOCK, False,
     )  # fmt: skip
-    w_2, d_2, g_2, product_2, abs_2 = update_blocks(
+    w_2, d_2, g_2, wd_2, abs_2 = update_blocks(
         p_address, g_address, m_address, v_address, x_address, c_address, ms_address, vs_address,
-        start, seed, stream, first, run, stride, step, full, count,
-        one_minus_beta1, one_minus_beta2, decay_per_step, step_size, eps, grad_factor, threshold,
+        start, seed, stream, first, run, stride, step, key, full, count,
+        one_minus_beta1, one_minus_beta2, shrinkage, step_size, scaled_eps, grad_factor, limit,
         PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, HUBER, NORMS, K_TAIL, True,
     )  # fmt: skip
     if HUBER:
@@ -287,4 +288,4 @@ def adamw_kernel(
             tl.store(out + K_WEIGHT_STATISTIC, w_1 + w_2)
             tl.store(out + K_UPDATE_STATISTIC, d_1 + d_2)
             tl.store(out + K_GRAD_STATISTIC, g_1 + g_2)
-            tl.store(out + K_PRODUCT_STATISTIC, product_1 + product_2)
+            tl.store(out + K_DOT_STATISTIC, wd_1 + wd_2)

@@ -1,23 +1,24 @@
 r"""Coefficients kernel: from hyperparameters and steps to the fp32 numbers that the update multiplies with.
 
-For every parameter the kernel computes one row of coefficients in fp64 and rounds each number once to fp32. lr, wd and eps
-are effective values: base value times width multiplier, with the decay law of the group applied to wd
-(lwadamw/state/decay.py). t = step + 1.
+The kernel computes in fp64 and rounds each coefficient once to fp32. With t = step + 1, and eta, lambda and epsilon the
+base values times their width multipliers (lambda also takes the factor of the decay law, see lwadamw/state/decay.py),
+the columns are:
 
-    column            holds
-    ONE_MINUS_BETA1   1 - beta1
-    ONE_MINUS_BETA2   1 - beta2
-    DECAY_PER_STEP    lr * wd
-    STEP_SIZE         lr * sqrt(1 - beta2^t) / (1 - beta1^t)
-    EPS               eps * sqrt(1 - beta2^t)
-    GRAD_FACTOR       sign * clip factor / loss scale; the sign is -1 with maximize
-    ACTIVE            1 if the parameter takes this step, else 0
+    ONE_MINUS_BETA1    1 - beta1
+    ONE_MINUS_BETA2    1 - beta2
+    DECAY_PER_STEP     eta lambda
+    STEP_SIZE          eta sqrt(1 - beta2^t) / (1 - beta1^t)
+    SCALED_EPS         epsilon sqrt(1 - beta2^t)
+    GRAD_FACTOR        +-clip / loss_scale
+    ACTIVE             1 or 0
 
-docs/kernels.md derives the update from these columns. It also lists when a parameter does not take a step. The kernel makes
-this decision on the device, so the host does not have to know. The kernel counts the steps that no parameter takes.
+So eta (m/(1-beta1^t)) / (sqrt(v)/sqrt(1-beta2^t) + epsilon), the update of AdamW, is STEP_SIZE m / (sqrt(v) + SCALED_EPS).
 
-The clip factor is the factor of torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)). It is NaN if the norm is
-NaN.
+A parameter is inactive, and its step does not advance, in three cases: it has no gradient, found_inf is set, or the
+global norm to clip by is not finite and such steps are to be skipped. The device decides all of this, and the host does
+not know. The kernel counts the steps that no parameter takes.
+
+The clip factor is the one of torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), or NaN if the norm is NaN.
 """
 
 import triton
@@ -28,20 +29,16 @@ from .layout import (
     K_COEFFICIENTS,
     K_CORRECTED,
     K_DECAY_PER_STEP,
-    K_EPS,
-    K_FLAG_REGARDLESS,
     K_GRAD_FACTOR,
     K_GROUP,
     K_GROUP_ADDRESSES,
     K_GROUP_BETA1,
     K_GROUP_BETA2,
     K_GROUP_EPS,
-    K_GROUP_EPS_MULT,
     K_GROUP_KINDS,
     K_GROUP_LR,
-    K_GROUP_LR_MULT,
+    K_GROUP_MULTIPLIERS,
     K_GROUP_SIGN,
-    K_GROUP_WD_MULT,
     K_GROUP_WEIGHT_DECAY,
     K_HEADER,
     K_HEADER_FLAGS,
@@ -51,37 +48,30 @@ from .layout import (
     K_ONE_MINUS_BETA1,
     K_ONE_MINUS_BETA2,
     K_ROWS,
+    K_SCALED_EPS,
     K_STEP_SIZE,
 )
 
 
 @triton.jit
-def group_value(group, INDEX: tl.constexpr, mask):
-    """Float64 value of word INDEX of each row's group, fp64[ROWS]."""
-    return tl.load(group + INDEX, mask=mask, other=0).to(tl.float64, bitcast=True)
-
-
-@triton.jit
 def hyperparameter(group, INDEX: tl.constexpr, mask):
-    """Hyperparameter INDEX of each row's group, fp64[ROWS].
+    """Base value INDEX of each row's group, fp64[ROWS].
 
-    The value comes from the table, or from the device scalar whose address is in the table.
+    The value is read from the table. If the table has an address for it, the value is read there.
     """
-    value = group_value(group, INDEX, mask)
+    value = tl.load(group + INDEX, mask=mask, other=0).to(tl.float64, bitcast=True)
     address = tl.load(group + K_GROUP_ADDRESSES + INDEX, mask=mask, other=0)
     kinds = tl.load(group + K_GROUP_KINDS, mask=mask, other=0)
-    is_float64 = (kinds >> INDEX & 1) != 0
-    on_device = address != 0
-    single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=on_device & (is_float64 == 0), other=0.0).to(
-        tl.float64
-    )
-    double = tl.load(address.to(tl.pointer_type(tl.float64)), mask=on_device & is_float64, other=0.0)
-    return tl.where(on_device, single + double, value)
+    wide = (kinds >> INDEX & 1) != 0
+    there = address != 0
+    single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=there & (wide == 0), other=0.0).to(tl.float64)
+    double = tl.load(address.to(tl.pointer_type(tl.float64)), mask=there & wide, other=0.0)
+    return tl.where(there, single + double, value)
 
 
 @triton.jit
 def one_minus_power(beta, step):
-    """1 - beta^step in fp64. beta = 0 gives 1: the lower limit keeps log(0) out."""
+    """1 - beta^step, fp64. For beta = 0 the result is 1."""
     return 1.0 - tl.exp(step * tl.log(tl.maximum(beta, 1e-300)))
 
 
@@ -94,19 +84,18 @@ def scalar_at(address, DEFAULT: tl.constexpr):
 @triton.jit(do_not_specialize=["first_row", "last_row"])
 def coefficients_kernel(
     words,  # int64[HEADER + n_rows + n_groups*GROUP]  the dynamic table, see layout.py
-    row_group,  # int32[n_rows]  group of each parameter
-    steps,  # float32[n_rows]  in: steps taken so far; out: this step added where the parameter takes it
-    totals,  # float64[n_totals]  sums of squares of scaled gradients; all of them add up to the global one; read if CLIP
-    coefficients,  # float32[n_rows, COEFFICIENTS]  out
-    grad_norm,  # float32[]  out if CLIP: global norm of the unscaled gradients before clipping
-    skipped,  # int64[]  in and out: 1 is added if no parameter takes this step
+    row_group,  # int32[n_rows]  the group of each parameter
+    steps,  # float32[n_rows]  the steps taken so far; the kernel advances them
+    totals,  # float64[n_totals]  their sum is the square of the global norm of the scaled gradients; read if CLIP
+    coefficients,  # float32[n_rows, COEFFICIENTS]  written
+    grad_norm,  # float32[]  written if CLIP: the global norm of the unscaled gradients, before clipping
+    skipped,  # int64[]  advanced by one if no parameter takes this step
     n_rows,
     n_totals,
-    first_row,  # this launch computes rows [first_row, last_row)
+    first_row,  # this launch computes the rows [first_row, last_row)
     last_row,
     CLIP: tl.constexpr,
 ):
-    """One program computes the coefficients of ROWS parameters and advances their steps."""
     rows = first_row + tl.program_id(0) * K_ROWS + tl.arange(0, K_ROWS)
     mask = rows < last_row
 
@@ -120,7 +109,7 @@ def coefficients_kernel(
         for i in range(1, n_totals):
             total += tl.load(totals + i)
         norm = tl.sqrt(total) / loss_scale
-        regardless = (tl.load(words + K_HEADER_FLAGS) & K_FLAG_REGARDLESS) != 0
+        regardless = (tl.load(words + K_HEADER_FLAGS) & 1) != 0
         proceed = tl.where((norm < float("inf")) | regardless, proceed, 0)
         factor *= tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
         if tl.program_id(0) == 0:
@@ -135,10 +124,10 @@ def coefficients_kernel(
 
     i_group = tl.load(row_group + rows, mask=mask, other=0).to(tl.int64)
     group = words + K_HEADER + n_rows + i_group * K_GROUP
-    lr_mult = group_value(group, K_GROUP_LR_MULT, mask)
-    wd_mult = group_value(group, K_GROUP_WD_MULT, mask)
-    eps_mult = group_value(group, K_GROUP_EPS_MULT, mask)
-    sign = group_value(group, K_GROUP_SIGN, mask)
+    lr_mult = tl.load(group + K_GROUP_MULTIPLIERS, mask=mask, other=0).to(tl.float64, bitcast=True)
+    wd_mult = tl.load(group + K_GROUP_MULTIPLIERS + 1, mask=mask, other=0).to(tl.float64, bitcast=True)
+    eps_mult = tl.load(group + K_GROUP_MULTIPLIERS + 2, mask=mask, other=0).to(tl.float64, bitcast=True)
+    sign = tl.load(group + K_GROUP_SIGN, mask=mask, other=0).to(tl.float64, bitcast=True)
     base_lr = hyperparameter(group, K_GROUP_LR, mask)
     lr = base_lr * lr_mult
     beta1 = hyperparameter(group, K_GROUP_BETA1, mask)
@@ -154,6 +143,6 @@ def coefficients_kernel(
     tl.store(out + K_ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
     tl.store(out + K_DECAY_PER_STEP, (lr * weight_decay).to(tl.float32), mask=mask)
     tl.store(out + K_STEP_SIZE, (lr * root / one_minus_power(beta1, t)).to(tl.float32), mask=mask)
-    tl.store(out + K_EPS, (eps * root).to(tl.float32), mask=mask)
+    tl.store(out + K_SCALED_EPS, (eps * root).to(tl.float32), mask=mask)
     tl.store(out + K_GRAD_FACTOR, (sign * factor).to(tl.float32), mask=mask)
     tl.store(out + K_ACTIVE, active.to(tl.float32), mask=mask)

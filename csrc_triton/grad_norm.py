@@ -1,11 +1,10 @@
-"""Global gradient norm for clipping: a sum of squares per chunk, then one sum over all chunks.
+"""Global gradient norm for clipping: one sum of squares for each chunk, then one sum over all chunks.
 
-Bytes per element, fp32: read g (4). Clipping costs nothing else. The update multiplies the gradient with the clip factor
-when it reads the gradient again, and no kernel rewrites a gradient.
+Bytes per element in fp32: 4, for reading g. Clipping costs nothing else. The update multiplies by the clip factor when
+it reads g again, and no kernel rewrites a gradient.
 
-The sum over chunks does not depend on the order of the chunks. So regrouping parameters cannot change one bit of a clipped
-step. The second kernel turns the fp32 partial sums into integers on a common power-of-two scale, because integer addition
-is exact (docs/kernels.md).
+The sum over chunks does not depend on their order, so regrouping parameters cannot change one bit of a clipped step. The fp32
+partial sums become integers on a common power-of-two scale, and integer addition is exact.
 """
 
 import triton
@@ -25,7 +24,6 @@ from .storage import element_address, load, pointer_to
 
 @triton.jit
 def square_blocks(g_address, begin, end, GRAD: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr):
-    """Sum of squares, fp32, of gradient elements [begin, end) of a chunk, read in blocks of SIZE."""
     g = pointer_to(g_address, GRAD, not MASKED)
     total = tl.zeros([SIZE], tl.float32)
     lanes = tl.arange(0, SIZE)
@@ -38,13 +36,12 @@ def square_blocks(g_address, begin, end, GRAD: tl.constexpr, SIZE: tl.constexpr,
 
 @triton.jit
 def grad_norm_kernel(
-    chunk_row,  # int32[n_chunks]  row of the parameter that each chunk belongs to
-    chunk_span,  # int64[n_chunks]  first element of the chunk in its parameter << COUNT_BITS | number of elements
-    gradients,  # int64[n_rows]  addresses; 0: no gradient
-    partials,  # float32[n_chunks, STATISTICS]  out: column GRAD_STATISTIC, of scaled and unclipped gradients
-    GRAD: tl.constexpr,  # storage type of the gradients
+    chunk_row,  # int32[n_chunks]
+    chunk_span,  # int64[n_chunks]  first element within the parameter << COUNT_BITS | number of elements
+    gradients,  # int64[n_rows]  byte addresses; 0 for a parameter without a gradient
+    partials,  # float32[n_chunks, STATISTICS]  GRAD_STATISTIC is written: the sum for the unclipped gradient
+    GRAD: tl.constexpr,
 ):
-    """One program adds up the squares of one chunk of a gradient. A parameter without a gradient gets 0."""
     i_chunk = tl.program_id(0).to(tl.int64)
     g_address = tl.load(gradients + tl.load(chunk_row + i_chunk))
     span = tl.load(chunk_span + i_chunk)
@@ -58,22 +55,21 @@ def grad_norm_kernel(
 
 @triton.jit
 def total_kernel(
-    partials,  # float32[n_chunks, STATISTICS]  read: column GRAD_STATISTIC
-    total,  # float64[1]  out: the sum over all chunks; inf or NaN if a partial sum is inf or NaN
+    partials,  # float32[n_chunks, STATISTICS]
+    total,  # float64[1]  written: the sum over all chunks; inf or NaN if a partial sum is
     n_chunks,
-    BITS: tl.constexpr,  # bits of each integer; n_chunks << BITS has to fit into an int64
+    BITS: tl.constexpr,  # bits of the integers; n_chunks << BITS fits into an int64
 ):
-    """One program adds up the partial sums of all chunks."""
     lanes = tl.arange(0, K_PARTIALS).to(tl.int64)
     squares = partials + K_GRAD_STATISTIC
     largest = tl.zeros([K_PARTIALS], tl.float32)
     for i in range(0, n_chunks, K_PARTIALS):
         b = tl.load(squares + (i + lanes) * K_STATISTICS, mask=i + lanes < n_chunks, other=0.0)
         largest = tl.maximum(largest, b, propagate_nan=tl.PropagateNan.ALL)
-    # Without the sign bit, the bits of floats have the same order as integers, and NaN is above inf.
+    # Without the sign bit, the bits of floats have the same order as integers. NaN is above inf.
     top = tl.max(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     exponent = (top >> 23) - 126
-    # The bits of the float64 2^(BITS - exponent). Each partial sum times this scale is below 2^BITS.
+    # The scale is 2^(BITS - exponent), made from its bits. Every partial sum times the scale is below 2^BITS.
     scale = ((BITS - exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
     units = tl.zeros([K_PARTIALS], tl.int64)
     for i in range(0, n_chunks, K_PARTIALS):

@@ -1,13 +1,13 @@
-r"""Huber decay: the proximal step of the update, and the kernel that moves the threshold of each parameter.
+r"""Huber decay: its proximal step, and the threshold of each parameter, which follows the weights.
 
-Huber decay maps a weight w to
+With r = lr wd, the DECAY_PER_STEP of the parameter (coefficients.py), and delta its threshold (lwadamw/state/decay.py),
+the proximal step of r R_delta maps a weight w to
 
-    w / (1 + decay_per_step)               if |w| <= limit = (1 + decay_per_step) * threshold
-    w - decay_per_step * threshold * sign(w)   otherwise
+    w / (1 + r)             where |w| <= L = (1 + r) delta
+    w - r delta sign(w)     elsewhere
 
-which is w - shrinkage * clip(w, -limit, limit) with shrinkage = decay_per_step / (1 + decay_per_step). decay_per_step is
-lr * wd of the parameter (coefficients.py). The threshold is one number per parameter (lwadamw/state/decay.py). The kernel
-adds the change of the weight, so the weight is rounded once, as with the other decay laws (docs/kernels.md).
+Both lines are w - s clip(w, -L, L) with s = r / (1 + r). The kernel adds this form to the update, so the weight is
+rounded once, as it is without huber decay.
 """
 
 import triton
@@ -17,31 +17,23 @@ from .layout import K_ACTIVE, K_COEFFICIENTS, K_PARTIALS
 
 
 @triton.jit
-def huber_numbers(decay_per_step, threshold):
-    """Shrinkage and limit of a parameter."""
-    limit = threshold * (1.0 + decay_per_step)
-    return tl.div_rn(decay_per_step, 1.0 + decay_per_step), limit
-
-
-@triton.jit
-def huber_step(b_w, b_step, shrinkage, limit):
-    """Change of the weights `b_w`, which first move by `b_step` and then decay."""
+def huber_step(b_w, b_step, shrink, limit):
+    """The change of weights that move by `b_step` and then shrink. `shrink` is s, `limit` is L."""
     b_moved = b_w + b_step
     b_clipped = tl.minimum(tl.maximum(b_moved, -limit), limit)
-    return tl.fma(b_clipped, -shrinkage, b_step)
+    return tl.fma(b_clipped, -shrink, b_step)
 
 
 @triton.jit(do_not_specialize=["first_row"])
 def threshold_kernel(
-    absolutes,  # float32[n_chunks]  sum of |w| after the step
-    row_chunk,  # int32[n_rows + 1]  first chunk of each parameter; the last entry is n_chunks
-    row_factor,  # float64[n_rows]  factor * sum of |w| is the target of the threshold
-    addresses,  # int64[n_rows]  addresses of the thresholds, float32
-    coefficients,  # float32[n_rows, COEFFICIENTS]  read: column ACTIVE
+    absolutes,  # float32[n_chunks]  sums of |w| after the step
+    row_chunk,  # int32[n_rows + 1]  the first chunk of each parameter; the last entry is n_chunks
+    row_factor,  # float64[n_rows]  huber_scale / numel: times the sum of |w|, it gives the threshold of constant weights
+    addresses,  # int64[n_rows]  addresses of the thresholds, which are float32[]
+    coefficients,  # float32[n_rows, COEFFICIENTS]
     first_row,  # the row of the first program
-    RATE: tl.constexpr,  # part of the distance to its target by which a threshold moves per step
+    RATE: tl.constexpr,  # the share of its distance to the threshold of constant weights that a threshold moves in a step
 ):
-    """One program moves the threshold of one parameter, if the parameter took the step."""
     i_row = first_row + tl.program_id(0).to(tl.int64)
     first = tl.load(row_chunk + i_row).to(tl.int64)
     last = tl.load(row_chunk + i_row + 1).to(tl.int64)

@@ -1,12 +1,11 @@
-"""Random bits for rounding. They come from a counter, so no generator state has to be stored.
+"""Random bits for rounding, from a counter: nothing has to be stored or carried along.
 
-The bits of an element depend on four numbers: the seed, the stream of the parameter, the step, and the index e of the
-element in the whole (unsharded) parameter. They do not depend on grouping, chunking or sharding.
+The bits depend on the seed, the stream of the parameter, the step, and the index e of the element in the whole (unsharded)
+parameter. They do not depend on grouping, chunking or sharding.
 
-    weights        16 bits: half (e mod 2) of word (e mod 8) // 2 of Philox 4x32, whose key is the seed and whose counter is
-                   (e // 8 low, e // 8 high, step, stream)
-    8-bit moments  32 bits: a hash of the same four numbers, the finaliser of murmur3. Philox would take a fifth of all
-                   instructions of these variants.
+Weights draw 16 bits for each element: half (e mod 2) of word (e mod 8) // 2 of Philox 4x32, with the key `seed` and the
+counter (e // 8 low, e // 8 high, step, stream). 8-bit moments draw 32 bits for each element: a 32-bit hash of the same
+numbers, murmur3's finaliser. There, Philox would take a fifth of all instructions.
 """
 
 import triton
@@ -17,10 +16,10 @@ from .layout import K_DRAW, K_PHILOX_ROUNDS
 
 @triton.jit
 def whole_index(index, first, run, stride, STRIDED: tl.constexpr):
-    """Index in the whole parameter of elements `index` of a shard.
+    """Index in the whole parameter of elements of this shard.
 
-    The shard consists of runs of `run` elements. In the whole parameter the first run begins at `first`, and the starts of
-    two runs are `stride` apart. Without STRIDED there is one run.
+    The shard consists of runs of `run` elements. In the whole parameter, the runs begin `stride` elements apart, the
+    first at `first`.
     """
     if STRIDED:
         return first + index + index // run * (stride - run)
@@ -30,7 +29,7 @@ def whole_index(index, first, run, stride, STRIDED: tl.constexpr):
 
 @triton.jit
 def words_at(draw, seed, step, stream):
-    """The four uint32 words of each draw. `draw` is the index of eight consecutive elements of the whole parameter, int64."""
+    """The four uint32 words of one draw of Philox, for each number of a draw in `draw`."""
     low = (draw & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0
     return tl.philox(seed, low, (draw >> 32).to(tl.uint32), zero + step, zero + stream, K_PHILOX_ROUNDS)
@@ -38,24 +37,24 @@ def words_at(draw, seed, step, stream):
 
 @triton.jit
 def halves(words, SIZE: tl.constexpr):
-    """Split uint32 words into 16-bit numbers, the lower half first; int32[SIZE]."""
+    """Split uint32 words into twice as many 16-bit numbers, int32[SIZE]. The lower half of a word comes first."""
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [SIZE]).to(tl.int32)
 
 
 @triton.jit
 def random_bits(
-    begin,  # int64  the first of SIZE consecutive elements of this shard
-    seed,  # int64  seed, stream, first, run and stride are of the rounding table, see layout.py
+    begin,  # int64, the first of SIZE elements of this shard that follow each other
+    seed,  # int64; the next five are a column of the rounding table, see layout.py, and the step
     stream,  # uint32
     first,  # int64
-    run,  # int64
-    stride,  # int64
-    step,  # uint32  this step, counted from 1
-    STRIDED: tl.constexpr,  # False: run and stride are not read
+    run,
+    stride,
+    step,  # uint32
+    STRIDED: tl.constexpr,  # if False, run and stride are not used
     SIZE: tl.constexpr,
-    EACH: tl.constexpr,  # consecutive elements per thread; with 4 or 8, begin, first, run, stride have to be multiples of DRAW
+    EACH: tl.constexpr,  # neighbouring elements per thread; with 4 or 8, every draw begins at a multiple of DRAW here
 ):
-    """Random bits for the weights of SIZE consecutive elements; int32[SIZE], 0 <= bits < 2^16."""
+    """Random bits of SIZE elements, int32[SIZE], from 0 to 2^16 - 1."""
     if EACH == 8:
         draw = begin // 8 + tl.arange(0, SIZE // 8)
         w0, w1, w2, w3 = words_at(whole_index(draw, first // 8, run // 8, stride // 8, STRIDED), seed, step, stream)
@@ -75,7 +74,7 @@ def random_bits(
 
 @triton.jit
 def mixed(h):
-    """The 32-bit finaliser of murmur3; uint32."""
+    """The 32-bit finaliser of murmur3, of and to uint32."""
     h ^= h >> 16
     h *= 0x85EBCA6B
     h ^= h >> 13
@@ -85,7 +84,7 @@ def mixed(h):
 
 @triton.jit
 def hash_key(seed, stream, step):
-    """The part of the hash that all elements of a parameter share; uint32 from int64 seed, uint32 stream and uint32 step."""
+    """The key of `hash_bits`, uint32, from an int64 seed, a uint32 stream and a uint32 step."""
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
     return mixed(mixed(mixed(low ^ 0x9E3779B9) ^ high ^ stream) ^ step)
@@ -93,7 +92,7 @@ def hash_key(seed, stream, step):
 
 @triton.jit
 def hash_bits(begin, first, run, stride, key, STRIDED: tl.constexpr, SIZE: tl.constexpr):
-    """Random bits for the 8-bit moments of elements [begin, begin + SIZE) of this shard; int32[SIZE]. `key` is of hash_key."""
+    """32 random bits of each of the elements [begin, begin + SIZE) of this shard, int32[SIZE]."""
     lanes = tl.arange(0, SIZE)
     if STRIDED:
         index = whole_index(begin + lanes, first, run, stride, STRIDED).to(tl.uint32)

@@ -1,15 +1,15 @@
 """Typed loads and stores through raw addresses: a tensor of any type is read as fp32 and written back.
 
-Every kernel computes in fp32. It reads and writes memory through pairs of functions: the pairs in this file for plain
-arrays, the pair in `weights.py` for a weight that is kept in one or two arrays, the pair in `moments.py` for moments. A new
-way to store a tensor needs a new pair and no new kernel.
+Every kernel computes in fp32. It reaches memory through pairs of load and store: those of this file for plain arrays,
+those of `weights.py` for a weight that is kept in one or two arrays, and those of `moments.py` for 8-bit moments. So
+another way to store something is another pair, and never another kernel.
 
-Names in this file and in every kernel file:
-    *_address  int64 scalar, byte address of the first element of a chunk
+Names, in every file of kernels:
+    *_address  int64 scalar, the byte address of the first element of a piece of an array
     i_*        index of a program, chunk, segment or block
     n_*        a count
-    b_*        a block of values in registers, fp32 if the comment names no other type
-    UPPER      compile-time constants
+    b_*        a block of values in registers, fp32 unless the text says otherwise
+    UPPER      a compile-time constant
 """
 
 import triton
@@ -20,7 +20,7 @@ from .layout import K_INTERPRETED, K_LOAD_CACHE, K_LOAD_EVICTION, K_STORE_CACHE,
 
 @triton.jit
 def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to `TYPE` at an address. `ALIGNED` promises 16-byte alignment, so that accesses can be 16 bytes wide."""
+    """`address` as a pointer to `TYPE`. `ALIGNED` promises 16-byte alignment, so that accesses can be 16 bytes wide."""
     pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -29,16 +29,16 @@ def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def element_address(address, index, TYPE: tl.constexpr):
-    """Byte address of element `index` of an array of `TYPE` that begins at `address`."""
-    # The computation uses integers, because a cast from pointer to integer and back loses the known alignment. The size
-    # comes from a value of TYPE, because Triton 3.2 cannot read attributes of a constexpr.
+    """The byte address of element `index` of the array of `TYPE` that begins at `address`."""
+    # The sum is made of integers, because the compiler forgets the alignment of a pointer that is cast back and forth. The
+    # size comes from a value, because a constexpr has no attributes in Triton 3.2.
     BITS: tl.constexpr = tl.full([], 0, TYPE).dtype.primitive_bitwidth
     return address + index * (BITS // 8)
 
 
 @triton.jit
 def load_raw(pointer, offsets, mask, MASKED: tl.constexpr):
-    """Read a block of any type without conversion. Elements outside the mask are 0."""
+    """Load a block of any type unchanged. Elements outside the mask are 0."""
     if MASKED:
         return tl.load(pointer + offsets, mask=mask, other=0)
     else:
@@ -47,7 +47,7 @@ def load_raw(pointer, offsets, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def store_raw(pointer, offsets, block, mask, MASKED: tl.constexpr):
-    """Write a block whose type is the type of the pointer."""
+    """Write a block that already has the pointer's type."""
     if MASKED:
         tl.store(pointer + offsets, block, mask=mask)
     else:
@@ -56,15 +56,15 @@ def store_raw(pointer, offsets, block, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def load(pointer, offsets, mask, MASKED: tl.constexpr):
-    """Read a block of any float type as fp32. Elements outside the mask are 0."""
+    """Load a block of any float type as fp32. Elements outside the mask are 0."""
     return load_raw(pointer, offsets, mask, MASKED).to(tl.float32)
 
 
 @triton.jit
 def rounded(block, TYPE: tl.constexpr):
-    """Convert an fp32 block to a float type, rounded to nearest, ties to even."""
+    """An fp32 block rounded to a float type, to nearest with ties to even."""
     if K_INTERPRETED and TYPE == tl.bfloat16:
-        # The interpreter truncates to bf16, so this branch rounds the bits itself.
+        # The conversion of the interpreter truncates.
         bits = block.to(tl.int32, bitcast=True)
         bits = tl.where(block == block, bits + 0x7FFF + (bits >> 16 & 1), 0x7FC00000) >> 16
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -74,5 +74,5 @@ def rounded(block, TYPE: tl.constexpr):
 
 @triton.jit
 def store(pointer, offsets, block, mask, MASKED: tl.constexpr):
-    """Round an fp32 block to the type of the pointer, to nearest, and write it."""
+    """Round an fp32 block to nearest in the pointer's type, and write it."""
     store_raw(pointer, offsets, rounded(block, pointer.dtype.element_ty), mask, MASKED)

@@ -1,17 +1,10 @@
-r"""Load and store of a weight, which is kept in the parameter alone or in the parameter and a companion array.
+r"""How the weight w of a parameter is kept: in the parameter alone, or in the parameter and a companion array.
 
-The kinds are constants of layout.py:
-
-    PLAIN       w = parameter
-                The parameter is w rounded to nearest.
-    MASTER      w = companion (fp32)
-                The parameter is w rounded to nearest.
-    REMAINDER   bits of w = (bits of the parameter << 16) + companion
-                The companion is a signed 16-bit number. This kind is exact.
-    KAHAN       w = parameter + companion
-                The parameter is w rounded to nearest. The companion is w - parameter, rounded to nearest.
-    STOCHASTIC  w = parameter
-                The parameter is w rounded up with probability (w - lower neighbour) / spacing, otherwise down.
+PLAIN       w = parameter, rounded to nearest
+MASTER      w = companion, in fp32; the parameter is w rounded to nearest
+REMAINDER   bits of w = (bits of the parameter << 16) + companion, a signed 16-bit number; exact
+KAHAN       w = parameter + companion; the parameter is w rounded to nearest, the companion is what rounding lost, rounded
+STOCHASTIC  w = parameter, rounded up with the probability (distance to the lower neighbour) / (spacing of the neighbours)
 """
 
 import triton
@@ -23,7 +16,7 @@ from .storage import load, load_raw, pointer_to, rounded, store, store_raw
 
 @triton.jit
 def load_weight(p_address, c_address, offsets, mask, PARAM: tl.constexpr, WEIGHT: tl.constexpr, MASKED: tl.constexpr):
-    """Read a block of the weight as fp32. Elements outside the mask are 0."""
+    """Load a block of the fp32 weight."""
     ALIGNED: tl.constexpr = not MASKED
     if WEIGHT == K_MASTER:
         return load(pointer_to(c_address, tl.float32, ALIGNED), offsets, mask, MASKED)
@@ -40,10 +33,9 @@ def load_weight(p_address, c_address, offsets, mask, PARAM: tl.constexpr, WEIGHT
 
 @triton.jit
 def canonical_bits(block):
-    """Bits of an fp32 block as int32; every NaN becomes 0x7fc00000.
+    """Bits of an fp32 block as int32. Every NaN gets bits that are still a NaN when they are cut in half.
 
-    The upper half of 0x7fc00000 is a NaN in bf16. CUDA's own NaN is 0x7fffffff: there, splitting the bits or adding random
-    bits would carry into the sign bit, and the upper half would be -0.
+    The NaN of CUDA, 0x7fffffff, would not be one any more: its rounded upper half is -0.
     """
     return tl.where(block == block, block.to(tl.int32, bitcast=True), 0x7FC00000)
 
@@ -54,13 +46,13 @@ def store_weight(
     c_address,
     offsets,
     block,
-    random,  # int32, 0 <= random < 2^16; read if STOCHASTIC
+    random,  # int32[SIZE] below 2^16, read if STOCHASTIC
     mask,
     PARAM: tl.constexpr,
     WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Write a block of the fp32 weight. Return the block that the next step will read."""
+    """Write a block of the fp32 weight. Returns the block as the next step will read it."""
     ALIGNED: tl.constexpr = not MASKED
     p = pointer_to(p_address, PARAM, ALIGNED)
     if WEIGHT == K_MASTER:

@@ -1,4 +1,7 @@
-"""AdamW for width scaling: one fused Triton step for all parameter groups, with width rules and norms inside."""
+"""AdamW for width scaling: one fused Triton step for all parameter groups, with width rules and norms inside.
+
+`lwadamw.schedules` has the width warm-ups, and `lwadamw.loggers` passes readings on to experiment trackers.
+"""
 
 from . import loggers as loggers
 from . import schedules as schedules

@@ -1,4 +1,4 @@
-"""`python -m lwadamw`: the command line."""
+"""The command line as `python -m lwadamw`. The console script `lwadamw` runs the same function."""
 
 import sys
 

@@ -1,8 +1,10 @@
-"""Readings in the names and by the calls of experiment trackers. None of them is imported here.
+"""Loggers: they pass a monitor's readings on to experiment trackers, under the names and by the calls that each expects.
 
-Names are those of `Monitor.as_dict()`, which is for anything else: `{prefix}{statistic}/{parameter}`, and for medians
-`{prefix}role/{role}/{statistic}`. W&B makes a section of panels, TensorBoard a group of charts, of what stands before a '/', so
-that one statistic of all layers is seen together.
+No tracker is imported here. For a tracker without a logger, use the dict of `Monitor.as_dict()`.
+
+A value has the name `{prefix}{statistic}/{parameter}`, and the median over a role has `{prefix}role/{role}/{statistic}`. W&B
+shows names with the same text before the '/' in one section, and TensorBoard in one group. So one statistic of all layers is
+seen together.
 """
 
 from __future__ import annotations
@@ -24,34 +26,52 @@ if TYPE_CHECKING:
 
 
 class ScalarWriter(Protocol):
-    """What `torch.utils.tensorboard.SummaryWriter` and its like have."""
+    """A writer with the method `add_scalar`, for example `torch.utils.tensorboard.SummaryWriter`."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Write one value."""
 
 
 class DictLogger(Protocol):
-    """What the run that `wandb.init()` returns has."""
+    """A run with the method `log`, for example the run that `wandb.init()` returns."""
 
-    def log(self, data: dict[str, Any], step: int) -> Any: ...
+    def log(self, data: dict[str, Any], step: int) -> Any:
+        """Log the values of one step."""
 
 
 class TensorBoardLogger:
-    """Writes every reading with `add_scalar`: `monitor.on_reading.append(TensorBoardLogger(SummaryWriter()))`."""
+    """Writes every reading with `writer.add_scalar(tag, value, step)`, where step is the step of the optimizer.
+
+    Args:
+        writer: a `SummaryWriter`, or another object with `add_scalar`.
+        prefix: text in front of every name.
+
+    Example:
+        monitor.on_reading.append(TensorBoardLogger(SummaryWriter()))
+    """
 
     def __init__(self, writer: ScalarWriter, prefix: str = "") -> None:
         self.writer = writer
         self.prefix = prefix
 
     def __call__(self, reading: Reading) -> None:
+        """Write one reading."""
         for tag, value in as_dict(reading, self.prefix).items():
             self.writer.add_scalar(tag, value, reading.step)
 
 
 class WandbLogger:
-    """Logs every reading with `run.log(dict, step=)`: `monitor.on_reading.append(WandbLogger(wandb.init()))`.
+    """Logs every reading with `run.log(values, step=step)`, where step is the step of the optimizer.
 
-    The step is the optimizer's. W&B drops what comes with a step smaller than its present one, so log the loss with the
-    optimizer's step too, or under a metric of its own (`run.define_metric`).
+    W&B drops values whose step is smaller than a step that it has already seen. So log the loss with the step of the optimizer
+    too, or give the loss a step metric of its own with `run.define_metric`.
+
+    Args:
+        run: what `wandb.init()` returns, or another object with `log`.
+        prefix: text in front of every name.
+
+    Example:
+        monitor.on_reading.append(WandbLogger(wandb.init()))
     """
 
     def __init__(self, run: DictLogger, prefix: str = "") -> None:
@@ -59,16 +79,24 @@ class WandbLogger:
         self.prefix = prefix
 
     def __call__(self, reading: Reading) -> None:
+        """Log one reading."""
         self.run.log(as_dict(reading, self.prefix), step=reading.step)
 
 
 class LightningHooks:
-    """The hook with which a Lightning callback logs readings, each once, by `pl_module.log_dict`.
+    """A mix-in that makes a Lightning callback log every reading once, with `pl_module.log_dict`.
 
-    `log_dict` works within Lightning's hooks only, and a reading is made inside the optimizer's step, so it is logged when the
-    batch has ended. Names are those of Lightning's own `grad_norm`: `{statistic}/{parameter}`. Lightning asks for a callback
-    of its class, so mix the two:
+    A reading is made inside the step of the optimizer, but `log_dict` works only inside Lightning's hooks. So a reading is
+    logged when its batch has ended. The names have the form of Lightning's own `grad_norm`: `{statistic}/{parameter}`.
 
+    Lightning accepts only callbacks of its own class, and this module does not import Lightning. So derive your callback from
+    both classes.
+
+    Args:
+        monitor: the monitor whose readings are logged.
+        prefix: text in front of every name.
+
+    Example:
         class LogReadings(lwadamw.loggers.LightningHooks, lightning.pytorch.Callback): ...
         trainer = Trainer(callbacks=[LogReadings(monitor)])
     """
@@ -80,6 +108,7 @@ class LightningHooks:
         self._logged: Reading | None = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the latest reading if it has not been logged yet. Lightning calls this hook."""
         reading = self.monitor.latest
         if reading is not None and reading is not self._logged:
             self._logged = reading
@@ -87,25 +116,36 @@ class LightningHooks:
 
 
 def report_to_composer(optimizer: AdamW) -> Callable[[], None]:
-    """Give the optimizer the `report_per_parameter_metrics` that Composer's `OptimizerMonitor` looks for.
+    """Give the optimizer the method `report_per_parameter_metrics` that Composer's `OptimizerMonitor` looks for.
 
-    OptimizerMonitor calls report_per_parameter_metrics(p, name, metrics) of `state.optimizers[0]` at the end of a batch, for
-    every parameter with a gradient, and itself computes `l2_norm/grad/{name}` where it is missing after that. It gets, under
-    the names that Composer's DecoupledAdamW uses, `l2_norm/param`, `l2_norm/update`, `l2_norm/grad` and
-    `l2_norm_ratio/update_param`: the update with its weight decay, the gradient clipped. Norms are read once for all
-    parameters. They are whole under DDP; under FSDP, where `norms()` refuses shards, so does this.
+    At the end of a batch, OptimizerMonitor calls `report_per_parameter_metrics(p, name, metrics)` of `state.optimizers[0]` for
+    every parameter with a gradient. If `l2_norm/grad/{name}` is still missing then, OptimizerMonitor computes it itself.
+
+    The metrics have the names that Composer's DecoupledAdamW uses:
+
+        l2_norm/param/{name}                  norm of the weight after the step
+        l2_norm/update/{name}                 norm of the update, with the weight decay
+        l2_norm/grad/{name}                   norm of the clipped gradient
+        l2_norm_ratio/update_param/{name}     the second divided by the first
+
+    A metric that is not known (NaN) is left out. The norms of all parameters are read together, once per batch. Under DDP they
+    are norms of whole parameters. Under FSDP parameters are shards, `optimizer.norms()` refuses shards, and the method raises
+    the same error.
+
+    Args:
+        optimizer: the optimizer that gets the method.
 
     Returns:
-        A function that takes it off again.
+        A function that removes the method again.
     """
-    of: dict[int, dict[str, float]] = {}  # parameter -> metric -> value
+    of: dict[int, dict[str, float]] = {}  # id of a parameter -> metric -> value
 
     def read() -> None:
         norms = optimizer.norms()
         rows = {name: i for i, name in enumerate(norms.names)}
         of.clear()
         for member in members_of(optimizer.param_groups):
-            # The norm of a weight is that of its parts' norms.
+            # The squares of the norms of segments add up to the square of the norm of the whole parameter.
             index = [rows[name] for name in dict.fromkeys((member.name, *member.segment_names())) if name in rows]
             columns = {"param": norms.weight, "update": norms.update, "grad": norms.grad}
             values = {f"l2_norm/{kind}": float(np.linalg.norm(column[index])) for kind, column in columns.items()}
@@ -114,7 +154,7 @@ def report_to_composer(optimizer: AdamW) -> Callable[[], None]:
             of[id(member.param)] = {key: value for key, value in values.items() if index and not math.isnan(value)}
 
     def report_per_parameter_metrics(p: Tensor, name: str, optimizer_metrics: dict[str, Any]) -> dict[str, Any]:
-        if not optimizer_metrics:  # the first parameter of a batch
+        if not optimizer_metrics:  # OptimizerMonitor starts every batch with an empty dict.
             read()
         optimizer_metrics.update({f"{metric}/{name}": value for metric, value in of.get(id(p), {}).items()})
         return optimizer_metrics

@@ -1,4 +1,4 @@
-"""The version of the package. Any module may import this file; it imports none."""
+"""The version of the package. Every room may import this module, because it imports nothing of the package."""
 
 from typing import Final
 

@@ -11,6 +11,11 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests.interpreter import patch_language_once_per_launch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_language_once_per_launch()
+
 # torch.device("meta") remembers at its first use which functions it redirects: that has to be torch.empty itself, not
 # what a fixture puts in its place.
 with torch.device("meta"):

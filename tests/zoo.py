@@ -1,4 +1,4 @@
-"""Models whose parameters are awkward to classify, small copies of what people train."""
+"""Small copies of models that people train, with parameters whose role is hard to tell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RMSNorm(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """Grouped-query attention with one key/value head for every four, qk-norm, SwiGLU of width 3d."""
+    """Grouped-query attention (one key and value head for four query heads), qk-norm, and a SwiGLU of width 3d."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Untied head."""
+    """Has an untied head."""
 
     def __init__(self, d: int, layers: int = 2) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Llama(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """As in transformers' GPT-2: the weight is (in, out)."""
+    """The layer of transformers' GPT-2: its weight has the shape (in, out)."""
 
     def __init__(self, out: int, into: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Conv1D(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Conv1D layers, learned positions, head tied to the embedding."""
+    """Conv1D layers, learned positions, and a head that is tied to the embedding."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class GPT2(nn.Module):
 
 
 class Experts(nn.Module):
-    """Packed: (experts, out, in)."""
+    """Packed experts: each weight has the shape (experts, out, in)."""
 
     def __init__(self, n: int, d: int) -> None:
         super().__init__()

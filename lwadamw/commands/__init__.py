@@ -1,6 +1,7 @@
-"""The command line, `python -m lwadamw <command>`: one module of this package for each command.
+"""The command line, `python -m lwadamw <command>`. Each command is a module of this package.
 
-Each module has `add(commands)`, which declares the arguments of its command and the function that runs it.
+Each of these modules has a function `add(commands)`. It declares the arguments of the command, and the function that runs
+the command.
 """
 
 from __future__ import annotations
@@ -11,12 +12,22 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
-# Modules of lwadamw.commands, in the order of --help.
+# Names of the modules, in the order of --help.
 COMMANDS: Final = ("demo", "rule", "table", "compare", "transfer", "sweep", "synthetic", "figures", "storage")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code, 130 after Ctrl-C. argparse exits with 2 on bad arguments."""
+    """Run a command.
+
+    Args:
+        argv: the arguments after the program's name. By default those of this process.
+
+    Returns:
+        The exit code of the command, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2, for bad arguments; with code 0, after --help.
+    """
     parser = argparse.ArgumentParser(prog="python -m lwadamw", description="AdamW for width scaling.")
     commands = parser.add_subparsers(metavar="command", required=True)
     for name in COMMANDS:

@@ -1,4 +1,4 @@
-"""Kinds of arguments that several commands take."""
+"""Arguments that several commands have in common."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 
 def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """Return the device of --device. A device that does not exist ends the program with exit code 2.
+
+    Args:
+        parser: the parser of the command.
+        name: auto, cpu, cuda or cuda:N. auto is a GPU if there is one, else the CPU.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -21,16 +27,23 @@ def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     except RuntimeError:
         parser.error(f"argument --device: {name!r} is no device. Give auto, cpu or cuda.")
     if device.type not in ("cpu", "cuda"):
-        parser.error(f"argument --device: the demo runs on cpu or cuda, not on {name!r}. Give --device cpu.")
+        parser.error(f"argument --device: the laboratory runs on cpu or cuda, not on {name!r}. Give --device cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(
-            f"argument --device: {name!r} is not there; {torch.cuda.device_count()} GPUs are. Give --device auto."
+            f"argument --device: {name!r} does not exist; this machine has {torch.cuda.device_count()} GPUs. "
+            "Give --device auto."
         )
     return device
 
 
 def corpus(parser: argparse.ArgumentParser, path: Path | None, context: int) -> Corpus:
-    """The text of `--data`, or Python's own sources; with at least a window for training and one for validation."""
+    """Return the text of --data, or Python's own sources. A text that is too short ends the program with exit code 2.
+
+    Args:
+        parser: the parser of the command.
+        path: the file of --data, or None.
+        context: bytes per window.
+    """
     from ..lab import data
 
     try:
@@ -40,12 +53,14 @@ def corpus(parser: argparse.ArgumentParser, path: Path | None, context: int) -> 
 
 
 def whole(text: str) -> int:
+    """Convert the text of an argument to a positive whole number."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number, like 4")
     return int(text)
 
 
 def positive(text: str) -> float:
+    """Convert the text of an argument to a positive finite number."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`python -m lwadamw compare`: what grew or shrank from a proxy's profile to a target's, against the prediction."""
+"""`python -m lwadamw compare`: what grew or shrank from a proxy to a target, and whether the width rule predicts it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING
 from ..monitor.text import aligned
 
 if TYPE_CHECKING:
-    from ..monitor.comparison import Comparison, Row
+    from ..monitor.comparison import Comparison, Finding
     from ..monitor.profile import Profile
 
 _HEADER = ("role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off by", "")
-_RIGHT = range(3, 8)  # the numbers
+_RIGHT = range(3, 8)  # The columns with numbers are aligned right.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the arguments of the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
-        help="compare the profiles of two runs with what their learning rates and decays predict",
-        description="Print, per role and type of layer, what grew and what shrank from one run to another, and whether their "
-        "effective learning rates and weight decays predict it. Profiles are what Monitor.save() writes. Exits with 1 where "
-        "something is outside the tolerance, with 0 where nothing is; what is too early to be judged is not.",
+        help="compare the profiles of two runs with the prediction from their learning rates and weight decays",
+        description="Print, for each role and type of layer, what grew and what shrank from one run to another, and whether "
+        "the effective learning rates and weight decays predict the change. Monitor.save() writes the profiles. The exit "
+        "code is 1 if a statistic is outside the tolerance, otherwise 0. A statistic that is too early to be judged does not "
+        "count.",
     )
     option = parser.add_argument
     option("proxy", type=Path, metavar="proxy.json")
@@ -37,31 +39,32 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--statistic",
         action="append",
         metavar="NAME",
-        help="compare this one only, also if nothing predicts it; repeatable",
+        help="compare only this statistic, also if it has no prediction; may be given several times",
     )
-    option("--full", action="store_true", help="judge and print layer by layer, and what has no prediction")
+    option("--full", action="store_true", help="judge and print every layer, and statistics without a prediction")
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from ..monitor.comparison import TOLERANCE, compare
-    from ..monitor.profile import load
+    """Run the command. Bad arguments end the program with exit code 2."""
+    from ..monitor.comparison import COMPARE_TOLERANCE, compare
+    from ..monitor.profile_file import load
 
     try:
         profiles = load(args.proxy), load(args.target)
         found = compare(
             *profiles,
-            TOLERANCE if args.tolerance is None else args.tolerance,
+            COMPARE_TOLERANCE if args.tolerance is None else args.tolerance,
             statistics=args.statistic,
             by_layer=args.full,
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     keep_all = args.full or args.statistic
-    rows = [row for row in found.rows if keep_all or row.verdict != "no prediction"]
+    rows = [row for row in found.findings if keep_all or row.verdict != "no prediction"]
     print("\n".join([*_titles(profiles), *_table(rows), *_summary(found)]))
     if found.unmatched:
-        print(f"in one of the runs only: {', '.join(found.unmatched)}", file=sys.stderr)
+        print(f"only in one of the runs: {', '.join(found.unmatched)}", file=sys.stderr)
     return 1 if found.drifted else 0
 
 
@@ -75,19 +78,19 @@ def _titles(profiles: Sequence[Profile]) -> list[str]:
 
 def _summary(found: Comparison) -> list[str]:
     counts: dict[str, int] = {}
-    for row in found.rows:
+    for row in found.findings:
         counts[row.verdict] = counts.get(row.verdict, 0) + 1
     judged = sum(n for verdict, n in counts.items() if verdict not in ("too early", "no prediction"))
     text = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no statistic is in both runs"
     return [f"tolerance {found.tolerance:g}: {text}" + ("" if judged else "; nothing could be judged")]
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[Finding]) -> list[str]:
     cells = [_HEADER, *(_cells(row) for row in rows)]
     return aligned(cells, _RIGHT)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Finding) -> tuple[str, ...]:
     numbers = (row.proxy, row.target, row.ratio, row.predicted, row.off)
     shown = tuple("-" if math.isnan(x) else f"{x:.3g}" for x in numbers)
     return (row.role, row.layers, row.statistic, *shown, row.verdict)

@@ -1,4 +1,4 @@
-"""`python -m lwadamw demo`: one small language model at two widths with the same base values."""
+"""`python -m lwadamw demo`: train one small language model at two widths with the same base values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from .arguments import corpus, device, positive, whole
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the arguments of the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
         help="train one small language model at two widths with the same base values",
-        description="Train a LLaMA-style byte-level model at a proxy width and at a wider one, with the very same base "
-        "learning rate and weight decay under a width rule, and compare what the weights settled to.",
+        description="Train a LLaMA-style model over bytes at a proxy width and at a larger width, with the same base learning "
+        "rate and base weight decay under a width rule. Then compare the weights with their steady state.",
     )
     option = parser.add_argument
     option("--rule", choices=tuple(RULES), help="width rule (default: fan2025)")
@@ -28,7 +29,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option(
         "--data", type=Path, metavar="FILE", help="text to train on (default: the Python standard library's sources)"
     )
-    option("--seed", type=int, help="of initial weights and batches (default: 0)")
+    option("--seed", type=int, help="seed of the initial weights and of the batches (default: 0)")
     option(
         "--out", type=Path, default=Path("lwadamw_demo.png"), metavar="PNG", help="the figure (default: %(default)s)"
     )
@@ -38,6 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Run the command. Bad arguments end the program with exit code 2."""
     from ..lab import demo, model
 
     place = device(parser, args.device)

@@ -1,4 +1,4 @@
-"""A model from `module:factory`, built on the meta device, where it takes no memory."""
+"""Build a model from `module:factory` on the meta device, where it takes no memory."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ EXAMPLE: Final = "mypackage.models:build"
 
 
 def build(argument: str, path: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model that `module:factory` makes of keyword arguments, on the meta device.
+    """Call a factory on the meta device, and return its model.
+
+    Args:
+        argument: name of the command's argument that gave the path, for messages.
+        path: `module:factory`. The module is also looked for in the current folder.
+        arguments: keyword arguments for the factory.
 
     Raises:
-        ValueError: it cannot be imported or called, fails, or returns something else.
+        ValueError: the factory cannot be imported or called, fails, or does not return a model.
     """
     factory = _find(argument, path)
     try:
         signature = inspect.signature(factory)
     except ValueError:
-        pass  # some built in C have none
+        pass  # Some functions written in C have no signature.
     else:
         try:
             signature.bind(**arguments)
@@ -38,7 +43,7 @@ def build(argument: str, path: str, arguments: Mapping[str, Any]) -> nn.Module:
             remedy = "Write" if argument == "--base" else "Give them with --args k=v, or write"
             raise ValueError(
                 f"argument {argument}: {path}{shown} cannot be called with {dict(arguments)}: {error}. {remedy} a "
-                "function that takes none and returns the model."
+                "function that takes no arguments and returns the model."
             ) from None
     try:
         with torch.device("meta"):
@@ -49,8 +54,8 @@ def build(argument: str, path: str, arguments: Mapping[str, Any]) -> nn.Module:
         where = f"{frame.filename}:{frame.lineno}"
         raise ValueError(
             f"argument {argument}: {path} fails on the meta device: {type(error).__name__}: {error} ({where}). "
-            "A model that reads values, loads weights or moves to a device as it is built cannot be built there: leave that "
-            "out of the function, or call lwadamw.summary(lwadamw.param_groups(model, ...)) where the model is."
+            "The meta device cannot build a model that reads values, loads weights or moves to a device. Leave these steps "
+            "out of the function; or call lwadamw.summary(lwadamw.param_groups(model, ...)) in your program."
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -70,7 +75,8 @@ def _find(argument: str, path: str) -> Callable[..., object]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(
-                f"argument {argument}: importing {module_name!r} fails: {error}. Install it, or run where it is."
+                f"argument {argument}: importing {module_name!r} fails: {error}. Install the missing module, or run the "
+                "command in the folder that holds it."
             ) from error
         raise ValueError(
             f"argument {argument}: no module {error.name!r}. Give a dotted name, not a path, that can be "
@@ -79,7 +85,7 @@ def _find(argument: str, path: str) -> Callable[..., object]:
     except Exception as error:
         raise ValueError(
             f"argument {argument}: importing {module_name!r} fails: {type(error).__name__}: {error}. "
-            "Name a module that can be imported alone."
+            "Name a module that can be imported without the rest of the program."
         ) from error
     try:
         factory = operator.attrgetter(attribute)(module)
@@ -89,13 +95,21 @@ def _find(argument: str, path: str) -> Callable[..., object]:
         raise ValueError(f"argument {argument}: module {module_name!r} has no {attribute!r}.{hint}") from None
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ValueError(
-            f"argument {argument}: {path} is a {type(factory).__name__}, not a class or function. Name what builds the "
-            "model, so that it can be built on the meta device."
+            f"argument {argument}: {path} is a {type(factory).__name__}, not a class or function. Name the class or function "
+            "that builds the model, so that the model can be built on the meta device."
         )
     return factory  # type: ignore[no-any-return]
 
 
 def literal(text: str) -> tuple[str, Any]:
+    """Split `name=value` into the name and the value.
+
+    Args:
+        text: the value is a Python literal.
+
+    Raises:
+        ValueError: the text has another form.
+    """
     name, equals, value = text.partition("=")
     try:
         if not (equals and name.isidentifier()):

@@ -1,4 +1,4 @@
-"""`python -m lwadamw figures`: the figures and tables of the documentation, from its CSV files."""
+"""`python -m lwadamw figures`: make the figures and tables of the documentation from its CSV files."""
 
 from __future__ import annotations
 
@@ -11,29 +11,33 @@ REPORT: Final = Path("docs/width_transfer.md")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the arguments of the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "figures",
-        help="remake the figures and tables of the documentation from its CSV files",
-        description="Draw every figure whose CSV file is there, and fill in the tables of the report. The same files give the "
+        help="make the figures and tables of the documentation from its CSV files",
+        description="Draw every figure whose CSV file exists, and fill in the tables of the report. The same files give the "
         "same bytes.",
     )
     option = parser.add_argument
-    option("--data", type=Path, default=DATA, metavar="DIR", help="CSV files (default: %(default)s)")
-    option("--out", type=Path, default=Path("docs/figures"), metavar="DIR", help="figures (default: %(default)s)")
+    option("--data", type=Path, default=DATA, metavar="DIR", help="folder of CSV files (default: %(default)s)")
+    option(
+        "--out", type=Path, default=Path("docs/figures"), metavar="DIR", help="folder of figures (default: %(default)s)"
+    )
     option(
         "--report",
         type=Path,
         metavar="MD",
-        help="whose tables to fill in (default: docs/width_transfer.md, if it is there)",
+        help="report whose tables are filled in (default: docs/width_transfer.md, if it exists)",
     )
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Run the command. Bad arguments end the program with exit code 2."""
     from ..lab import figures, findings
 
     if not args.data.is_dir():
-        parser.error(f"argument --data: {str(args.data)!r} is no folder. Give the one with the CSV files.")
+        parser.error(f"argument --data: {str(args.data)!r} is no folder. Give the folder with the CSV files.")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         for line in figures.remake(args.data, args.out):

@@ -1,4 +1,4 @@
-"""`python -m lwadamw rule`: what to type at another width, in any framework, and what the other rules would say."""
+"""`python -m lwadamw rule`: the values to use at another width, in any framework, and the values of the other rules."""
 
 from __future__ import annotations
 
@@ -13,52 +13,57 @@ from ..width.steady_state import STEADY_TAUS
 from ..width.targets import Base, Horizon, Target
 from .arguments import positive, whole
 
-OWN: Final = "own"  # the name of a rule given by its exponents
+OWN: Final = "own"  # The name of a rule that is given by its exponents.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the arguments of the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "rule",
-        help="what to type at another width, and what the other rules would say",
-        description="Take lr and weight decay tuned at one width to another under a width rule: values for every role, in "
-        "both conventions for weight decay, as lwadamw's and as plain parameter groups; tau against the length of the run; "
-        "what the rule predicts of the weights; and the same by every other rule.",
+        help="the values to use at another width, and the values of the other rules",
+        description="Take an lr and a weight decay that were tuned at one width to another width, under a width rule. Print "
+        "the values of every role in both conventions for weight decay, as lwadamw's and as plain parameter groups; tau "
+        "compared with the length of the run; what the rule predicts about the weights; and the same for every other rule.",
     )
     option = parser.add_argument
     option("rule", nargs="?", choices=tuple(RULES), help="width rule (default: fan2025)")
-    option("--from", dest="base_width", type=whole, required=True, metavar="N", help="width of the proxy, or a fan_in")
-    option(
-        "--to", dest="width", type=whole, required=True, metavar="N", help="width of the target, or that fan_in there"
-    )
-    option("--lr", type=positive, required=True, metavar="X", help="learning rate tuned at the proxy, its peak")
+    option("--from", dest="base_width", type=whole, required=True, metavar="N", help="width or fan_in of the proxy")
+    option("--to", dest="width", type=whole, required=True, metavar="N", help="width or same fan_in of the target")
+    option("--lr", type=positive, required=True, metavar="X", help="peak learning rate tuned at the proxy")
     option(
         "--wd",
         type=positive,
         required=True,
         metavar="X",
-        help="weight decay tuned at the proxy, as torch's AdamW has it",
+        help="weight decay tuned at the proxy, as torch's AdamW defines it",
     )
     option(
-        "--betas", type=float, nargs=2, default=(0.9, 0.95), metavar="X", help="of the optimizer (default: 0.9 0.95)"
+        "--betas",
+        type=float,
+        nargs=2,
+        default=(0.9, 0.95),
+        metavar="X",
+        help="betas of the optimizer (default: 0.9 0.95)",
     )
-    option("--eps", type=positive, default=1e-8, metavar="X", help="of the optimizer (default: 1e-8)")
-    option("--steps", type=whole, metavar="N", help="length of the target's run, to hold tau against")
-    option("--batch-tokens", type=whole, metavar="N", help="tokens per step, to give tau in tokens too; needs --steps")
+    option("--eps", type=positive, default=1e-8, metavar="X", help="eps of the optimizer (default: 1e-8)")
+    option("--steps", type=whole, metavar="N", help="length of the target's run, to compare tau with it")
+    option("--batch-tokens", type=whole, metavar="N", help="tokens per step, to print tau in tokens too; needs --steps")
     option(
         "--exponents",
         type=exponents,
         metavar="lr=A,wd=B",
-        help="exponents of the width ratio for matrices in place of a rule, like lr=-0.75,wd=0.75; eps=C too",
+        help="exponents of matrices instead of a rule, like lr=-0.75,wd=0.75; eps=C is possible too",
     )
     option(
         "--output", choices=("output", "vector"), default="output", help="'vector' if the model divides its logits by m"
     )
-    option("--all", action="store_true", help="every rule at the same length, not only in the table")
-    option("--json", action="store_true", help="all numbers of all rules as JSON")
+    option("--all", action="store_true", help="print the full page of every rule, and not only of one")
+    option("--json", action="store_true", help="print all numbers of all rules as JSON")
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def exponents(text: str) -> Scale:
+    """Convert the text of --exponents."""
     try:
         return Scale.parse(text)
     except ValueError as error:
@@ -66,6 +71,7 @@ def exponents(text: str) -> Scale:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Run the command. Bad arguments end the program with exit code 2."""
     if args.exponents is not None and args.rule is not None:
         parser.error(f"argument --exponents: they are in place of a rule. Leave out {args.rule!r}, or --exponents.")
     if args.batch_tokens is not None and args.steps is None:
@@ -135,8 +141,8 @@ def _typed(target: Target) -> str:
             row += [_scaled(values.weight_decay, scale.wd), _scaled(values.decay_per_step, scale.lr + scale.wd)]
         rows.append([*row, *([_scaled(values.eps, scale.eps)] if scales_eps else [])])
     notes = [
-        "(1) PyTorch, Megatron, optax: a step takes lr * weight decay off a weight.",
-        "(2) fully decoupled: a step at peak lr takes this much off, lr not multiplied in, with or without the schedule.",
+        "(1) PyTorch, Megatron, optax: a step shrinks a weight by the share lr * weight decay.",
+        "(2) fully decoupled: a step at peak lr shrinks a weight by this share. lr is not a factor; the schedule may be one.",
     ]
     return "\n".join([*aligned(rows), *notes])
 
@@ -191,8 +197,8 @@ def _predictions(target: Target, horizon: Horizon | None) -> str:
         ["top singular value, ~ weight RMS * width^0.75 (4)", "", "", f"{target.top_ratio:.3g}"],
     ]
     notes = [
-        "(3) at constant lr; warm-up and a decaying lr only make it later. Predictions hold where gradients are mostly noise.",
-        "(4) observed in LLaMA-style models by Fan et al. 2510.15262, not derived, and not the same everywhere: measure it.",
+        "(3) at constant lr; warm-up and a falling lr make it later. Predictions hold where gradients are mostly noise.",
+        "(4) Fan et al. 2510.15262 observed it in LLaMA-style models; it is not derived, and other models differ: measure it.",
     ]
     return "\n".join([*aligned(rows), *notes])
 
@@ -226,10 +232,10 @@ def _others(targets: dict[str, Target], chosen: str, horizon: Horizon | None) ->
     ]
     return "\n".join(
         [
-            "What the rules say of matrices; RMS, update and top are ratios, target over proxy:",
+            "The rules for matrices (RMS, update and top are ratios of target over proxy):",
             *aligned(rows),
             f"From one rule to another: {spread}.",
-            "What each holds constant across widths:",
+            "What each rule holds constant across widths:",
             *holds,
         ]
     )
@@ -237,17 +243,17 @@ def _others(targets: dict[str, Target], chosen: str, horizon: Horizon | None) ->
 
 def _remarks(target: Target, horizon: Horizon | None) -> str:
     remarks = [
-        "Only the width is scaled here: depth, batch size and tokens are taken to be the same. Where they change, lr and "
-        "weight decay need more than this. Which rule transfers best is an open question.",
-        "Remark: Qiu et al. 2512.05620 find lr*wd ~ 1/width nearly optimal for compute-optimal runs, whose tokens grow with "
-        "the model; of the rules above `mup` has that.",
+        "Only the width is scaled here: depth, batch size and tokens stay the same. If they change, lr and weight decay have "
+        "to change too, and this command does not say how. Which rule transfers best is an open question.",
+        "Remark: Qiu et al. 2512.05620 find that lr*wd ~ 1/width is nearly optimal for compute-optimal runs, in which the "
+        "tokens grow with the model. Of the rules above, `mup` has this lr*wd.",
     ]
     if horizon is not None:
         remarks.append(
-            "Remark: Bergsma et al. 2505.13738 find that the best tau/run falls as a power of tokens per parameter, in their "
-            "setup: muP, SlimPajama, lr decayed linearly to 0. Second hand: the power is about -0.52, and 0.21 of the run is "
-            "best at 20 tokens per parameter; whether with base or effective lr is not known here. tau/run of these matrices, "
-            f"effective: {horizon.share(target.steady.tau):.2g}."
+            "Remark: Bergsma et al. 2505.13738 find that the best tau/run falls as a power of tokens per parameter. Their "
+            "setup is muP, SlimPajama, and an lr that falls linearly to 0. At second hand: the power is about -0.52, and a "
+            "tau/run of 0.21 is best at 20 tokens per parameter. We do not know whether this tau has the base lr or the "
+            f"effective lr. tau/run of these matrices, effective: {horizon.share(target.steady.tau):.2g}."
         )
     return "\n".join(textwrap.fill(remark, 120) for remark in remarks)
 

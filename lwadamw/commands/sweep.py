@@ -1,4 +1,4 @@
-"""`python -m lwadamw sweep`: the laboratory's language model over arms, widths, learning rates, decays and seeds."""
+"""`python -m lwadamw sweep`: train the laboratory's model over arms, widths, learning rates, weight decays and seeds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..width.rules import RULES
+from . import transfer
 from .arguments import corpus, device, positive, whole
 
-# Minutes on two cores: one arm at three widths.
+# One arm at three widths takes minutes on two cores.
 MINI: Final[dict[str, Any]] = {
     "arms": ["fan2025"],
     "widths": [32, 64, 128],
@@ -31,25 +32,30 @@ FULL: Final[dict[str, Any]] = {
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the arguments of the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "sweep",
-        help="train the laboratory's model over arms, widths, learning rates, decays and seeds",
-        description="Train a small LLaMA for every combination of arm, width, learning rate, weight decay and seed, several "
-        "at once, and append every run to a CSV file. Killed at any moment, the same command goes on where it was. Ends with "
-        "the transfer analysis of `python -m lwadamw transfer`.",
+        help="train the laboratory's model over arms, widths, learning rates, weight decays and seeds",
+        description="Train a small LLaMA for every combination of arm, width, learning rate, weight decay and seed. Several "
+        "runs go on at once, and every run is appended to a CSV file. The command may be killed at any moment; the same "
+        "command then does the runs that are missing. At the end it prints the analysis of `python -m lwadamw transfer`.",
     )
     option = parser.add_argument
-    option("--out", type=Path, default=Path("sweep.csv"), metavar="CSV", help="the runs (default: %(default)s)")
+    option("--out", type=Path, default=Path("sweep.csv"), metavar="CSV", help="file of the runs (default: %(default)s)")
     option("--mini", action="store_true", help="one arm at three small widths: minutes on two cores")
-    option("--arms", nargs="+", metavar="A", help=f"of {', '.join(RULES)}, or exponents like lr=-0.5,wd=0.25")
-    option("--widths", nargs="+", type=whole, metavar="N", help="the first is the proxy's, unless --base-width says")
-    option("--base-width", type=whole, metavar="N", help="width at which all arms are the same")
+    option("--arms", nargs="+", metavar="A", help=f"rules ({', '.join(RULES)}) or exponents like lr=-0.5,wd=0.25")
+    option("--widths", nargs="+", type=whole, metavar="N", help="widths; the first is the proxy's without --base-width")
+    option("--base-width", type=whole, metavar="N", help="width of the proxy, at which all arms are the same")
     option("--lr", nargs="+", type=positive, metavar="X", help="base learning rates")
     option("--weight-decay", nargs="+", type=positive, metavar="X", help="base weight decays")
-    option("--seeds", type=whole, metavar="N", help="seeds 0 to N-1 of initial weights and batches (default: 2)")
+    option("--seeds", type=whole, metavar="N", help="use the seeds 0 to N-1 for weights and batches (default: 2)")
     option("--steps", type=whole, metavar="N", help="steps of every run (default: 600)")
     option(
-        "--cooldown", type=float, default=0.2, metavar="X", help="share of them in which lr falls to 0 (default: 0.2)"
+        "--cooldown",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="share of the steps in which the lr falls to 0 (default: 0.2)",
     )
     option("--depth", type=whole, default=2, metavar="N", help="layers (default: %(default)s)")
     option("--context", type=whole, default=64, metavar="N", help="bytes per window (default: %(default)s)")
@@ -60,16 +66,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)")
     option("--jobs", type=whole, metavar="N", help="runs at once (default: one per core; on a GPU as many as fit)")
     option(
-        "--series", action="store_true", help="write gain, alignment and norms against step, instead of what came out"
+        "--series", action="store_true", help="write gain, alignment and norms against the step, instead of the results"
     )
-    option("--plot", type=Path, metavar="PNG", help="loss against learning rate (default: next to --out)")
+    option("--plot", type=Path, metavar="PNG", help="figure of loss against learning rate (default: next to --out)")
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Run the command. Bad arguments end the program with exit code 2, before the first run."""
     from ..lab.study import RESULT, SERIES, train, watch
     from ..lab.sweep import sweep
 
+    transfer.check_plot(parser, args.plot)
     tasks = _tasks(parser, args)
     if not args.out.parent.is_dir():
         parser.error(f"argument --out: {str(args.out.parent)!r} does not exist. Give a file in an existing folder.")
@@ -88,15 +96,17 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         )
     if args.series:
         return 1 if failures else 0
-    from . import main
-
-    code = main(["transfer", str(args.out), "--plot", str(args.plot or args.out.with_suffix(".png"))])
-    return 1 if failures else code
+    try:
+        transfer.report(args.out, args.plot or args.out.with_suffix(".png"))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 1 if failures else 0
 
 
 def _tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
+    from ..lab.arms import arm_rule
     from ..lab.model import ModelConfig
-    from ..lab.study import STANDARD_LIBRARY, Training, arm_rule
+    from ..lab.study import STANDARD_LIBRARY, Training
     from ..lab.training import Settings
 
     preset = MINI if args.mini else FULL

@@ -1,4 +1,4 @@
-"""`python -m lwadamw table`: the role of every parameter of a model, built without memory on the meta device."""
+"""`python -m lwadamw table`: the role of every parameter of a model. The model is built without memory on the meta device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..state.names import layer_type
 from ..width.rules import ROLES, RULES
 from .arguments import positive, whole
 from .factory import EXAMPLE, build, literal
@@ -21,26 +22,33 @@ if TYPE_CHECKING:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the arguments of the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "table",
         help="the role, width ratio and effective values of every parameter of a model",
-        description="Build a model on the meta device, which takes no memory, and print what every parameter is to a width "
-        "rule and why. Exits with 1 where a parameter's role cannot be told, and lists every such parameter.",
+        description="Build a model on the meta device, which takes no memory, and print the role of every parameter under a "
+        "width rule, and the reason. If the role of a parameter cannot be told, list every such parameter and exit with 1.",
     )
     option = parser.add_argument
     option("factory", metavar="module:factory", help=f"class or function that returns the model, like {EXAMPLE}")
     option(
-        "--args", nargs="+", default=[], metavar="k=v", help="its arguments, values as Python literals, like depth=4"
+        "--args",
+        nargs="+",
+        default=[],
+        metavar="k=v",
+        help="arguments of the factory, with Python literals as values, like depth=4",
     )
     option(
         "--base-width",
         nargs="+",
         metavar="N",
-        help="the proxy's width; or its fan_in by name pattern, like '*.down.weight=1024' '*=256'. Without it and --base "
-        "the model is its own proxy: every m is 1",
+        help="width of the proxy; or fan_in of the proxy by name pattern, like '*.down.weight=1024' '*=256'. Without "
+        "--base-width and --base the model is its own proxy, so every m is 1",
     )
-    option("--base", metavar="module:factory", help="class or function that returns the proxy model, without arguments")
-    option("--width", type=whole, metavar="N", help="this model's width (default: its config's, or its embedding's)")
+    option(
+        "--base", metavar="module:factory", help="class or function that returns the proxy; called without arguments"
+    )
+    option("--width", type=whole, metavar="N", help="width of this model (default: from its config or its embedding)")
     option("--rule", choices=tuple(RULES), default="fan2025", help="width rule (default: %(default)s)")
     option(
         "--output", choices=("output", "vector"), default="output", help="'vector' if the model divides its logits by m"
@@ -50,28 +58,30 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         action="append",
         default=[],
         metavar="pattern=role",
-        help="role of the parameters a pattern matches: matrix, vector or output; matrix:-1 where dimension -1 is the fan_in",
+        help="role of the parameters whose name matches a pattern: matrix, vector or output. matrix:-1 if dimension -1 is the "
+        "fan_in",
     )
-    option("--lr", type=positive, metavar="X", help="base learning rate, for effective values; without it multipliers")
-    option("--wd", type=positive, metavar="X", help="base weight decay; goes with --lr")
+    option("--lr", type=positive, metavar="X", help="base learning rate; without it the table shows multipliers")
+    option("--wd", type=positive, metavar="X", help="base weight decay; needs --lr")
     option(
-        "--steps", type=whole, metavar="N", help="length of the run, to print tau as a part of it; needs --lr and --wd"
+        "--steps", type=whole, metavar="N", help="length of the run, to print tau as a share of it; needs --lr and --wd"
     )
-    option("--full", action="store_true", help="one line for every parameter")
-    option("--json", action="store_true", help="one object per parameter")
+    option("--full", action="store_true", help="print one line for every parameter")
+    option("--json", action="store_true", help="print JSON with one object per parameter")
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Run the command. Bad arguments end the program with exit code 2."""
     from ..monitor.summary import summary
     from ..width.groups import param_groups
 
     if (args.lr is None) != (args.wd is None):
-        parser.error("arguments --lr and --wd go together: both base values, or neither for the multipliers.")
+        parser.error("arguments --lr and --wd go together: give both base values, or neither to see multipliers.")
     if args.steps is not None and args.lr is None:
-        parser.error("argument --steps: tau needs --lr and --wd.")
+        parser.error("argument --steps: tau needs --lr and --wd. Give them too, or leave out --steps.")
     if args.base is not None and args.base_width is not None:
-        parser.error("argument --base: --base-width says the same. Give one of them.")
+        parser.error("argument --base: --base-width says the same. Give only one of them.")
     try:
         roles = dict(_role(text) for text in args.role)
         model = build("module:factory", args.factory, dict(literal(text) for text in args.args))
@@ -104,7 +114,8 @@ def _base_width(texts: Sequence[str]) -> int | dict[str, int]:
         pattern, equals, value = text.rpartition("=")
         if not equals:
             raise ValueError(
-                f"argument --base-width: {text!r} is not pattern=fan_in, like '*=256'; one number alone is the width."
+                f"argument --base-width: {text!r} is not pattern=fan_in, like '*=256'. Give pairs, or one number alone as the "
+                "width."
             )
         pairs[pattern] = _whole(value, text)
     return pairs
@@ -136,7 +147,8 @@ def _role(text: str) -> tuple[str, RoleSpec]:
 
 
 def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[str, tuple[int, ...], str]]:
-    from ..width.roles import decide, sites
+    from ..width.roles import decide
+    from ..width.sites import sites
 
     found = [(p, places[0].name, decide(p, places, model, roles)) for p, places in sites(model) if p.requires_grad]
     return [(name, tuple(p.shape), decision.why) for p, name, decision in found if decision.role is None]
@@ -145,7 +157,7 @@ def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[st
 def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool) -> str:
     alike: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, shape, why in undecided:
-        alike.setdefault((name if full else re.sub(r"\d+", "*", name), shape, why), []).append(name)
+        alike.setdefault((name if full else layer_type(name), shape, why), []).append(name)
     lines = [
         f"  {names[0] if len(names) == 1 else f'{pattern} x{len(names)}'}  {shape}  {why}"
         for (pattern, shape, why), names in alike.items()
@@ -155,21 +167,22 @@ def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool
         [
             f"The role of {len(undecided)} parameter(s) cannot be told:",
             *lines,
-            f"Decide it: --role '{pattern}=vector' for constant lr and no decay, '{pattern}=matrix:-1' for the width rule with",
-            "dimension -1 as fan_in, 'output:-1' for a head or router. In a program: param_groups(roles={...}), or",
-            "lwadamw.register_role for the module class.",
+            f"Decide the role with --role '{pattern}=vector' for constant lr and no decay, or '{pattern}=matrix:-1' for the",
+            "width rule with dimension -1 as fan_in, or 'output:-1' for a head or router. In a program use",
+            "param_groups(roles={...}), or lwadamw.register_role for the module class.",
         ]
     )
 
 
 def _rows(groups: Groups, steps: int | None) -> list[dict[str, Any]]:
     from ..state.groups import effective
+    from ..width.steady_state import tau_of
 
     rows: dict[str, dict[str, Any]] = {}
     for group in groups:
         values = effective({"lr": 1.0, "weight_decay": 1.0, "eps": 0.0, **group})
         lr, wd = float(values.lr), float(values.weight_decay)
-        tau = 1 / (lr * wd) if "lr" in group and lr * wd > 0 else None
+        tau = float(tau_of(lr, wd)) if "lr" in group and lr * wd > 0 else None
         for name, p in group["params"]:
             rows[name] = {"shape": list(p.shape), "lr": lr, "weight_decay": wd, "tau": tau}
             if steps is not None:

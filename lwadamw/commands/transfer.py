@@ -1,4 +1,4 @@
-"""`python -m lwadamw transfer`: how well learning rates transferred over width, from a CSV of runs."""
+"""`python -m lwadamw transfer`: how well learning rates transferred over width, from a CSV file of runs."""
 
 from __future__ import annotations
 
@@ -8,50 +8,95 @@ from pathlib import Path
 
 from .arguments import positive, whole
 
+NOISE = 0.01  # The default of --noise.
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the arguments of the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "transfer",
-        help="how well learning rates transferred over width, from a CSV of runs",
-        description="Of every arm: the best learning rate at each width, how it drifts with width, and what the proxy's "
-        "best learning rate costs at the others.",
-        epilog="The CSV may be anybody's: columns arm (or rule), width, lr, loss (or val_loss, validation_loss), and "
-        "where there are any weight_decay (or wd), seed and status; lr and weight decay as base values. A run whose "
-        "loss is empty, nan or inf, or whose status is diverged, has diverged.",
+        help="how well learning rates transferred over width, from a CSV file of runs",
+        description="Print for every arm: the best learning rate at each width, how it drifts with width, and how much loss "
+        "the proxy's best learning rate costs at the other widths.",
+        epilog="The CSV file may come from any program. It needs the columns arm (or rule), width, lr and loss (or val_loss, "
+        "validation_loss). The columns weight_decay (or wd), seed and status are optional. lr and weight decay are base "
+        "values. A run has diverged if its loss is empty, nan or inf, or if its status is diverged.",
     )
     option = parser.add_argument
-    option("runs", type=Path, metavar="runs.csv", help="one run per line, with a header")
-    option("--proxy", type=whole, metavar="W", help="width the learning rate is tuned at (default: the smallest)")
-    option("--lr", type=positive, metavar="X", help="what to give the regret of (default: the proxy's best)")
+    option("runs", type=Path, metavar="runs.csv", help="a file with a header and one run per line")
+    option("--proxy", type=whole, metavar="W", help="width at which the lr is tuned (default: the smallest width)")
+    option("--lr", type=positive, metavar="X", help="lr whose regret is printed (default: the proxy's best lr)")
     option(
         "--noise",
         type=positive,
-        default=0.01,
+        default=NOISE,
         metavar="X",
-        help="standard deviation of a run's loss, for arms without two seeds (default: %(default)s)",
+        help="standard deviation of the loss of one run, for arms without two seeds (default: %(default)s)",
     )
-    option("--loss", metavar="COLUMN", help="column of the losses")
-    option("--plot", type=Path, metavar="OUT", help="draw loss against learning rate, to a .png or .svg")
-    option("--json", type=Path, metavar="OUT", help="write the numbers")
+    option("--loss", metavar="COLUMN", help="name of the column with the losses")
+    option("--plot", type=Path, metavar="OUT", help="draw loss against learning rate into a .svg, .png or .pdf file")
+    option("--json", type=Path, metavar="OUT", help="write the numbers into a file")
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from ..lab import outcomes, plots, plots_runs, transfer, transfer_table
-
-    if args.plot is not None and args.plot.suffix.lower() not in plots.KINDS:
-        parser.error(f"argument --plot: {str(args.plot)!r} ends in none of {', '.join(plots.KINDS)}.")
+    """Run the command. Bad arguments end the program with exit code 2."""
+    check_plot(parser, args.plot)
     try:
-        found = outcomes.read(args.runs, args.loss)
-        result = transfer.analyse(found.rows, proxy=args.proxy, lr=args.lr, noise=args.noise)
-        print(transfer_table.table(result, found))
-        if args.json is not None:
-            args.json.write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
-        if args.plot is not None:
-            plots.save(plots_runs.transfer(found), args.plot)
-            print(f"figure: {args.plot}")
+        report(args.runs, args.plot, args.json, loss=args.loss, proxy=args.proxy, lr=args.lr, noise=args.noise)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    except RuntimeError as error:  # no matplotlib: the table is there all the same
-        print(error)
     return 0
+
+
+def check_plot(parser: argparse.ArgumentParser, path: Path | None) -> None:
+    """End the program with exit code 2 if no figure can be written into the file of --plot."""
+    from ..lab.plots import KINDS
+
+    if path is not None and path.suffix.lower() not in KINDS:
+        parser.error(
+            f"argument --plot: {str(path)!r} ends in none of {', '.join(KINDS)}. Give a path that ends in one of them."
+        )
+
+
+def report(
+    runs: Path,
+    plot: Path | None = None,
+    numbers: Path | None = None,
+    *,
+    loss: str | None = None,
+    proxy: int | None = None,
+    lr: float | None = None,
+    noise: float = NOISE,
+) -> None:
+    """Analyse a file of runs, print the tables, and write the figure and the numbers.
+
+    Without matplotlib there is no figure, and a line says how to install it.
+
+    Args:
+        runs: path of the CSV file.
+        plot: path of the figure, if there is to be one.
+        numbers: path of the JSON file, if there is to be one.
+        loss: name of the column with the losses; see `outcomes.read`.
+        proxy: width of the proxy; see `transfer.analyse`.
+        lr: learning rate of the regrets; see `transfer.analyse`.
+        noise: standard deviation of the loss of one run; see `transfer.analyse`.
+
+    Raises:
+        ValueError: the file or an argument is not as it has to be.
+        OSError: a file cannot be written.
+    """
+    from ..lab import outcomes, plots, plots_runs, transfer, transfer_table
+
+    found = outcomes.read(runs, loss)
+    result = transfer.analyse(found.rows, proxy=proxy, lr=lr, noise=noise)
+    print(transfer_table.table(result, found))
+    if numbers is not None:
+        numbers.write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
+    if plot is not None:
+        try:
+            plots.save(plots_runs.transfer(found), plot)
+        except RuntimeError as error:  # matplotlib is not installed
+            print(error)
+        else:
+            print(f"figure: {plot}")

@@ -1,6 +1,7 @@
-"""Laboratory: a small language model, text that every machine has, and runs that compare widths.
+"""The laboratory: a small language model, text that every machine has, and runs that compare widths.
 
-Uses the public API of `lwadamw` only. rich and matplotlib are optional: `pip install "lwadamw[lab]"`.
+The laboratory uses the public interface of `lwadamw`, like any other user. `rich` and `matplotlib` are optional:
+`pip install "lwadamw[lab]"` installs both.
 """
 
 from .data import Corpus, batches, from_file, standard_library, windows

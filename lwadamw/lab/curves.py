@@ -1,4 +1,4 @@
-"""Loss against learning rate: where its lowest point is, and how well the noise of the runs lets one tell."""
+"""Curves of loss against learning rate: where the lowest point is, and how precisely the noise of the runs shows it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lwadamw.state.arrays import Array
 from .outcomes import Outcome
 
 DRAWS: Final = 2000
-VALLEY: Final = 2  # learning rates on either side of the best one from which noise is estimated
+VALLEY: Final = 2  # The noise is estimated from this many learning rates on either side of the best one.
 
 Edge = Literal["", "lowest lr", "highest lr", "next to a diverged run", "no run ended"]
 Reached = Literal["run", "interpolated", "diverged", "outside the grid"]
@@ -23,19 +23,35 @@ Reached = Literal["run", "interpolated", "diverged", "outside the grid"]
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The runs of one arm, width and weight decay."""
+    """The runs of one arm at one width and one weight decay.
+
+    Args:
+        arm: name of the arm.
+        width: width of the model.
+        weight_decay: base weight decay, or None where the file has no such column.
+        seeds: the seeds, sorted. Empty where the file has no seeds.
+        lr: base learning rates, rising, float64[lrs].
+        losses: losses, float64[max(1, seeds), lrs]. inf: the run diverged. NaN: there is no such run.
+        runs: number of runs behind each mean, float64[lrs].
+    """
 
     arm: str
     width: int
     weight_decay: float | None
-    seeds: tuple[str, ...]  # () where the file has none
-    lr: Array  # float64[lrs], rising
-    losses: Array  # float64[max(1, seeds), lrs]; inf where diverged, NaN where not run
-    runs: Array  # float64[lrs], how many runs stand behind each mean
+    seeds: tuple[str, ...]
+    lr: Array
+    losses: Array
+    runs: Array
 
     @classmethod
     def of(cls, rows: Sequence[Outcome]) -> Curve:
-        """From the runs of one arm, width and weight decay. Runs without a seed that are otherwise equal are averaged."""
+        """Build the curve from its runs.
+
+        Runs with equal settings and no seed are averaged.
+
+        Args:
+            rows: runs of one arm, one width and one weight decay, at least one.
+        """
         seeds = tuple(sorted({row.seed for row in rows if row.seed is not None}))
         lr = np.array(sorted({row.lr for row in rows}))
         sums, runs = np.zeros((max(1, len(seeds)), len(lr))), np.zeros((max(1, len(seeds)), len(lr)))
@@ -50,22 +66,26 @@ class Curve:
 
     @cached_property
     def log2_lr(self) -> Array:
+        """Base-2 logarithms of the learning rates, float64[lrs]."""
         return np.asarray(np.log2(self.lr))
 
     @cached_property
     def mean(self) -> Array:
-        """float64[lrs], over seeds; inf where one of them diverged."""
+        """Mean loss over the seeds, float64[lrs]. It is inf where at least one seed diverged."""
         return np.asarray(np.nanmean(self.losses, axis=0))
 
     @cached_property
     def best(self) -> int:
-        """Place in `lr` of the lowest mean; of several, the one nearest to the fitted optimum, then the first."""
+        """Index in `lr` of the lowest mean loss.
+
+        If several means are equally low, the one nearest to the fitted optimum counts, and among those the first.
+        """
         tied = np.flatnonzero(self.mean == self.mean.min())
         return int(tied[np.argmin(np.abs(self.log2_lr[tied] - lowest(self.log2_lr, self.mean)[0]))])
 
     @property
     def edge(self) -> Edge:
-        """Why the optimum is a point of the grid and not a fit, if it is."""
+        """Why the optimum is a point of the grid and not a fit. Empty if it is a fit."""
         if not np.isfinite(self.mean.min()):
             return "no run ended"
         if _inner(self.mean[None]).any():
@@ -75,12 +95,27 @@ class Curve:
         return "highest lr" if self.best == len(self.lr) - 1 else "next to a diverged run"
 
     def redraw(self, noise: float, generator: np.random.Generator) -> Array:
-        """Means as they might have been, float64[DRAWS, lrs]: each moved by the noise of a mean of so many runs."""
+        """Draw the mean losses again, as other seeds might have given them.
+
+        Args:
+            noise: standard deviation of the loss of one run.
+            generator: source of the random numbers.
+
+        Returns:
+            float64[DRAWS, lrs]. Each mean is moved by the noise of a mean of as many runs as stand behind it.
+        """
         moves = generator.standard_normal((DRAWS, len(self.lr))) * (noise / np.sqrt(self.runs))
         return np.asarray(self.mean + moves)
 
     def at(self, lr: float) -> tuple[float, Reached]:
-        """Mean loss at a learning rate: of a run, or else linear in log2 lr between two; NaN outside the grid."""
+        """Return the mean loss at a learning rate, and how the loss is known.
+
+        Args:
+            lr: base learning rate. Between two learning rates of the grid the loss is linear in log2 lr.
+
+        Returns:
+            The loss and a word. The loss is NaN outside the grid.
+        """
         near = int(np.argmin(np.abs(self.log2_lr - np.log2(lr))))
         how: Reached = "run"
         if np.isclose(self.lr[near], lr, rtol=1e-6):
@@ -97,17 +132,17 @@ class Curve:
 
 
 def lowest(x: Array, y: Array) -> Array:
-    """Place of the lowest point of each row: the vertex of the parabola through it and its neighbours.
+    """Return the position of the lowest point of each row: the vertex of the parabola through it and its two neighbours.
 
-    At the ends of the grid and next to a diverged run it is the point itself, without extrapolation. Equally low points
-    are averaged. NaN where nothing is finite.
+    At the ends of the grid, and next to a diverged run, the position is the lowest point itself: nothing is extrapolated.
+    If several points are equally low, their positions are averaged.
 
     Args:
         x: float64[lrs], rising.
-        y: float64[rows, lrs] or float64[lrs]; inf where diverged.
+        y: float64[rows, lrs] or float64[lrs]; inf where a run diverged.
 
     Returns:
-        float64[rows].
+        float64[rows]. NaN where a row has no finite value.
     """
     y = np.atleast_2d(y)
     tied = np.isfinite(y) & (y == y.min(axis=1, keepdims=True))
@@ -124,17 +159,23 @@ def lowest(x: Array, y: Array) -> Array:
 
 
 def _inner(y: Array) -> NDArray[np.bool_]:
-    """Lowest points with a finite neighbour on either side, bool like y."""
+    """Mark the lowest points that have a finite neighbour on both sides; bool, shaped like y."""
     around = np.pad(np.isfinite(y), ((0, 0), (1, 1)))
     lowest_ = np.isfinite(y) & (y == y.min(axis=1, keepdims=True))
     return np.asarray(lowest_ & around[:, :-2] & around[:, 2:])
 
 
 def noise_of(curves: Iterable[Curve]) -> float | None:
-    """Standard deviation of a run's loss about its curve, from how seeds differ around each optimum.
+    """Estimate the standard deviation of a run's loss about its curve.
 
-    What a seed adds to the whole curve moves no optimum and does not count. Pooled over the curves. None where no curve
-    has two seeds at two learning rates.
+    The estimate compares the seeds of each curve around its optimum, and pools all curves. A seed that shifts its whole
+    curve moves no optimum, so that shift does not count as noise.
+
+    Args:
+        curves: curves whose runs have the same noise, usually those of one arm.
+
+    Returns:
+        The standard deviation, or None if no curve has two seeds at two learning rates.
     """
     squares = freedom = 0.0
     for curve in curves:
@@ -149,12 +190,12 @@ def noise_of(curves: Iterable[Curve]) -> float | None:
 
 
 def slope_weights(x: Array) -> Array:
-    """float64 like x; their scalar product with y is the least-squares slope of y against x."""
+    """Return weights whose scalar product with y is the least-squares slope of y against x; float64, shaped like x."""
     centred = x - x.mean()
     return np.asarray(centred / (centred @ centred))
 
 
 def interval(draws: Array) -> tuple[float, float]:
-    """The middle 95 % of draws."""
+    """Return the ends of the interval that holds the middle 95 % of the draws."""
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)

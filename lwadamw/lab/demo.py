@@ -1,4 +1,4 @@
-"""The demo: one model at two widths with the same base values, and what their weights settle to."""
+"""The demo: train one model at two widths with the same base values, and compare the steady states of the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,18 @@ PRESETS: Final[Mapping[str, Settings]] = {
 
 
 def run(settings: Settings, widths: Sequence[int], corpus: Corpus, device: torch.device, out: Path) -> int:
-    """Train every width, print and draw what was seen; returns the exit code, 130 if Ctrl-C ended it early."""
+    """Train a model at every width, then print the results and draw a figure.
+
+    Args:
+        settings: what all widths have in common.
+        widths: widths to train, the proxy first.
+        corpus: text to train on.
+        device: where to train.
+        out: path of the figure, a PNG file.
+
+    Returns:
+        The exit code: 0, or 130 if Ctrl-C ended the training early. The results so far are shown in both cases.
+    """
     print(f"{corpus.source}: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} for validation.")
     print(
         f"Knowing only how often each byte occurs leaves {unigram_entropy(corpus.train) / math.log(2):.2f} bits/byte."
@@ -44,7 +55,7 @@ def run(settings: Settings, widths: Sequence[int], corpus: Corpus, device: torch
             current.evaluate()
     except KeyboardInterrupt:
         code = 130
-        print("\ninterrupted: this is what there is")
+        print("\ninterrupted: these are the results so far")
     seen = [r for r in runs if r.records]
     for r in seen:
         if not r.top.size:
@@ -57,7 +68,7 @@ def run(settings: Settings, widths: Sequence[int], corpus: Corpus, device: torch
 
 @contextmanager
 def _progress(run: Run) -> Iterator[Callable[[Record], None]]:
-    """Shows records as they come: in place on a terminal with rich, else as a line now and then."""
+    """Give a function that shows a record: in place on a terminal if rich is installed, otherwise as a line now and then."""
     first, last = "layers.0.", f"layers.{run.settings.depth - 1}."
     shown = {
         f"{name.split('.')[3]}.{name.split('.')[1]}": list(run.matrices).index(name)

@@ -1,4 +1,4 @@
-"""Exponents: how a quantity grows with width, and how sure one can be."""
+"""Exponents: how a quantity grows with width, and how uncertain the exponent is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from .curves import slope_weights
 
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
+# 97.5 % quantiles of Student's t distribution for 1 to 30 degrees of freedom.
 STUDENT: Final[Sequence[float]] = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -21,11 +21,18 @@ STUDENT: Final[Sequence[float]] = (
 
 @dataclass(frozen=True, slots=True)
 class Exponent:
-    """value = exp(intercept) width^slope."""
+    """A power law: value = exp(intercept) width^slope.
+
+    Args:
+        slope: the exponent.
+        half: half the length of the 95 % interval of the slope. NaN if it is not known.
+        spread: standard deviation of the slope over seeds. NaN with one seed.
+        intercept: logarithm of the value at width 1.
+    """
 
     slope: float
-    half: float  # half of the 95 % interval of the slope; NaN where it is not known
-    spread: float  # standard deviation of the slope over seeds; NaN with one
+    half: float
+    spread: float
     intercept: float
 
     def __str__(self) -> str:
@@ -33,17 +40,17 @@ class Exponent:
 
 
 def exponent(widths: ArrayLike, values: ArrayLike) -> Exponent:
-    """Slope of log value against log width, least squares, with a 95 % interval.
+    """Fit log value against log width by least squares, with a 95 % interval of the slope.
 
-    With two seeds or more the interval is Student's, of the mean of the seeds' slopes; with one it is that of the
-    residuals, which needs three widths.
+    With two or more seeds, each seed has a slope, and the interval is Student's t interval of their mean. With one seed
+    the interval follows from the residuals of the fit, which needs at least three widths.
 
     Args:
-        widths: [widths], positive, at least two different ones.
-        values: [widths] or [seeds, widths], positive.
+        widths: shape [widths], positive, at least two different values.
+        values: shape [widths] or [seeds, widths], positive.
 
     Raises:
-        ValueError: shapes do not fit, or a value has no logarithm.
+        ValueError: the shapes do not fit together, or a value has no logarithm.
     """
     x, y = np.asarray(widths, dtype=np.float64), np.atleast_2d(np.asarray(values, dtype=np.float64))
     if x.ndim != 1 or y.ndim != 2 or y.shape[1] != len(x) or len(np.unique(x)) < 2:
@@ -54,7 +61,7 @@ def exponent(widths: ArrayLike, values: ArrayLike) -> Exponent:
     for name, array in (("widths", x), ("values", y)):
         if not (np.isfinite(array) & (array > 0)).all():
             raise ValueError(
-                f"exponent: {name} hold {array.min()}, which has no logarithm. Leave out what is not positive."
+                f"exponent: {name} hold {array.min()}, which has no logarithm. Leave out values that are not positive."
             )
     x, y = np.log(x), np.log(y)
     slopes = y @ slope_weights(x)
@@ -71,5 +78,9 @@ def exponent(widths: ArrayLike, values: ArrayLike) -> Exponent:
 
 
 def student(freedom: int) -> float:
-    """97.5 % quantile of Student's t; beyond the table from its series in 1/freedom."""
+    """Return the 97.5 % quantile of Student's t distribution.
+
+    Args:
+        freedom: degrees of freedom, 1 or more. Beyond 30 the quantile comes from its series in 1/freedom.
+    """
     return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.372 / freedom + 2.82 / freedom**2

@@ -1,4 +1,4 @@
-"""Every figure of the documentation, and the CSV file that each is remade from."""
+"""Every figure of the documentation, and the CSV file from which it is made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ KOSSON: Final = "Kosson et al. 2510.19093, Figure 1: final validation loss of LL
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One figure: its file, the CSV files it may be from, of which the first there is counts, and how to draw that."""
+    """One figure of the documentation.
+
+    Args:
+        out: name of the figure's file.
+        sources: names of CSV files that can give the figure. The first one that exists is used.
+        draw: draws the figure from the path of the CSV file.
+    """
 
     out: str
     sources: tuple[str, ...]
@@ -29,11 +35,18 @@ class Entry:
 
 
 def remake(data: Path, out: Path) -> Iterator[str]:
-    """Draw every figure of `FIGURES` whose CSV file is in `data`, into `out`; yields a line on each.
+    """Draw every figure of `FIGURES` whose CSV file exists.
+
+    Args:
+        data: folder with the CSV files.
+        out: folder for the figures.
+
+    Yields:
+        One line of text about each figure: from which file it was made, or that it was skipped.
 
     Raises:
-        ValueError: a file does not hold what its figure needs; names the file.
-        RuntimeError: no matplotlib.
+        ValueError: a CSV file lacks something that its figure needs. The message names the file.
+        RuntimeError: matplotlib is not installed.
     """
     for entry in FIGURES:
         source = next((data / name for name in entry.sources if (data / name).is_file()), None)
@@ -45,7 +58,11 @@ def remake(data: Path, out: Path) -> Iterator[str]:
 
 
 def rows_of(path: Path, needed: Sequence[str]) -> list[Row]:
-    """Lines of a CSV file by column.
+    """Read the lines of a CSV file, each as a mapping from column name to text.
+
+    Args:
+        path: path of the file.
+        needed: names of the columns that must be there.
 
     Raises:
         ValueError: the file cannot be read, is empty, or lacks a column.
@@ -57,7 +74,7 @@ def rows_of(path: Path, needed: Sequence[str]) -> list[Row]:
         raise ValueError(f"cannot read {str(path)!r}: {error}. Give a CSV file with a header.") from error
     missing = [name for name in needed if not rows or name not in rows[0]]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(map(repr, missing))}, or no line. Make the file anew.")
+        raise ValueError(f"{path}: no column {', '.join(map(repr, missing))}, or no line. Write the file again.")
     return rows
 
 
@@ -71,7 +88,7 @@ def _noise(variant: str, matrices: Sequence[str]) -> Callable[[Path], Figure]:
         rows = rows_of(path, ["arm", "variant", "width", "seed", *(name for row in layout for name in row)])
         here = [row for row in rows if row["variant"] == variant]
         if not here:
-            raise ValueError(f"{path}: no line has variant {variant!r}. Make the file anew.")
+            raise ValueError(f"{path}: no line has variant {variant!r}. Write the file again.")
         return against_width(here, layout, f"Two layers ({variant}), noise gradients", conditions(here))
 
     return draw
@@ -81,12 +98,17 @@ def _spectra(path: Path) -> Figure:
     rows = long_spectra(rows_of(path, ["arm", "width", "seed"]))
     rows = [row for row in rows if row["seed"] == rows[0]["seed"]]
     if not rows:
-        raise ValueError(f"{path}: neither a column 'singular_value' nor one 'spectrum_...'. Make the file anew.")
+        raise ValueError(f"{path}: neither a column 'singular_value' nor one 'spectrum_...'. Write the file again.")
     return spectra(rows, "Singular values, noise gradients", conditions(rows))
 
 
 def long_spectra(rows: Sequence[Row]) -> list[Row]:
-    """A line per singular value, from lines that have them as "rank:value rank:value" in columns spectrum_<matrix>."""
+    """Return one line per singular value.
+
+    Args:
+        rows: lines in either of two forms. Lines with a column singular_value are returned as they are. Otherwise a
+            column spectrum_<matrix> holds pairs "rank:value rank:value", and each pair becomes a line.
+    """
     if rows and "singular_value" in rows[0]:
         return list(rows)
     found: list[Row] = []

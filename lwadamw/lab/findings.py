@@ -1,4 +1,4 @@
-"""The report's tables, made from the CSV files of the runs."""
+"""The tables of the report docs/width_transfer.md, made from the CSV files of the runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ Table = Callable[[Path], str]
 
 
 def refresh(report: str, data: Path) -> str:
-    """A report in which every block `<!-- NAME:begin -->` to `<!-- NAME:end -->` of `TABLES` is made anew.
+    """Return the report with fresh tables.
+
+    Args:
+        report: text of the report. The table NAME of `TABLES` stands between the lines `<!-- NAME:begin -->` and
+            `<!-- NAME:end -->`. A table without these lines is left out; all other text stays.
+        data: folder with the CSV files.
 
     Raises:
         ValueError: a CSV file is missing or lacks a column.
@@ -34,14 +39,24 @@ def refresh(report: str, data: Path) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
+    """Return a Markdown table. The first column holds text; all other columns hold numbers and are aligned right.
+
+    Args:
+        header: names of the columns.
+        rows: cells of every row, as many as the header has.
+    """
     line = "| " + " | ".join(header) + " |"
     rule = "| --- |" + " ---: |" * (len(header) - 1)
     return "\n".join([line, rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def fit(rows: Rows, column: str) -> Exponent:
-    """Width exponent of a column over the seeds that have every width."""
+    """Return the width exponent of a column.
+
+    Args:
+        rows: lines with the columns width, seed and `column`. Seeds that lack a width are left out.
+        column: name of the column.
+    """
     known = {(row["seed"], int(row["width"])): float(row[column]) for row in rows if row[column]}
     widths = sorted({width for _, width in known})
     seeds = [seed for seed in sorted({s for s, _ in known}) if all((seed, width) in known for width in widths)]
@@ -71,7 +86,7 @@ def _noise(variant: str, matrices: Sequence[str]) -> Table:
 
 
 def _steady(path: Path) -> str:
-    """Measured over predicted weight RMS, by width: range over arms, matrices and seeds."""
+    """Table of measured over predicted weight RMS at every width: mean, and range over arms, matrices and seeds."""
     rows = rows_of(path, ["arm", "variant", "width", "steady_rms", "rms_in", "rms_out"])
     widths = sorted({int(row["width"]) for row in rows})
     lines = []
@@ -102,7 +117,7 @@ def _line(arm: Arm, seeds: int) -> list[str]:
         if arm.drift is None
         else f"{arm.drift.slope:+.2f} ({arm.drift.slope_low:+.2f} to {arm.drift.slope_high:+.2f})"
     )
-    # The difference of two means; 95 %.
+    # 95 % interval of the difference of two means.
     half = 1.96 * arm.noise * math.sqrt(2 / seeds)
     regrets = [_regret(r.regret) + (f" ± {half:.3f}" if r.regret else "") for r in arm.regrets[1:]]
     return [arm.name, *best, drift, *regrets, *(f"{o.best_loss:.3f}" for o in arm.optima)]
@@ -117,7 +132,7 @@ def _regret(value: float) -> str:
 
 
 def _weights(path: Path) -> str:
-    """Width exponents of what the weights are when the learning rate begins to fall, at the lr that is best at the proxy."""
+    """Table of width exponents of the weights when the lr begins to fall, for the lr that is best at the proxy."""
     columns = ("effective_lr", "effective_wd", "relative_update", "top", "second", "median_singular")
     rows = [row for row in rows_of(path, ["arm", "width", "lr", "seed", "taus", "rms_ratio", *columns]) if row["loss"]]
     found = analyse(read(path).rows)
@@ -129,7 +144,7 @@ def _weights(path: Path) -> str:
         widest = max(int(row["width"]) for row in here)
         taus = [float(row["taus"]) for row in here if int(row["width"]) == widest]
         ratio = [float(row["rms_ratio"]) for row in here if int(row["width"]) == widest]
-        # Rounded before they are written, so that none is -0.00.
+        # Rounding first, and then adding 0.0, turns -0.0 into 0.0, so that no cell says -0.00.
         predicted = [f"{round(x, 2) + 0.0:+.2f}" for x in ((a + b) / 2, (a - b) / 2 + 0.75, (a - b) / 2 + 0.5)]
         update, top, second, median = (str(fit(here, column)) for column in columns[2:])
         lines.append([
@@ -167,7 +182,7 @@ def _published(path: Path) -> str:
 
 
 def _series(path: Path) -> str:
-    """By width, the mean over the second half of the steps before the learning rate falls, and the exponent of that."""
+    """Table of means over the second half of the steps before the lr falls, at every width, with their width exponent."""
     rows = rows_of(path, ["arm", "width", "steps", "cooldown", "step", "statistic", "value"])
     values: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Outcomes: how runs ended, read from any CSV that says width, arm, learning rate and loss."""
+"""Outcomes: how runs ended, read from any CSV file with columns for arm, width, learning rate and loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-# A column may go by any of these names, in capitals or not. Of several in one file the first is taken.
+# A column may have any of these names, in small letters or capitals. If a file has several of them, the first name counts.
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "arm": ("arm", "rule"),
     "width": ("width",),
@@ -20,7 +20,7 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "status": ("status",),
 }
 OPTIONAL: Final = ("weight_decay", "seed", "status")
-# What a figure says of how the runs were made, where a file has it.
+# Columns that say how the runs were made. A figure shows those that the file has.
 CONDITIONS: Final = ("steps", "tokens", "seed", "batch", "context", "depth", "data", "commit", "version")
 DIVERGED: Final = ("div", "diverged")
 FINISHED: Final = ("", "ok", "done", "finished", "complete", "completed", "success")
@@ -28,40 +28,58 @@ FINISHED: Final = ("", "ok", "done", "finished", "complete", "completed", "succe
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run. Learning rate and weight decay are base values, those tuned at the proxy."""
+    """How one run ended.
+
+    Args:
+        arm: name of the arm.
+        width: width of the model.
+        lr: base value of the learning rate.
+        weight_decay: base value of the weight decay. None: the file does not have it.
+        seed: seed of the run. None: the file does not have it.
+        loss: loss of the run. inf: the run diverged.
+    """
 
     arm: str
     width: int
     lr: float
-    weight_decay: float | None  # None: not in the file
+    weight_decay: float | None
     seed: str | None
-    loss: float  # inf: diverged
+    loss: float
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The runs of one file, in its order."""
+    """The runs of one file, in the order of the file.
+
+    Args:
+        source: name of the file.
+        loss: name of the column that holds the losses.
+        rows: the runs.
+        caption: how the runs were made, in one line, like '600 steps, 2 seeds, version 0.1.0+1a2b3c4'.
+    """
 
     source: str
-    loss: str  # name of the column the losses are from
+    loss: str
     rows: tuple[Outcome, ...]
-    caption: str = ""  # conditions in a line: '600 steps, 2 seeds, version 0.1.0+1a2b3c4'
+    caption: str = ""
 
 
 def read(path: Path, loss: str | None = None) -> Outcomes:
-    """The runs of a CSV file with a header, one run per line.
+    """Read the runs of a CSV file with a header and one run per line.
 
-    Columns, found by name: arm, width, lr and loss; weight_decay, seed and status where there are any. `COLUMNS` lists
-    the other names they may have; further columns are ignored. A run has diverged if its status says so ("diverged",
-    "div") or its loss is empty, nan, inf or one of those words; it is kept, with loss inf.
+    The columns are found by name: arm, width, lr and loss are needed; weight_decay, seed and status are optional.
+    `COLUMNS` lists the other names that a column may have. Further columns are ignored.
+
+    A run has diverged if its status is "diverged" or "div", or if its loss is empty, nan, inf or one of these words. A run
+    that diverged is kept, with loss inf.
 
     Args:
-        path: of the file.
-        loss: name of the column of losses, if it is none of `COLUMNS`, or not the first that there is.
+        path: path of the file.
+        loss: name of the column with the losses. By default the first name of `COLUMNS` that the file has.
 
     Raises:
-        ValueError: the file cannot be read, lacks a column, holds what is no number or no known status, or the same run
-            twice; names file, line and column.
+        ValueError: the file cannot be read or lacks a column, a cell holds neither a number nor a known status, or the same
+            run is there twice. The message names the file, the line and the column.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -76,13 +94,15 @@ def read(path: Path, loss: str | None = None) -> Outcomes:
     rows, seen = [], dict[tuple[object, ...], int]()
     for number, cells in lines:
         if len(cells) != len(names):
-            raise ValueError(f"{path}, line {number}: {len(cells)} cells, the header has {len(names)}. Mend the line.")
+            raise ValueError(
+                f"{path}, line {number}: {len(cells)} cells, the header has {len(names)}. Correct the line."
+            )
         row = _Line(path, number, {kind: (header[i], cells[i].strip()) for kind, i in places.items()}).outcome()
         setting = (row.arm, row.width, row.lr, row.weight_decay, row.seed)
         if row.seed is not None and seen.setdefault(setting, number) != number:
             raise ValueError(
-                f"{path}, lines {seen[setting]} and {number}: the same arm, width, lr, weight decay and seed twice. Take one "
-                "out, or tell apart by the arm what else differs."
+                f"{path}, lines {seen[setting]} and {number}: the same arm, width, lr, weight decay and seed twice. Delete one "
+                "of the lines; or if the runs differ in something else, give them different arms."
             )
         rows.append(row)
     ended = [cells for (_, cells), row in zip(lines, rows, strict=True) if math.isfinite(row.loss)]
@@ -91,10 +111,14 @@ def read(path: Path, loss: str | None = None) -> Outcomes:
 
 
 def conditions(rows: Sequence[Mapping[str, str]]) -> str:
-    """How runs were made, in a line, from what columns of `CONDITIONS` their file has.
+    """Describe in one line how the runs were made.
 
-    >>> conditions([{"steps": "600", "seed": "0"}, {"steps": "600", "seed": "1"}])
-    '600 steps, 2 seeds'
+    Args:
+        rows: lines of the file by column. The columns of `CONDITIONS` that exist are used.
+
+    Example:
+        >>> conditions([{"steps": "600", "seed": "0"}, {"steps": "600", "seed": "1"}])
+        '600 steps, 2 seeds'
     """
     parts = []
     for name in CONDITIONS:
@@ -111,7 +135,7 @@ def conditions(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _places(path: Path, names: Sequence[str], loss: str | None) -> dict[str, int]:
-    """Where in a line each kind of column is."""
+    """Map each kind of column to its position in a line."""
     places = {}
     for kind, aliases in COLUMNS.items():
         if kind == "loss" and loss is not None:
@@ -120,7 +144,7 @@ def _places(path: Path, names: Sequence[str], loss: str | None) -> dict[str, int
         if found is not None:
             places[kind] = found
         elif kind not in OPTIONAL:
-            remedy = "Name it with --loss" if kind == "loss" else "Rename the one that holds it"
+            remedy = "Name the column with --loss" if kind == "loss" else "Rename the column that holds these values"
             raise ValueError(
                 f"{path}: no column {' or '.join(map(repr, aliases))}; there are {', '.join(map(repr, names))}. {remedy}."
             )
@@ -129,7 +153,7 @@ def _places(path: Path, names: Sequence[str], loss: str | None) -> dict[str, int
 
 @dataclass(frozen=True)
 class _Line:
-    """The cells of one line that mean something: kind -> name of the column, text."""
+    """The cells of one line that are used. `cells` maps each kind of column to its name and the text of the cell."""
 
     path: Path
     number: int
@@ -140,10 +164,10 @@ class _Line:
         if width != int(width):
             raise self._error("width", "is not a whole number", "Give the model's width, 256 for instance")
         if not self.cells["arm"][1]:
-            raise self._error("arm", "names no arm", "Give every run one")
+            raise self._error("arm", "names no arm", "Give every run an arm")
         lr = self._number("lr")
         if lr == 0:
-            raise self._error("lr", "has no logarithm", "Leave out runs without a learning rate")
+            raise self._error("lr", "has no logarithm", "Leave out runs with a learning rate of 0")
         weight_decay = self._number("weight_decay") if "weight_decay" in self.cells else None
         seed = self.cells.get("seed", ("", ""))[1] or None
         return Outcome(self.cells["arm"][1], int(width), lr, weight_decay, seed, self._loss())
@@ -151,7 +175,7 @@ class _Line:
     def _loss(self) -> float:
         status = self.cells.get("status", ("", ""))[1].lower()
         if status not in (*DIVERGED, *FINISHED):
-            remedy = f"Write {', '.join(DIVERGED + FINISHED[1:])} or nothing, and leave out runs that did not end"
+            remedy = f"Write {', '.join(DIVERGED + FINISHED[1:])} or leave the cell empty; and leave out runs that did not end"
             raise self._error("status", "says neither that the run ended nor that it diverged", remedy)
         text = self.cells["loss"][1].lower()
         if status in DIVERGED or text in ("", *DIVERGED):
@@ -159,7 +183,8 @@ class _Line:
         try:
             loss = float(text)
         except ValueError:
-            raise self._error("loss", "is no number", "Give a loss; nan or nothing if it diverged") from None
+            remedy = "Give a loss; or nan or an empty cell if the run diverged"
+            raise self._error("loss", "is no number", remedy) from None
         return loss if math.isfinite(loss) else math.inf
 
     def _number(self, kind: str, minimum: float = 0.0) -> float:
@@ -168,7 +193,7 @@ class _Line:
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value >= minimum):
-            raise self._error(kind, "is not a number that this column can hold", "Mend it, or leave out the line")
+            raise self._error(kind, "is not a number that this column can hold", "Correct the cell, or delete the line")
         return value
 
     def _error(self, kind: str, problem: str, remedy: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""What all figures have in common: panels, colours, captions, and files that come out the same every time."""
+"""Parts of all figures: panels, colours, captions, and files with the same bytes every time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 PANEL: Final = (2.7, 2.3)  # inches
 MOST_COLUMNS: Final = 3
-# Suffix of a file -> what keeps the time of drawing out of it.
+# Maps the suffix of a file to the metadata that keep the time of drawing out of the file.
 KINDS: Final[dict[str, dict[str, Any]]] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 MOST_TICKS: Final = 5
 GREY: Final = "#555555"
@@ -42,7 +42,14 @@ STYLE: Final[dict[Any, Any]] = {
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """In the style of the figures, or with word of how to get matplotlib, as a RuntimeError."""
+    """Make a function draw in the style of the figures.
+
+    Args:
+        draw: a function that draws with matplotlib.
+
+    Raises:
+        RuntimeError: when the function is called and matplotlib is not installed. The message says how to install it.
+    """
 
     @wraps(draw)
     def inside(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -50,7 +57,7 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
             from matplotlib import rc_context
         except ImportError as error:
             raise RuntimeError(f"no figure without matplotlib: {LAB_HINT}") from error
-        # From the defaults, not from what a matplotlibrc of this machine says.
+        # Start from matplotlib's own defaults, because a matplotlibrc file of this machine would change the figure.
         with rc_context():
             from matplotlib import rcdefaults, rcParams
 
@@ -63,21 +70,37 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 @styled
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG, PNG or PDF, by the path's suffix. The same figure gives the same bytes.
+    """Write a figure as SVG, PNG or PDF. The same figure gives the same bytes.
+
+    Args:
+        figure: the figure.
+        path: path of the file. Its suffix chooses the format.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: the suffix is not one of `KINDS`.
     """
     kind = path.suffix.lower()
     if kind not in KINDS:
-        raise ValueError(f"{str(path)!r} ends in none of {', '.join(KINDS)}. Give one of them.")
+        raise ValueError(f"{str(path)!r} ends in none of {', '.join(KINDS)}. Give a path that ends in one of them.")
     figure.savefig(path, format=kind[1:], dpi=150, facecolor="white", metadata=KINDS[kind])
 
 
 def panels(
     rows: int, columns: int, title: str, caption: str = "", size: tuple[float, float] = PANEL, **share: Any
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of rows times columns panels, under a title, over a caption."""
+    """Make a figure with rows times columns panels.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        title: text above the panels.
+        caption: text below the panels.
+        size: width and height of a panel in inches.
+        share: sharex and sharey, as for matplotlib's `Figure.subplots`.
+
+    Returns:
+        The figure, and its panels by row and column.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(size[0] * columns + 1.2, size[1] * rows + 0.9), layout="constrained")
@@ -89,13 +112,13 @@ def panels(
 
 
 def fold(count: int) -> tuple[int, int]:
-    """Rows and columns of so many panels."""
+    """Return the rows and columns that hold `count` panels."""
     rows = math.ceil(count / MOST_COLUMNS)
     return rows, math.ceil(count / rows)
 
 
 def by_width(widths: Iterable[int]) -> dict[int, tuple[float, ...]]:
-    """A colour for every width, the darker the wider."""
+    """Return a colour (red, green, blue, alpha) for every width. A larger width has a darker colour."""
     from matplotlib import colormaps
 
     ordered = sorted(set(widths))
@@ -104,12 +127,18 @@ def by_width(widths: Iterable[int]) -> dict[int, tuple[float, ...]]:
 
 
 def by_name(names: Iterable[str]) -> dict[str, str]:
-    """A colour for every name, in the order given."""
+    """Return a colour for every name, in the order of the names."""
     return {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(names))}
 
 
 def log2_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:
-    """A log2 axis with ticks at the values themselves, and numbers at no more of them than there is room for."""
+    """Make an axis logarithmic to base 2, with a tick at every value.
+
+    Args:
+        axes: the panel.
+        which: the axis.
+        values: positions of the ticks. At most MOST_TICKS of the ticks get a number, because there is no room for more.
+    """
     from matplotlib.ticker import FixedLocator, NullFormatter
 
     ordered = sorted(set(values))
@@ -122,7 +151,12 @@ def log2_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> 
 
 
 def log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
-    """A log axis of what has been drawn, with as many numbers as its range asks for."""
+    """Make an axis logarithmic, with the numbers that suit the range of what has been drawn.
+
+    Args:
+        axes: the panel, with everything drawn.
+        which: the axis.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
@@ -134,13 +168,18 @@ def log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """One legend for all panels, beside them, from the labels of one."""
+    """Put one legend beside all panels.
+
+    Args:
+        figure: the figure.
+        axes: the panel whose labels the legend shows.
+    """
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right center")
 
 
 def hide(axes: Sequence[Axes]) -> None:
-    """Panels that nothing was drawn in."""
+    """Hide panels in which nothing was drawn."""
     for unused in axes:
         unused.set_axis_off()

@@ -1,4 +1,4 @@
-"""Figures of what weights and activations did: against width, over the spectrum, and over the steps."""
+"""Figures of weights and activations: against width, as spectra, and against the step."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, str]  # a line of a CSV file, by column
-SHOWN: Final = 1e-3  # of a spectrum, down to this share of its largest value
+Row = Mapping[str, str]  # One line of a CSV file: the text of each cell by the name of its column.
+SHOWN: Final = 1e-3  # A spectrum is shown down to this share of its largest singular value.
 
 
 @styled
 def against_width(rows: Sequence[Row], layout: Sequence[Sequence[str]], title: str, caption: str = "") -> Figure:
-    """Quantities against width, log-log, a line per arm with its fitted exponent and 95 % interval.
+    """Draw quantities against width on logarithmic axes, with a fitted power law per arm.
+
+    The legend shows the exponent of each arm and its 95 % interval.
 
     Args:
-        rows: columns arm, width, seed and those in the layout, one run each.
-        layout: columns to show, by row and place in it; "" leaves a place free.
+        rows: one run per line, with the columns arm, width, seed and those of the layout.
+        layout: names of the columns to show, one panel each, by row and column of the figure. "" leaves the panel empty.
+        title: text above the panels.
+        caption: text below the panels.
     """
     figure, grid = panels(len(layout), max(map(len, layout)), title, caption)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -64,10 +68,15 @@ def _power_law(axes: Axes, rows: Sequence[Row], column: str, arm: str, colour: s
 
 @styled
 def spectra(rows: Sequence[Row], title: str, caption: str = "") -> Figure:
-    """Singular values against rank, log-log: a row of panels per matrix, a column per arm, a line per width and seed.
+    """Draw singular values against rank on logarithmic axes.
+
+    The figure has a row of panels per matrix and a column per arm. Each width and seed has a line.
 
     Args:
-        rows: columns arm, width, seed, name, index (of the singular value, from 1) and singular_value.
+        rows: one singular value per line, with the columns arm, width, seed, name (of the matrix), index (rank of the
+            singular value, from 1) and singular_value.
+        title: text above the panels.
+        caption: text below the panels.
     """
     names, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "arm"))
     figure, grid = panels(len(names), len(arms), title, caption, sharex=True, sharey=True)
@@ -83,7 +92,7 @@ def spectra(rows: Sequence[Row], title: str, caption: str = "") -> Figure:
                 axes.plot(x, y, label=label, **style)
             axes.set_title(f"{arm}, {name}")
         axes_row[0].set_ylabel("singular value")
-    # The smallest of a square matrix is nearly 0, and says nothing.
+    # The smallest singular value of a square matrix is nearly 0 and tells nothing, so the axis ends above it.
     grid[0][0].set_ylim(bottom=max(float(row["singular_value"]) for row in rows) * SHOWN)
     log_axis(grid[0][0], "x")
     log_axis(grid[0][0], "y")
@@ -95,15 +104,19 @@ def spectra(rows: Sequence[Row], title: str, caption: str = "") -> Figure:
 
 @styled
 def series(rows: Sequence[Row], statistic: str, title: str, caption: str = "") -> Figure:
-    """One statistic against step, a panel per arm, learning rate and decay; thick: mean over seeds, thin: each seed.
+    """Draw one statistic against the step, in a panel per arm, learning rate and weight decay.
 
-    Of the matrices in a run the median is shown.
+    A thick line is the mean over seeds; a thin line is one seed. Each point is the median over the matrices of a run.
 
     Args:
-        rows: columns arm, width, lr, weight_decay, seed, step, name, statistic and value.
+        rows: one value per line, with the columns arm, width, lr, weight_decay, seed, step, name (of the matrix),
+            statistic and value.
+        statistic: name of the statistic.
+        title: text above the panels.
+        caption: text below the panels.
 
     Raises:
-        ValueError: no row has that statistic.
+        ValueError: no line has this statistic.
     """
     here = [row for row in rows if row["statistic"] == statistic and row["value"]]
     if not here:
@@ -144,7 +157,7 @@ def _grouped(rows: Iterable[Row]) -> list[tuple[tuple[int, str], list[Row]]]:
 
 
 def _medians(rows: Iterable[Row]) -> dict[int, float]:
-    """Of the matrices, by step."""
+    """Return the median over the matrices at every step."""
     values: dict[int, list[float]] = {}
     for row in rows:
         values.setdefault(int(row["step"]), []).append(float(row["value"]))

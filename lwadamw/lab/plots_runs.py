@@ -1,4 +1,4 @@
-"""Figures of how runs ended: loss against learning rate, and over learning rate and weight decay."""
+"""Figures of losses: against the learning rate, and over learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Losses this much of the best above the worst width's best, or as far as widths lie apart if that is more, are cut off.
+# The loss axis ends at least this share of the loss above the best loss of the worst width; see `_cut`.
 HEADROOM: Final = 0.15
 MAP: Final = (4.2, 3.4)  # inches
 
 
 @styled
 def transfer(outcomes: Outcomes, title: str = "Loss against base learning rate") -> Figure:
-    """Loss against learning rate, a line per width, a panel per arm and weight decay.
+    """Draw loss against learning rate, in a panel per arm and weight decay, with a line per width.
 
-    Thick: mean over seeds, its best run circled; thin: seeds; crosses at the top edge: diverged; dotted: the best run's
-    learning rate at the smallest width.
+    A thick line is the mean over seeds, with a circle at its best run. A thin line is one seed. A cross at the top edge
+    marks a run that diverged. The dotted line marks the learning rate of the best run at the smallest width.
+
+    Args:
+        outcomes: the runs.
+        title: text above the panels.
     """
     curves = curves_of(outcomes.rows)
     settings = list(dict.fromkeys((c.arm, c.weight_decay) for c in curves))
@@ -85,7 +89,11 @@ def _curve(axes: Axes, curve: Curve, colour: tuple[float, ...], top: float) -> N
 
 
 def _cut(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Keep a run that only just did not diverge from pressing the valleys flat."""
+    """Cut the loss axis, because one run that almost diverged would otherwise make all curves look flat.
+
+    The axis ends above the best loss of the worst width, by the larger of two distances: the distance between the best
+    losses of the widths, and HEADROOM times the loss.
+    """
     finite = [c.mean[np.isfinite(c.mean)] for c in curves if np.isfinite(c.mean).any()]
     if not finite:
         return
@@ -98,13 +106,17 @@ def _cut(axes: Axes, curves: Sequence[Curve]) -> None:
 
 @styled
 def heatmap(outcomes: Outcomes, title: str = "Loss over learning rate and weight decay") -> Figure:
-    """Loss over learning rate and weight decay, a panel per arm and width that has three decays or more.
+    """Draw the loss over learning rate and weight decay, in a panel per arm and width with three weight decays or more.
 
-    Circles: best learning rate of each decay, by local fit; line: the ridge through them; dashed: lr wd constant; dotted:
-    lr / wd constant. Hatched: diverged.
+    A circle is the best learning rate at a weight decay, from a local fit. The solid line is the ridge through the circles.
+    Along the dashed line lr wd is constant, along the dotted line lr / wd. A hatched cell marks a run that diverged.
+
+    Args:
+        outcomes: the runs.
+        title: text above the panels.
 
     Raises:
-        ValueError: no arm has three weight decays at one width.
+        ValueError: no arm has runs at three weight decays and one width.
     """
     curves = curves_of(outcomes.rows)
     places = list(dict.fromkeys((c.arm, c.width) for c in curves))
@@ -112,7 +124,7 @@ def heatmap(outcomes: Outcomes, title: str = "Loss over learning rate and weight
     grouped = {place: found for place, found in grouped.items() if len(found) >= 3}
     if not grouped:
         raise ValueError(
-            f"{outcomes.source}: no arm has runs at three weight decays above 0 and one width. A heat map needs them."
+            f"{outcomes.source}: no arm has runs at three weight decays above 0 and one width. Add runs at more weight decays."
         )
     rows, columns = fold(len(grouped))
     figure, grid = panels(rows, columns, title, outcomes.caption, MAP)
@@ -134,7 +146,7 @@ def _map(axes: Axes, curves: Sequence[Curve]) -> None:
     for i, curve in enumerate(curves):
         table[i, np.searchsorted(lrs, curve.lr)] = curve.mean
     finite = table[np.isfinite(table)]
-    # The valley is what is looked at, so the upper half of the losses shares one colour.
+    # The reader looks at the valley, so the upper half of the losses shares one colour.
     colours: dict[str, Any] = (
         {"cmap": "viridis_r", "vmin": float(finite.min()), "vmax": float(np.median(finite))} if finite.size else {}
     )
@@ -163,7 +175,7 @@ def _map(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _edges(values: Sequence[float] | Array) -> Array:
-    """Bounds of cells around values, half-way in log2."""
+    """Return the bounds of cells around values. A bound lies half-way between two values in log2."""
     x = np.log2(values)
     middle = (x[1:] + x[:-1]) / 2
     first, last = (x[0] - 0.5, x[-1] + 0.5) if len(x) == 1 else (2 * x[0] - middle[0], 2 * x[-1] - middle[-1])

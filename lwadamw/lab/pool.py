@@ -1,4 +1,4 @@
-"""Work in several processes that end with their parent, whatever ends it."""
+"""Work in several processes. The processes end when their parent ends, also if the parent is killed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ Work = Callable[[Any, torch.device, Callable[[], None]], Any]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong with a task: a traceback, or how its process ended."""
+    """A task that failed.
+
+    Args:
+        text: the traceback of the exception, or how the process ended.
+    """
 
     text: str
 
 
 class _Worker:
     def __init__(self, work: Work, device: torch.device, threads: int) -> None:
-        # Not fork: CUDA does not survive it, and neither do torch's threads.
+        # Neither CUDA nor torch's threads work in a forked process, so every process is started afresh.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, device, threads, theirs), daemon=True)
@@ -43,16 +47,21 @@ class _Worker:
 def run_all(
     work: Work, tasks: Sequence[Task], device: torch.device, jobs: int, threads: int
 ) -> Iterator[tuple[Task, Any]]:
-    """Every task with what `work(task, device, alive)` made of it, in the order in which they end.
+    """Run `work(task, device, alive)` for every task, several at once.
 
-    Tasks are begun in order. An exception, or the end of a process, is that task's `Failure`, and the others go on.
-    Ending the iteration early ends the processes.
+    Tasks start in the order given. If a task raises an exception or its process ends, the task gives a `Failure`, and the
+    other tasks go on. Ending the iteration early ends the processes.
 
     Args:
-        work: a function that can be imported. It is to call `alive()` now and then, which ends the process if the one
-            that started it is gone, killed too.
-        jobs: how many processes.
-        threads: of torch in each of them.
+        work: a function that can be imported by name. It has to call `alive()` now and then. The call ends the process if
+            the parent process is gone, whether it ended or was killed.
+        tasks: the tasks. They are pickled.
+        device: passed to `work`.
+        jobs: number of processes.
+        threads: number of torch threads in each process.
+
+    Yields:
+        A task and the result of `work`, or a `Failure`. The tasks come in the order in which they end.
     """
     waiting = list(enumerate(tasks))[::-1]
     workers = [_Worker(work, device, threads) for _ in range(min(jobs, len(tasks)))]
@@ -85,7 +94,7 @@ def run_all(
 
 
 def _serve(work: Work, device: torch.device, threads: int, connection: Connection[Any, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to deal with
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and then ends this process.
     torch.set_num_threads(threads)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a comparison of widths ends with: a table, a sentence on the rule, a figure."""
+"""The report of a comparison of widths: a table, a sentence about the rule, and a figure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAB_HINT: Final = 'pip install "lwadamw[lab]"'
 
 
 def _late(run: Run, name: str) -> Array:
-    """Mean of a record's field over the last tenth of the steps taken."""
+    """Return the mean of a field of the records over the last tenth of the steps taken."""
     since = 0.9 * run.steps_done
     mean: Array = np.mean([getattr(r, name) for r in run.records if r.step > since], axis=0)
     return mean
@@ -42,7 +42,11 @@ def _steady_word(run: Run) -> str:
 
 
 def closing(runs: Sequence[Run]) -> str:
-    """The closing table, one column per width, and what the rule says of the widths together."""
+    """Return the closing table, with one column per width, and the sentence from `across` if there are two widths.
+
+    Args:
+        runs: one run per width, each with at least one record and evaluated.
+    """
     if not runs:
         return "no step was recorded, so there is nothing to compare"
     rows: list[tuple[str, Callable[[Run], str]]] = [
@@ -59,18 +63,23 @@ def closing(runs: Sequence[Run]) -> str:
     ]
     cells = [[label, *(cell(r) for r in runs)] for label, cell in rows]
     notes = [
-        "* mean over the last tenth of the steps. Of the matrices: median (smallest to largest). Both ratios are 1",
+        "* mean over the last tenth of the steps. Over the matrices: median (smallest to largest). Both ratios are 1",
         f"  where gradients are noise. After {STEADY_TAUS} tau a matrix keeps 5 % of its initial weights.",
     ]
     return "\n".join([*aligned(cells), *notes, *([across(runs)] if len(runs) > 1 else [])])
 
 
 def across(runs: Sequence[Run]) -> str:
-    """One sentence on what the rule predicts from the first to the last width, and what was seen."""
+    """Return a sentence on the change from the first to the last width: what the rule predicts, and what was seen.
+
+    Args:
+        runs: at least two runs, the proxy first.
+    """
     proxy, target = runs[0], runs[-1]
     scale = target.rule.matrix
     a, b, m = scale.lr, scale.wd or 0.0, target.width / proxy.width
-    # sqrt(lr/wd) width^(3/4) is what Fan et al. 2510.15262 observed; sqrt(lr wd) holds where gradients are noise.
+    # Fan et al. 2510.15262 observed that the top singular value grows as sqrt(lr/wd) width^(3/4). The relative update is
+    # proportional to sqrt(lr wd) where gradients are noise.
     quantities = (
         ("the top singular value", (a - b) / 2 + 0.75, target.top / proxy.top),
         ("the relative update", (a + b) / 2, _relative_update(target) / _relative_update(proxy)),
@@ -92,7 +101,15 @@ def _relative_update(run: Run) -> Array:
 
 
 def draw(runs: Sequence[Run], out: Path) -> str:
-    """Write the figure, a PNG; returns one line that says where, or why not."""
+    """Draw the loss and the weights against the step, and write the figure as PNG.
+
+    Args:
+        runs: one run per width, each with at least one record.
+        out: path of the file.
+
+    Returns:
+        One line that says where the figure is, or that matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator

@@ -1,4 +1,4 @@
-"""Ridge: which pairs of learning rate and weight decay are about as good, at one width."""
+"""Ridge: the pairs of learning rate and weight decay at one width that give about the same loss."""
 
 from __future__ import annotations
 
@@ -13,39 +13,54 @@ from lwadamw.state.arrays import Array
 
 from .curves import Curve, interval, lowest, slope_weights
 
-FEWEST_POINTS: Final = 8  # of the quadratic form, which has six coefficients
+FEWEST_POINTS: Final = 8  # The quadratic form is fitted to at least this many runs. It has six coefficients.
 
 
 @dataclass(frozen=True, slots=True)
 class Ridge:
-    """Best learning rate against weight decay: lr_opt = 2^intercept wd^slope.
+    """Best learning rate as a function of the weight decay: lr_opt = 2^intercept wd^slope.
 
-    slope -1: lr wd is what matters, so the relative update. slope +1: lr / wd, so the weights' steady state size.
+    A slope of -1 means that lr wd decides the loss, so the relative update does. A slope of +1 means that lr / wd decides
+    the loss, so the size of the weights in the steady state does.
+
+    Args:
+        arm: name of the arm.
+        width: width of the model.
+        weight_decay: weight decays whose optimum lies inside the grid of learning rates. The line is fitted to these.
+        lr: the optimum at each of these weight decays.
+        at_edge: weight decays that were left out, because their optimum is at the edge of the grid.
+        slope: slope of log lr_opt against log wd.
+        slope_low: lower end of the 95 % interval of the slope.
+        slope_high: upper end of the 95 % interval of the slope.
+        intercept: log2 lr_opt at a weight decay of 1.
+        axis: slope of the direction in which a quadratic form of the loss rises least. None if there are too few runs.
     """
 
     arm: str
     width: int
-    weight_decay: tuple[float, ...]  # those with an optimum inside their grid of learning rates; the line is from these
-    lr: tuple[float, ...]  # their optima
-    at_edge: tuple[float, ...]  # the weight decays left out
+    weight_decay: tuple[float, ...]
+    lr: tuple[float, ...]
+    at_edge: tuple[float, ...]
     slope: float
-    slope_low: float  # 95 % interval
+    slope_low: float
     slope_high: float
-    intercept: float  # of log2 lr_opt
-    axis: float | None  # slope of the direction in which a quadratic form of the loss rises least; None: too few runs
+    intercept: float
+    axis: float | None
 
 
 def ridge(curves: Sequence[Curve], noise: float) -> Ridge | None:
-    """Line through the optima of several weight decays, and the flattest direction of the loss around the lowest.
+    """Fit a line through the optima of several weight decays, and find the flattest direction around the lowest losses.
 
-    The two differ where the valley is wide: the line has the best lr at each decay, the axis is that of the contours.
+    The line and the direction differ where the valley is wide: the line goes through the best lr at each weight decay,
+    and the direction is the long axis of the contours.
 
     Args:
-        curves: of one arm and one width, one per weight decay.
-        noise: standard deviation of a run's loss; the interval holds 95 % of refits with losses moved by it.
+        curves: curves of one arm at one width, one per weight decay. A weight decay of 0 has no logarithm and is left out.
+        noise: standard deviation of the loss of one run. The interval holds the slopes of 95 % of refits to losses that
+            are moved at random by this noise.
 
     Returns:
-        None with fewer than three weight decays whose optimum is inside the grid; decays of 0 have no logarithm.
+        The ridge, or None if fewer than three weight decays have their optimum inside the grid.
     """
     curves = [c for c in curves if c.weight_decay]
     inside = [c for c in curves if c.edge == ""]
@@ -74,7 +89,10 @@ def ridge(curves: Sequence[Curve], noise: float) -> Ridge | None:
 
 
 def _axis(curves: Sequence[Curve]) -> float | None:
-    """Slope d log2 lr / d log2 wd of the flattest direction of a quadratic form through the better half of the runs."""
+    """Return the slope d log2 lr / d log2 wd of the flattest direction of a quadratic form.
+
+    The form is fitted to the better half of the runs.
+    """
     points = np.array([(c.log2_lr[j], np.log2(c.weight_decay or 0.0), y) for c in curves for j, y in enumerate(c.mean)])
     points = points[np.isfinite(points[:, 2])]
     points = points[np.argsort(points[:, 2], kind="stable")][: max(FEWEST_POINTS, len(points) // 2)]

@@ -1,4 +1,4 @@
-"""One run of the transfer study: the laboratory's language model under one arm, at one width, lr, decay and seed."""
+"""One run of the transfer study: the laboratory's language model under one arm, at one width, lr, weight decay and seed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import numpy as np
 import torch
 
 from lwadamw import Monitor
-from lwadamw.width.rules import RULES, Rule, Scale, get_rule
 
+from .arms import arm_rule
 from .data import Corpus, from_file, standard_library, windows
 from .model import FFN_RATIO
 from .training import Run, Settings
 
 STANDARD_LIBRARY: Final = "standard library"
+# Columns with the result of a run.
 RESULT: Final = (
-    "status",  # "done", or "diverged": the training loss was not finite, or the end worse than a uniform guess
-    "loss",  # validation, nats per byte; NaN if diverged
-    "train_loss",  # mean over the last records that make up a tenth of the run
+    "status",  # "diverged" if the training loss was not finite or the final loss is worse than a uniform guess, else "done"
+    "loss",  # validation loss in nats per byte; NaN if the run diverged
+    "train_loss",  # mean over the last tenth of the records
     "steps_done",
-    "effective_lr",  # of matrices
-    "effective_wd",
-    "taus",  # sum of lr wd over the steps, of matrices
-    # Medians over the matrices when the learning rate begins to fall; the rms over sqrt(lr/2wd).
-    "rms_ratio",
+    "effective_lr",  # effective lr of the matrices
+    "effective_wd",  # effective weight decay of the matrices
+    "taus",  # sum of lr wd of the matrices over the steps
+    # The next five columns are medians over the matrices at the step at which the learning rate begins to fall.
+    "rms_ratio",  # weight RMS over sqrt(lr/2wd)
     "relative_update",
     "top",
     "second",
@@ -38,15 +39,34 @@ RESULT: Final = (
     "tokens",
 )
 
-# Against step, medians over the matrices.
+# Columns of a run that is watched: each line is the median of one statistic over the matrices at one step.
 SERIES: Final = ("step", "name", "statistic", "value")
 WATCHED: Final = ("gain", "alignment_ratio", "weight_alignment", "relative_update", "rms_ratio", "top")
 READINGS: Final = 30
+# Fields that `Training` and `Settings` share.
+SHARED: Final = ("base_width", "depth", "context", "batch", "steps", "cooldown", "lr", "weight_decay", "seed")
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The setting of one run; see `Settings`. `lr` and `weight_decay` are base values, exponents those of matrices."""
+    """The full setting of one run. The fields are the columns that identify the run in a CSV file.
+
+    Args:
+        arm: a rule or exponents; see `arm_rule`.
+        lr_exponent: exponent of the lr of matrices.
+        wd_exponent: exponent of the weight decay of matrices.
+        width: width of the model.
+        lr: base value of the learning rate.
+        weight_decay: base value of the weight decay.
+        seed: seed of the initial weights and of the batches.
+        base_width: width of the proxy.
+        depth: number of blocks.
+        context: bytes per window.
+        batch: windows per step.
+        steps: length of the run.
+        cooldown: share of the steps, at the end, in which the learning rate falls to 0.
+        data: STANDARD_LIBRARY, or the path of a file.
+    """
 
     arm: str
     lr_exponent: float
@@ -61,35 +81,33 @@ class Training:
     batch: int
     steps: int
     cooldown: float
-    data: str = STANDARD_LIBRARY  # or the path of a file
+    data: str = STANDARD_LIBRARY
 
     @classmethod
     def of(cls, arm: str, width: int, settings: Settings, data: str = STANDARD_LIBRARY) -> Training:
+        """Build the setting of a run under an arm.
+
+        Args:
+            arm: a rule or exponents; see `arm_rule`.
+            width: width of the model.
+            settings: what all widths have in common. Its rule is replaced by the rule of the arm.
+            data: STANDARD_LIBRARY, or the path of a file.
+
+        Raises:
+            ValueError: the arm is neither a rule nor exponents.
+        """
         scale = arm_rule(arm).matrix
-        s = settings
-        return cls(
-            arm, scale.lr, scale.wd or 0.0, width, s.lr, s.weight_decay, s.seed, s.base_width, s.depth, s.context,
-            s.batch, s.steps, s.cooldown, data,
-        )  # fmt: skip
+        given = {name: getattr(settings, name) for name in SHARED}
+        return cls(arm, scale.lr, scale.wd or 0.0, width, data=data, **given)
 
     def shared(self) -> Training:
-        # At the proxy's own width all rules are the same.
+        """Return a setting that is equal for all arms at the proxy's width, where all rules give the same values."""
         return replace(self, arm="", lr_exponent=0.0, wd_exponent=0.0) if self.width == self.base_width else self
 
     @property
     def settings(self) -> Settings:
-        return Settings(
-            rule=arm_rule(self.arm),
-            base_width=self.base_width,
-            depth=self.depth,
-            context=self.context,
-            batch=self.batch,
-            steps=self.steps,
-            cooldown=self.cooldown,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            seed=self.seed,
-        )
+        """The settings for `Run`, with the rule of the arm."""
+        return Settings(rule=arm_rule(self.arm), **{name: getattr(self, name) for name in SHARED})
 
     @property
     def _matrix_elements(self) -> int:
@@ -97,32 +115,28 @@ class Training:
 
     @property
     def cost(self) -> float:
-        # The second term is what is not matrix products, from runs on a CPU at widths 64 to 256.
+        """A number proportional to the time of the run."""
+        # The second term stands for everything but matrix products. It was fitted to runs on a CPU at widths 64 to 256.
         return self.steps * self.batch * self.context * (self._matrix_elements + 2000.0 * self.depth * self.width)
 
     @property
     def memory(self) -> int:
+        """Memory of a GPU that the run needs, in bytes."""
         activations = self.batch * self.context * (self.depth * (12 + 4 * FFN_RATIO) * self.width + 4 * 256)
         return 20 * (self._matrix_elements + 512 * self.width) + 4 * activations
 
 
-def arm_rule(arm: str) -> Rule:
-    """The rule of an arm: a name from `lwadamw.RULES`, or exponents of matrices like `lr=-0.5,wd=0.25`.
-
-    Raises:
-        ValueError: neither.
-    """
-    if "=" not in arm:
-        return get_rule(arm)
-    try:
-        scale = Scale.parse(arm)
-    except ValueError as error:
-        raise ValueError(f"arm {error}; nor is it one of {', '.join(RULES)}.") from None
-    return Rule(arm, matrix=scale, source="given")
-
-
 def train(task: Training, device: torch.device, alive: Callable[[], None]) -> dict[str, Any]:
-    """Make the run; its columns of `RESULT`."""
+    """Run one training.
+
+    Args:
+        task: the setting of the run.
+        device: where to train.
+        alive: called at every record; see `pool.run_all`.
+
+    Returns:
+        The columns in `RESULT`, and "seconds".
+    """
     start = time.perf_counter()
     run = Run(task.settings, task.width, _corpus(task.data), device)
     seen: dict[str, float] = {}
@@ -159,7 +173,16 @@ def train(task: Training, device: torch.device, alive: Callable[[], None]) -> di
 
 
 def watch(task: Training, device: torch.device, alive: Callable[[], None]) -> list[dict[str, Any]]:
-    """Make the run under a monitor; rows of `SERIES`."""
+    """Run one training with a `Monitor` on it.
+
+    Args:
+        task: the setting of the run.
+        device: where to train.
+        alive: called at every record; see `pool.run_all`.
+
+    Returns:
+        Lines with the columns in `SERIES`.
+    """
     run = Run(task.settings, task.width, _corpus(task.data), device)
     probe = windows(run.corpus.validation, 8, task.context)[:, :-1].to(device)
     every = max(1, task.steps // READINGS)

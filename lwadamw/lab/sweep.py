@@ -1,4 +1,4 @@
-"""Sweep: many runs, several at once, into one CSV file that says which of them there are already."""
+"""Sweep: many runs, several at once, into one CSV file. The file also shows which runs are already done."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ import lwadamw
 from .pool import Failure, Work, run_all
 from .table import Row, RunTable
 
-# Where the runs were made. Not part of what identifies a run.
+# Columns that say where and when a run was made. They do not identify the run.
 PLACE: Final = ("seconds", "device", "torch", "version", "started")
-# What a process of its own takes of a GPU's memory before the first tensor, and how much of the memory is given to runs.
-CONTEXT_BYTES: Final = 700 * 2**20
-MEMORY_SHARE: Final = 0.8
+CONTEXT_BYTES: Final = 700 * 2**20  # GPU memory that a process takes before its first tensor
+MEMORY_SHARE: Final = 0.8  # share of the free GPU memory that the runs may use together
 
 
 class Task(Protocol):
-    """The full setting of one run: a frozen dataclass whose fields are the columns that identify it."""
+    """The full setting of one run: a frozen dataclass whose fields are the columns that identify the run."""
 
     def shared(self) -> Any:
-        """Equal for tasks that are the same computation under different names."""
+        """Return a value that is equal for tasks which are the same computation under different names."""
 
     @property
     def cost(self) -> float:
-        """In proportion to the time it takes."""
+        """A number proportional to the time of the run."""
 
     @property
     def memory(self) -> int:
-        """Bytes it needs on a GPU."""
+        """Memory of a GPU that the run needs, in bytes."""
 
 
 def sweep(
@@ -50,21 +49,24 @@ def sweep(
     jobs: int | None = None,
     show: Callable[[str], None] = print,
 ) -> list[Failure]:
-    """Run every task that the file does not have yet, and append each as soon as it has ended.
+    """Run every task that is not in the file yet, and append its result as soon as the run has ended.
+
+    The sweep may be killed at any moment. The file then holds all runs that had ended, and the next call does the rest.
 
     Args:
-        tasks: in the order in which they are begun; see `Task`.
-        work: see `pool.run_all`; returns the columns in `result`, or a list of such rows.
-        result: columns that say what came of a run.
-        path: the CSV file. Killed at any moment, it has all runs that had ended, and another call goes on from there.
-        jobs: how many at once; by default one per core, and on a GPU as many as fit in its memory.
-        show: is given a line at every end of a run.
+        tasks: at least one task, in the order in which they start; see `Task`.
+        work: makes one run; see `pool.run_all`. It returns a row with the columns in `result`, or a list of such rows.
+        result: names of the columns that hold the result of a run.
+        path: path of the CSV file.
+        device: passed to `work`.
+        jobs: number of runs at once. By default one per core; on a GPU, as many as fit in its memory.
+        show: called with a line of text at the start and at the end of every run.
 
     Returns:
-        What failed by an error or the end of its process, and so is not in the file.
+        The runs that failed, by an exception or by the end of their process. They are not in the file.
 
     Raises:
-        ValueError: the file is another sweep's, or another process writes to it.
+        ValueError: the file belongs to another sweep, or another process writes to it.
     """
     computations: dict[Any, list[Any]] = {}
     tasks = list(tasks)
@@ -110,6 +112,7 @@ def _place(device: torch.device) -> Row:
 
 
 def cpu_name() -> str:
+    """Return the model name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -118,7 +121,7 @@ def cpu_name() -> str:
 
 
 def _version() -> str:
-    """Of the package; with the commit where it is a checkout."""
+    """Return the version of the package, with the commit if the package is a git checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

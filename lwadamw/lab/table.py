@@ -1,4 +1,4 @@
-"""Runs in a CSV file: appended whole, read back by their settings, one writer at a time."""
+"""Runs in a CSV file. A run is appended as a whole, it is found again by its setting, and only one process writes."""
 
 from __future__ import annotations
 
@@ -20,25 +20,33 @@ Row = Mapping[str, Any]
 
 
 def cell(value: Any) -> str:
-    """As it stands in the file: floats so that they read back as the same number, nothing for None and NaN."""
+    """Return the text of a cell.
+
+    Args:
+        value: a float is written so that it reads back as the same number. None and NaN give an empty cell.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return repr(value) if isinstance(value, float) else str(value)
 
 
 class RunTable:
-    """A CSV file of runs that are identified by some of its columns.
+    """A CSV file of runs. Some of its columns identify a run.
 
-    A row is on disk as a whole or not at all: what a killed writer left of one is cut off when the file is next opened.
-    Use as a context manager; it holds the file's lock.
+    If a writer was killed in the middle of a row, the next process that opens the file cuts the incomplete row off. The
+    table is a context manager, and it holds the lock of the file.
 
     Args:
-        path: of the file, created if missing.
-        setting: columns that say what was run. Equal settings are the same run.
-        result: columns that say what came of it.
+        path: path of the file. The file is created if it is missing.
+        setting: names of the columns that identify a run. Two rows with equal settings are the same run.
+        result: names of the columns that hold the result of a run.
+
+    Attributes:
+        columns: names of all columns, in order.
+        done: keys of the runs in the file; see `key`.
 
     Raises:
-        ValueError: the file has other columns, or another process is writing to it.
+        ValueError: the file has other columns, or another process writes to it.
     """
 
     def __init__(self, path: Path, setting: Sequence[str], result: Sequence[str]) -> None:
@@ -62,14 +70,21 @@ class RunTable:
         os.close(self._fd)
 
     def key(self, row: Row) -> tuple[str, ...]:
-        """What identifies the run of a row."""
+        """Return the cells that identify a run.
+
+        Args:
+            row: values by column; the columns of the setting must be there.
+        """
         return tuple(cell(row[name]) for name in self._setting)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write all rows of one run, or of several, in one piece and wait until they are on disk.
+        """Write all rows of one run, or of several, and wait until they are on disk.
+
+        Args:
+            rows: values by column. A column that a row lacks gets an empty cell.
 
         Raises:
-            ValueError: a run is there already.
+            ValueError: a run is in the file already.
         """
         rows = list(rows)
         keys = [self.key(row) for row in rows]
@@ -95,7 +110,7 @@ class RunTable:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"{self.path}: another sweep is writing to it. Wait for it, or give this one another file."
+                f"{self.path}: another sweep is writing to it. Wait until that sweep ends, or give another file."
             ) from error
 
     def _read(self) -> set[tuple[str, ...]]:
@@ -111,7 +126,7 @@ class RunTable:
             unlike = sorted({*header} ^ {*self.columns}) or ["the order of columns"]
             raise ValueError(
                 f"{self.path}: its columns are not those of this sweep (different: {', '.join(unlike)}). "
-                "Give a new file, or the one this sweep began."
+                "Give a new file, or the file that this sweep began."
             )
         places = [self.columns.index(name) for name in self._setting]
         return {tuple(line[i] for i in places) for line in lines}

@@ -1,4 +1,4 @@
-"""Transfer: how far the best learning rate moves with width, and what the proxy's costs at the target."""
+"""Transfer: how far the best learning rate moves with width, and how much loss the proxy's learning rate costs."""
 
 from __future__ import annotations
 
@@ -22,67 +22,115 @@ NoiseFrom = Literal["seeds", "given"]
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """Best learning rate of one arm, weight decay and width. Learning rates are base values."""
+    """Best learning rate of one arm at one weight decay and width. All learning rates are base values.
+
+    Args:
+        width: width of the model.
+        lr: lowest point of a parabola in log2 lr through the best run and its neighbours.
+        low: lower end of the 95 % interval of lr. It is 0 if the best run has the lowest lr of the grid.
+        high: upper end of the 95 % interval of lr. It is inf if the best run has the highest lr of the grid.
+        edge: why `lr` is the learning rate of a run and not the result of a fit. Empty if it is a fit.
+        best_lr: learning rate of the best run.
+        best_loss: mean loss over seeds at best_lr. inf: every run diverged.
+        runs: number of runs.
+        diverged: number of runs that diverged.
+    """
 
     width: int
-    lr: float  # lowest point of a parabola in log2 lr, through the best run and its neighbours
-    low: float  # 95 % interval of it; 0 where it is at the lowest lr
-    high: float  # inf where it is at the highest
-    edge: Edge  # why `lr` is that of a run and no fit, if so
-    best_lr: float  # of the runs
-    best_loss: float  # mean over seeds at best_lr; inf: every run diverged
+    lr: float
+    low: float
+    high: float
+    edge: Edge
+    best_lr: float
+    best_loss: float
     runs: int
     diverged: int
 
 
 @dataclass(frozen=True, slots=True)
 class Regret:
-    """What it costs to take a learning rate from elsewhere to one width."""
+    """The cost of using a given learning rate at one width.
+
+    Args:
+        width: width of the model.
+        lr: the given learning rate, a base value.
+        loss: mean loss at that learning rate.
+        regret: difference between the loss and the best loss of the arm at this width. inf: the run diverged. NaN: not
+            known.
+        reached: how the loss is known.
+    """
 
     width: int
     lr: float
     loss: float
-    regret: float  # loss above that arm's best at that width; inf: diverged, NaN: not known
+    regret: float
     reached: Reached
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How the optimum moves with width; 95 % intervals."""
+    """How the optimum moves with width. Intervals are 95 % intervals.
 
-    slope: float  # octaves of lr per octave of width, least squares
+    Args:
+        slope: octaves of lr per octave of width, by least squares.
+        slope_low: lower end of the interval of slope.
+        slope_high: upper end of the interval of slope.
+        total: octaves of lr from the first width to the last.
+        total_low: lower end of the interval of total.
+        total_high: upper end of the interval of total.
+        at_edge: widths whose optimum is not inside the grid. How much they add to the drift is not known.
+    """
+
+    slope: float
     slope_low: float
     slope_high: float
-    total: float  # octaves of lr from the first width to the last
+    total: float
     total_low: float
     total_high: float
-    at_edge: tuple[int, ...]  # widths whose optimum is not inside the grid, so that their part in it is not known
+    at_edge: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One arm at one weight decay."""
+    """The results of one arm at one weight decay.
+
+    Args:
+        name: name of the arm.
+        weight_decay: base value of the weight decay. None: the file does not have it.
+        noise: standard deviation of the loss of one run. The intervals follow from it.
+        noise_from: whether the noise was estimated from seeds or given.
+        optima: best learning rate at each width, by rising width.
+        regrets: regret at the width of each optimum. Empty if the arm has no finished run at the proxy and no lr was given.
+        drift: drift of the optimum. None if only one width has an optimum.
+    """
 
     name: str
     weight_decay: float | None
-    noise: float  # standard deviation of a run's loss that the intervals are from
+    noise: float
     noise_from: NoiseFrom
-    optima: tuple[Optimum, ...]  # by width
-    regrets: tuple[Regret, ...]  # as the optima; () if the arm was not run at the proxy
-    drift: Drift | None  # None with one width
+    optima: tuple[Optimum, ...]
+    regrets: tuple[Regret, ...]
+    drift: Drift | None
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Optima, regrets and drift of every arm, and the ridges of those with several weight decays."""
+    """The whole analysis.
+
+    Args:
+        proxy: width of the proxy.
+        given_lr: learning rate of the regrets, if it was given instead of taken from the proxy's best run.
+        arms: results of every arm at every weight decay.
+        ridges: ridges of the arms with several weight decays.
+    """
 
     proxy: int
-    given_lr: float | None  # of the regrets, in place of the proxy's optimum
+    given_lr: float | None
     arms: tuple[Arm, ...]
     ridges: tuple[Ridge, ...]
 
     def best(self) -> dict[int, tuple[Arm, Optimum]]:
-        """Of every width, the arm with the lowest loss."""
+        """Return the arm with the lowest loss at every width, and its optimum there."""
         found: dict[int, tuple[Arm, Optimum]] = {}
         for arm in self.arms:
             for optimum in arm.optima:
@@ -91,7 +139,7 @@ class Transfer:
         return dict(sorted(found.items()))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields by name, None for what is not finite."""
+        """Return the fields by name, for JSON. None stands for numbers that are not finite."""
         plain: dict[str, Any] = _finite(asdict(self))
         return plain
 
@@ -99,24 +147,26 @@ class Transfer:
 def analyse(
     rows: Sequence[Outcome], *, proxy: int | None = None, lr: float | None = None, noise: float = NOISE
 ) -> Transfer:
-    """Optimum, regret and drift of every arm, at each weight decay by itself.
+    """Analyse how the best learning rate transfers over width: optimum, regret and drift of every arm.
 
-    Intervals hold 95 % of refits with every mean loss moved by chance, as much as the noise of that many runs would. The
-    noise of a run is estimated from how seeds differ, per arm, and is `noise` where there are no two seeds.
+    Each weight decay of an arm is analysed by itself. An interval holds the results of 95 % of refits. In a refit every
+    mean loss is moved at random, by the noise of a mean of as many runs as stand behind it. The noise of a run is estimated
+    for each arm from the differences between seeds.
 
     Args:
-        proxy: width the learning rate is tuned at (default: the smallest).
-        lr: learning rate of the regrets (default: the best run's at the proxy, of each arm).
-        noise: standard deviation of a run's loss, for runs without seeds.
+        rows: the runs.
+        proxy: width at which the learning rate is tuned. By default the smallest width.
+        lr: learning rate of the regrets. By default the learning rate of each arm's best run at the proxy.
+        noise: standard deviation of the loss of one run, for arms without two seeds.
 
     Raises:
-        ValueError: no rows, no run at the proxy, or an argument that is not positive.
+        ValueError: there are no rows, no run has the proxy's width, or an argument is not positive.
     """
     if not rows:
         raise ValueError("transfer: no runs. Give at least one.")
     for name, value in (("lr", lr), ("noise", noise)):
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"transfer: {name}={value} is not a positive number.")
+            raise ValueError(f"transfer: {name}={value} is not a positive number. Give one like 0.01.")
     widths = sorted({row.width for row in rows})
     proxy = widths[0] if proxy is None else proxy
     if proxy not in widths:
@@ -134,7 +184,14 @@ def analyse(
 
 
 def curves_of(rows: Iterable[Outcome]) -> list[Curve]:
-    """One curve per arm, weight decay and width: arms in the order of the rows, the rest rising."""
+    """Return one curve per arm, weight decay and width.
+
+    Args:
+        rows: the runs.
+
+    Returns:
+        The curves, sorted by arm (in the order of the rows), then by weight decay, then by width.
+    """
     order = {name: i for i, name in enumerate(dict.fromkeys(row.arm for row in rows))}
 
     def key(row: Outcome) -> tuple[int, float, int]:

@@ -1,4 +1,4 @@
-"""The analysis of `transfer` as text."""
+"""The results of `transfer.analyse` as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ _HEADER = ("width", "best lr", "95 %", "of the runs", "loss", "at lr", "loss", "
 
 
 def table(found: Transfer, outcomes: Outcomes) -> str:
-    """Per arm a line for every width, then drift and regret of all arms side by side, and what the numbers mean."""
+    """Return the results as tables of text.
+
+    Each arm has a table with a line per width. Then follow a table with drift and regret of all arms, the ridges, the best
+    arm at every width, and notes that explain the numbers.
+
+    Args:
+        found: the results.
+        outcomes: the runs behind the results.
+    """
     rows = outcomes.rows
     diverged = sum(math.isinf(row.loss) for row in rows)
     count = f"{len(rows)} runs, {diverged} of them diverged; losses are column {outcomes.loss!r}"
@@ -96,19 +104,21 @@ def _ridge(r: Ridge) -> str:
 
 
 def _notes(found: Transfer) -> str:
-    from_where = "the lr given" if found.given_lr else "the proxy's best run's lr, each arm's own"
+    from_where = "the given lr" if found.given_lr else "the lr of the arm's best run at the proxy"
     notes = [
-        "best lr: lowest point of a parabola in log2 lr through the best run and its neighbours, of means over seeds.",
-        f"regret: loss at {from_where}, less that arm's best at that width. Chance alone makes it about as large as the noise.",
-        "Intervals hold 95 % of refits with the losses moved by the noise of a run: pooled over the arm from how seeds "
-        "differ, else --noise. How far the loss is from a parabola is not in them.",
+        "best lr: the lowest point of a parabola in log2 lr through the best run and its neighbours. Losses are means over "
+        "seeds.",
+        f"regret: the loss at {from_where}, minus the best loss of the arm at this width. Chance alone makes it about as "
+        "large as the noise.",
+        "95 %: the interval holds 95 % of refits in which the losses are moved by the noise of a run. The noise is estimated "
+        "from the seeds of the arm, else it is --noise. The interval does not include how far the loss is from a parabola.",
     ]
     if found.ridges:
-        notes.append("ridge: -1 where lr·wd is what matters, +1 where lr/wd is.")
+        notes.append("ridge: the exponent is -1 where lr·wd decides the loss, and +1 where lr/wd does.")
     single = [arm for arm in found.arms if arm.drift is None and arm.weight_decay is not None]
     if single and len({o.width for arm in found.arms for o in arm.optima}) > 1:
         where = f"{single[0].name} has one width at weight decay {single[0].weight_decay:g}, so no drift"
-        notes.append(f"{where}. Weight decays are to be base values, alike at every width.")
+        notes.append(f"{where}. Weight decays have to be base values, equal at every width.")
     return "\n".join(textwrap.fill(note, 118, subsequent_indent="  ") for note in notes)
 
 

@@ -1,1 +1,1 @@
-"""Monitor: reads what a run does now and then, and changes nothing."""
+"""The monitor room: it reads what a run does from time to time, and changes nothing."""

@@ -1,4 +1,4 @@
-"""A run that warns as soon as its weights leave what a proxy's profile predicts."""
+"""A watch that warns as soon as the weights of a run leave what the profile of a proxy predicts."""
 
 from __future__ import annotations
 
@@ -8,41 +8,50 @@ from collections.abc import Sequence
 from typing import Final
 
 from ..width.steady_state import STEADY_TAUS
-from .comparison import Row, compare
-from .profile import WINDOW, Profile, load
+from .comparison import Finding, compare
+from .profile import WINDOW, Profile
+from .profile_file import load
 from .reading import Reading
 
-# Wider than between the ends of two runs, which are 1.25 apart: while a model learns, top singular values at four times the
-# width were up to 1.4 off (docs/gain.md).
-TOLERANCE: Final = 1.5
+# This is wider than COMPARE_TOLERANCE = 1.25, which is for the ends of two runs. While a model still learns, top singular
+# values at four times the width were off by a factor of up to 1.4 (docs/gain.md).
+DRIFT_TOLERANCE: Final = 1.5
 STATISTICS: Final = ("weight_rms", "relative_update", "top", "gain")
 
 
 class DriftWarning(UserWarning):
-    """Weights of a run are not what the profile of its proxy predicts."""
+    """The weights of a run are not what the profile of its proxy predicts."""
 
 
 class DriftWatch:
-    """Compares every reading with a proxy's profile, and warns once, a `DriftWarning`, of what grew or shrank.
+    """Compares every reading with the profile of a proxy and warns once if something grew or shrank.
 
-    Add it to `Monitor.on_reading`. What the weights have been over the last tenth of the steps is compared with what the
-    proxy's were at the same step, so both runs should have the same batch and schedule; after the proxy's end, with its end. A
-    type of layers drifts where a statistic is off by more than the tolerance at two readings in a row, against what learning
-    rates and decays predict (`lwadamw.monitor.compare`); never before `after` tau have passed in all its layers, in both
-    runs.
+    Append a watch to `Monitor.on_reading`. At each reading it takes the average over the last tenth of the steps and compares
+    it with the proxy at the same step. So both runs should have the same batch size and schedule. After the end of the proxy's
+    run it compares with that end.
+
+    A type of layer drifts if, at two readings in a row, one of its statistics differs from the prediction by more than the
+    tolerance. The prediction follows from the learning rates and weight decays of both runs (see
+    `lwadamw.monitor.comparison.compare`). A type of layer is not judged before `after` tau have passed in all its layers, in
+    both runs. The warning is a `DriftWarning`.
 
     Args:
-        reference: the proxy's profile, or its file.
-        tolerance: factor by which a statistic may be off, either way.
-        after: tau that must have passed, in which weights forget a factor e of what they were.
-        statistics: which are watched, of those that `compare` has a law for; what a run does not have is passed over.
+        reference: the profile of the proxy, or the path of its file.
+        tolerance: factor by which a statistic may be larger or smaller than predicted.
+        after: number of tau that must have passed. In one tau, weights forget a factor e of what they were.
+        statistics: the statistics to watch. `compare` must have a law for them. A statistic that a run does not have is
+            skipped.
+
+    Attributes:
+        warned: whether the watch has warned. It does nothing more afterwards.
 
     Raises:
-        ValueError: the file is no profile, or the tolerance is not above 1.
+        ValueError: the file is not a profile, or the tolerance is not above 1.
 
     Example:
-        >>> from lwadamw.monitor.profile import Layer
-        >>> watch = DriftWatch(Profile((Layer("w", "matrix", 1.0, lr=1e-3, weight_decay=0.1),), steps=100))
+        >>> from lwadamw.monitor.profile import SegmentProfile
+        >>> segment = SegmentProfile("w", "matrix", 1.0, lr=1e-3, weight_decay=0.1)
+        >>> watch = DriftWatch(Profile((segment,), steps=100))
         >>> watch.warned
         False
     """
@@ -50,14 +59,14 @@ class DriftWatch:
     def __init__(
         self,
         reference: Profile | str | os.PathLike[str],
-        tolerance: float = TOLERANCE,
+        tolerance: float = DRIFT_TOLERANCE,
         after: float = STEADY_TAUS,
         statistics: Sequence[str] = STATISTICS,
     ) -> None:
         self.reference = reference if isinstance(reference, Profile) else load(reference)
         if not tolerance > 1:
             raise ValueError(
-                f"DriftWatch: tolerance={tolerance} is not above 1. It is a factor, {TOLERANCE} by default."
+                f"DriftWatch: tolerance={tolerance} is not above 1. It is a factor. The default is {DRIFT_TOLERANCE}."
             )
         self.tolerance = tolerance
         self.after = after
@@ -73,16 +82,16 @@ class DriftWatch:
         try:
             now = Profile.of(self._recent).by_type()
             found = compare(self.reference.at(reading.step), now, self.tolerance, after=self.after)
-            rows = [row for row in found.drifted if row.statistic in self.statistics]
+            watched = [finding for finding in found.drifted if finding.statistic in self.statistics]
         except ValueError as error:
-            # Nothing that is watched may end the run it watches.
+            # A watch must never end the run that it watches.
             self._warn(f"nothing is watched: {error}")
             return
-        drifted = {(row.role, row.layers, row.statistic): row for row in rows}
-        confirmed = [row for key, row in drifted.items() if key in self._suspects]
+        drifted = {(finding.role, finding.layers, finding.statistic): finding for finding in watched}
+        confirmed = [finding for key, finding in drifted.items() if key in self._suspects]
         self._suspects = set(drifted)
         if confirmed:
-            listed = "".join(f"\n  {_told(row)}" for row in confirmed)
+            listed = "".join(f"\n  {_told(finding)}" for finding in confirmed)
             self._warn(f"step {reading.step}: not what the profile predicts, by more than {self.tolerance:g}:{listed}")
 
     def _warn(self, message: str) -> None:
@@ -90,10 +99,11 @@ class DriftWatch:
         warnings.warn(f"lwadamw.DriftWatch, {message}", DriftWarning, stacklevel=3)
 
 
-def _told(row: Row) -> str:
-    factor = row.off if row.verdict == "grew" else 1 / row.off
-    size = "larger" if row.verdict == "grew" else "smaller"
+def _told(finding: Finding) -> str:
+    """Return a finding as one sentence."""
+    factor = finding.off if finding.verdict == "grew" else 1 / finding.off
+    size = "larger" if finding.verdict == "grew" else "smaller"
     return (
-        f"{row.layers}: {row.statistic} {row.verdict} to {row.target:.3g}, {factor:.2f} times {size} than the "
-        f"{row.proxy * row.predicted:.3g} predicted from {row.proxy:.3g}"
+        f"{finding.layers}: {finding.statistic} {finding.verdict} to {finding.target:.3g}, {factor:.2f} times {size} than "
+        f"the {finding.proxy * finding.predicted:.3g} predicted from {finding.proxy:.3g}"
     )

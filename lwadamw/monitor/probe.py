@@ -1,4 +1,4 @@
-"""Probe: gain of every matrix on a fixed batch, and what one optimizer step changes of its output."""
+"""The probe: the gain of every matrix on a fixed batch, and how much one optimizer step changes its output."""
 
 from __future__ import annotations
 
@@ -17,40 +17,43 @@ if TYPE_CHECKING:
     from ..step.optimizer import AdamW
 
 STATISTICS: Final = ("gain", "weight_alignment", "update_alignment", "alignment_ratio", "representation_change")
-_GOLDEN: Final = 0.6180339887498949
+_GOLDEN: Final = 0.6180339887498949  # the golden ratio minus 1
 
 
 class Probe:
-    r"""Gain and alignment of every matrix at one time step, on a batch that stays the same.
+    r"""Measures gain and alignment of every matrix at one step, on a batch that stays the same.
 
-    With W_t the weight before step t, X the inputs it gets on the probe batch under the weights before step t, and
-    dW = W_(t+1) - W_t the whole change of the step, decay and the parameter's rounding included. Inputs are held fixed,
-    norms are Frobenius norms:
+    W_t is the weight before step t. X holds the inputs that the weight gets on the probe batch, under the weights before step
+    t. dW = W_(t+1) - W_t is the whole change in the step, including weight decay and the rounding of the parameter. All
+    statistics of one measurement use the same X, W_t and dW, so changes in earlier layers do not count. Norms are Frobenius
+    norms.
 
-        gain                   rms(W_t X) / rms(X)                Fan et al. 2510.15262, Figure 1
-        weight_alignment       |W_t X| / (|W_t| |X|)              Kosson et al. 2510.19093
+        gain                   rms(W_t X) / rms(X)                source: Fan et al. 2510.15262, Figure 1
+        weight_alignment       |W_t X| / (|W_t| |X|)              source: Kosson et al. 2510.19093
         update_alignment       |dW X| / (|dW| |X|)
         alignment_ratio        update_alignment / weight_alignment
-        representation_change  |dW X| / |W_t X|                   = alignment_ratio |dW| / |W_t|
+        representation_change  |dW X| / |W_t X| = alignment_ratio |dW| / |W_t|
 
-    All of one measurement come from the same X, W_t and dW. And gain = weight_alignment rms(W_t) fan_in. Kosson et al.
-    measure on the batch of the step itself; for that, assign it to `batch` before `before_step()`.
+    It follows that gain = weight_alignment * rms(W_t) * fan_in. Kosson et al. measure on the batch of the step itself. To do
+    the same, assign that batch to `batch` before `before_step()`.
 
-    Measured is the multiplication, without bias and whatever follows. Only a matrix-role weight (or, in groups without
-    roles, any) of a module like nn.Linear is, one with `in_features` and `out_features`, found by its identity. Convolutions,
-    packed experts, weights used without calling their module, and frozen ones are NaN or have no row in the optimizer.
-    Where modules share a weight, or one is called several times, X holds the inputs of all calls. A weight split by
-    `param_groups(segments=...)` has its values per part. A skipped step has alignments of the update NaN.
+    The probe measures the multiplication alone, without the bias and without what comes after it. It measures weights of the
+    matrix role, or all weights in groups without roles. The weight must belong to a module like nn.Linear, one with
+    `in_features` and `out_features`. The weight and the parameter in the optimizer must be the same object. All other
+    parameters are NaN: convolutions, packed experts, and weights that are used without calling their module. Frozen weights are
+    not in the optimizer, so they have no values at all. If modules share a weight, or if a module is called several times, X
+    holds the inputs of all calls. A weight that `param_groups(segments=...)` splits has values per segment. After a skipped
+    step the alignments of the update are NaN.
 
-    Rows of X are taken evenly from all calls, at most `max_rows` for each weight. They and a copy of the weights are kept
-    from `before_step()` to `after_step()`, in their own types.
+    Rows of X are chosen evenly from all calls, at most `max_rows` for each weight. The probe keeps them, and a copy of the
+    weights, from `before_step()` to `after_step()`, in their own dtypes.
 
     Args:
-        optimizer: whose steps are measured.
-        model: that it trains; the modules that are called, not a compiled form of them.
+        optimizer: the optimizer whose steps are measured.
+        model: the model that the optimizer trains. The optimizer must have the parameters of this model.
         batch: what the model is called with: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
-        forward: forward(model, batch), for models that are called in another way.
-        max_rows: inputs (tokens) kept of each weight.
+        forward: called as forward(model, batch), for models that need another call.
+        max_rows: number of inputs (tokens) that are kept for each weight.
 
     Raises:
         ValueError: max_rows is not positive, or the model has no weight that can be measured.
@@ -77,42 +80,41 @@ class Probe:
         max_rows: int = 512,
     ) -> None:
         if max_rows < 1:
-            raise ValueError(f"Probe: max_rows={max_rows} is not positive. Give 512, for instance.")
+            raise ValueError(f"Probe: max_rows={max_rows} is not positive. Give a positive number, for instance 512.")
         self.optimizer = optimizer
         self.model = model
         self.batch = batch
         self.forward = _call if forward is None else forward
         self.max_rows = max_rows
-        self._before: list[tuple[Member, Tensor, Tensor]] | None = (
-            None  # member, X of [rows, fan_in], copy of the weight
-        )
+        # For each weight that was used: the member, X of shape [rows, fan_in], and a copy of the weight.
+        self._before: list[tuple[Member, Tensor, Tensor]] | None = None
         if not self._sites():
             raise ValueError(
                 "Probe: no matrix of the optimizer is the weight of a module like nn.Linear in this model. Give the model "
-                "whose parameters the optimizer has, before any conversion that replaces them."
+                "whose parameters the optimizer has, and make the probe before any conversion that replaces parameters."
             )
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Run the model on the batch and keep what `after_step()` needs.
 
-        The model runs in evaluation mode, without gradients, under the caller's autocast. Modes, hooks and random number
-        generators are afterwards as they were.
+        The model runs in evaluation mode, without gradients, under the autocast of the caller. Afterwards its modes, its hooks
+        and the random number generators are as they were before.
 
         Raises:
-            RuntimeError: a weight is sharded over processes, or the model called none of the modules.
+            RuntimeError: a weight is sharded over processes, or the forward pass called none of the modules.
         """
         sites = self._sites()
         for member, _ in sites:
             if is_sharded(member.param):
                 raise RuntimeError(
-                    f"Probe: {member.name!r} {tuple(member.param.shape)} is sharded over processes, and a part of it has no "
-                    "gain. Probe a model whose weights are whole."
+                    f"Probe: {member.name!r} {tuple(member.param.shape)} is sharded over processes, and a shard has no "
+                    "gain. Probe a model whose weights are not sharded."
                 )
-        rows = [_Rows(self.max_rows) for _ in sites]
+        samples = [_InputSample(self.max_rows) for _ in sites]
         handles = [
-            module.register_forward_pre_hook(kept.hook, with_kwargs=True)
-            for (_, modules), kept in zip(sites, rows, strict=True)
+            module.register_forward_pre_hook(sample.hook, with_kwargs=True)
+            for (_, modules), sample in zip(sites, samples, strict=True)
             for module in modules
         ]
         try:
@@ -122,22 +124,23 @@ class Probe:
             for handle in handles:
                 handle.remove()
         self._before = [
-            (member, kept.values, member.param.detach().clone())
-            for (member, _), kept in zip(sites, rows, strict=True)
-            if kept.values is not None
+            (member, sample.values, member.param.detach().clone())
+            for (member, _), sample in zip(sites, samples, strict=True)
+            if sample.values is not None
         ]
         if not self._before:
             self._before = None
             raise RuntimeError(
-                f"Probe: the forward pass called none of the {len(sites)} modules with a matrix. Give the model that is "
-                "not compiled, or a forward(model, batch) that calls it."
+                f"Probe: the forward pass called none of the {len(sites)} modules with a matrix. Give the model "
+                "before torch.compile, or a forward(model, batch) that calls that model."
             )
 
     @torch.no_grad()
     def after_step(self) -> dict[str, Array]:
-        """Statistics of the step since `before_step()`, float64[len(names)] each, in the order of `optimizer.norm_names()`.
+        """Measure the step since `before_step()`. This copies from the device once, and frees what was kept.
 
-        Reads the result from the device once, and frees what was kept.
+        Returns:
+            statistic -> float64[len(names)], in the order of `optimizer.norm_names()`.
 
         Raises:
             RuntimeError: there was no `before_step()`, or the optimizer was built with norms=False.
@@ -149,7 +152,7 @@ class Probe:
         before, self._before = self._before, None
         names, sums = [], []
         for member, x, weight in before:
-            # The torch backend has no norms of parts, and one row for the whole of a weight.
+            # The torch backend has no norms of segments, but one for the whole weight. So both are measured.
             parts = _sums(member, x, weight)
             names += [member.name, *member.segment_names()]
             sums.append(torch.cat([_whole(parts), parts]))
@@ -160,7 +163,7 @@ class Probe:
         return dict(zip(STATISTICS, rows.reshape(-1, len(STATISTICS)).T.copy(), strict=True))
 
     def _sites(self) -> list[tuple[Member, list[nn.Module]]]:
-        """The weights that can be measured, and the modules that multiply with them."""
+        """Return the weights that can be measured, each with the modules that multiply with it."""
         modules: dict[int, list[nn.Module]] = {}
         for module in self.model.modules():
             if _is_linear(module):
@@ -172,11 +175,11 @@ class Probe:
         ]
 
 
-class _Rows:
-    """At most `limit` of all rows that pass, spread evenly over them.
+class _InputSample:
+    """Keeps at most `limit` rows of the inputs of all calls, spread evenly over them.
 
-    Row i is kept while frac(i golden ratio) is among the smallest. Any number of these lie evenly, and prefer no position
-    within a sequence, as every n-th row of windows of 2^k tokens would.
+    Row i is kept while frac(i * golden ratio) is among the `limit` smallest. For every limit, the kept rows lie evenly. They
+    prefer no position within a sequence. Every n-th row would prefer some positions, if sequences have 2^k tokens.
     """
 
     def __init__(self, limit: int) -> None:
@@ -186,6 +189,7 @@ class _Rows:
         self._seen = 0
 
     def hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the inputs of one call. A module calls this as its forward pre-hook."""
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.detach().reshape(-1, x.shape[-1])
         index = torch.arange(self._seen, self._seen + len(x), dtype=torch.float64, device=x.device)
@@ -201,7 +205,10 @@ class _Rows:
 
 
 def _sums(member: Member, x: Tensor, before: Tensor) -> Tensor:
-    """float64[segments, 6]: squares of W, dW, X, W X, dW X, and the rows of W times those of X."""
+    """Return the sums that the statistics need, float64[segments, 6].
+
+    The columns hold the square sums of W, dW, X, W X and dW X, and the number of rows of W over the fan_in.
+    """
     dtype = torch.promote_types(torch.promote_types(before.dtype, x.dtype), torch.float32)
     x, weight = x.to(dtype), before.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -216,7 +223,7 @@ def _sums(member: Member, x: Tensor, before: Tensor) -> Tensor:
 
 
 def _whole(parts: Tensor) -> Tensor:
-    """float64[1, 6] of all segments; they have their inputs in common."""
+    """Return the sums of the whole weight, float64[1, 6]. All segments have the same inputs."""
     whole = parts.sum(dim=0, keepdim=True)
     whole[:, 2] = parts[:1, 2]
     return whole
@@ -228,7 +235,7 @@ def _squares(tensor: Tensor, dim: int) -> Tensor:
 
 
 def _statistics(sums: Array) -> Array:
-    """float64[n, 5] in the order of STATISTICS; 0/0 is NaN."""
+    """Return the statistics, float64[n, 5], in the order of STATISTICS. 0/0 is NaN."""
     weight, change, x, y, dy, outputs_per_input = sums.T
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = np.sqrt(y / x / outputs_per_input)
@@ -245,7 +252,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    # A compiled module does not run hooks that are added later.
+    # A compiled module does not run hooks that are added after compilation. The original module does.
     model = getattr(model, "_orig_mod", model)
     if isinstance(batch, Mapping):
         return model(**batch)
@@ -259,7 +266,7 @@ def _devices(model: nn.Module) -> list[int]:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    # The flags themselves: train() and eval() of some modules do more, such as merging weights.
+    # This sets the flags directly, because train() and eval() of some modules do more, for instance merge weights.
     try:
         for module, _ in modes:
             module.training = False

@@ -1,4 +1,4 @@
-"""Reading: what a monitor saw of every matrix and vector at one step."""
+"""A reading: what a monitor saw of every segment at one step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from ..state.arrays import Array
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Statistics at one step, one entry per segment of the optimizer, in the order of `Norms.names`.
+    """What a monitor saw at one step. All arrays are float64[len(names)], with NaN where there is no value.
 
-    Arrays are float64[len(names)], NaN where a value is not known or means nothing.
+    Attributes:
+        step: the number of steps that the optimizer had taken.
+        names: names of the segments, in the order of `Norms.names`.
+        roles: role of every segment.
+        m: width ratio of every segment.
+        lr: effective learning rate of every segment.
+        weight_decay: effective weight decay of every segment.
+        columns: statistic -> its value for every segment. `lwadamw.Monitor` describes the statistics.
     """
 
     step: int
     names: tuple[str, ...]
     roles: tuple[str, ...]
-    m: Array  # width ratio
-    lr: Array  # effective
+    m: Array
+    lr: Array
     weight_decay: Array
-    columns: Mapping[str, Array] = field(default_factory=dict)  # statistic -> its values
+    columns: Mapping[str, Array] = field(default_factory=dict)

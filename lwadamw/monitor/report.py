@@ -1,9 +1,9 @@
-"""A monitor's reading for people and for loggers."""
+"""A monitor's reading as a table for people, and as flat numbers for loggers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -17,7 +17,14 @@ _RATIOS: Final = ("rms/steady", "rms/expected", "update/steady", "rotation/stead
 
 
 def medians_by_role(reading: Reading) -> dict[str, dict[str, float]]:
-    """Medians: role -> statistic -> value; those that are not known are left out."""
+    """Return the medians over all segments of a role.
+
+    Args:
+        reading: one reading of a monitor.
+
+    Returns:
+        role -> statistic -> median of the known values. A statistic without a known value is left out.
+    """
     out: dict[str, dict[str, float]] = {}
     for role in dict.fromkeys(reading.roles):
         of_role = np.array([r == role for r in reading.roles])
@@ -27,7 +34,16 @@ def medians_by_role(reading: Reading) -> dict[str, dict[str, float]]:
 
 
 def as_dict(reading: Reading, prefix: str) -> dict[str, float]:
-    """Flat floats; values that are not known are left out."""
+    """Return a reading as flat floats. Values that are not known are left out.
+
+    Args:
+        reading: one reading of a monitor.
+        prefix: text in front of every key.
+
+    Returns:
+        The values of segments under `{prefix}{statistic}/{name}`, and medians under
+        `{prefix}role/{role}/{statistic}`.
+    """
     out = {
         f"{prefix}{statistic}/{name}": float(value)
         for statistic, values in reading.columns.items()
@@ -40,36 +56,57 @@ def as_dict(reading: Reading, prefix: str) -> dict[str, float]:
 
 
 def table(reading: Reading, verdicts: Sequence[str], steps: int | None) -> str:
-    """A line per role, then one per kind of layer; layers differ in the numbers of their names only."""
+    """Return a reading as a table: one line per role, then one line per type of layer.
+
+    Segments share a line if their names differ only in the layer numbers and their roles are the same.
+
+    Args:
+        reading: one reading of a monitor.
+        verdicts: the verdict on every segment, in the order of `reading.names`.
+        steps: length of the run in steps. None means that the length is not known.
+    """
+    shown = _columns(reading)
+    taus = reading.columns["taus"]
+    cells = [["", "role", *shown, "taus", "verdict"]]
+    for (key, role), indices in _lines(reading).items():
+        label = reading.names[indices[0]] if role and len(indices) == 1 else f"{key} x{len(indices)}"
+        known = not np.isnan(taus[indices]).all()
+        slowest = indices[int(np.nanargmin(taus[indices]))] if known else indices[0]
+        spreads = [_spread(values[indices]) for values in shown.values()]
+        cells.append([label, role, *spreads, _number(taus[slowest]), verdicts[slowest]])
+    of = f" of {steps}" if steps else ""
+    title = f"step {reading.step}{of}   median (smallest to largest); the verdict is that of the slowest"
+    return "\n".join([title, *aligned(cells)])
+
+
+def _columns(reading: Reading) -> Mapping[str, Array]:
+    """Return the columns that the table shows, by their title."""
     columns = reading.columns
     with np.errstate(divide="ignore", invalid="ignore"):
         expected = columns["weight_rms"] / columns["expected_rms"]
     ratios = (columns["rms_ratio"], expected, columns["update_ratio"], columns["rotation_ratio"])
-    shown = [*zip(_RATIOS, ratios, strict=True), *([("top", columns["top"])] if "top" in columns else [])]
-    by: dict[tuple[str, str], list[int]] = {}
+    shown = dict(zip(_RATIOS, ratios, strict=True))
+    return {**shown, "top": columns["top"]} if "top" in columns else shown
+
+
+def _lines(reading: Reading) -> Mapping[tuple[str, str], list[int]]:
+    """Return the indices of the segments of each line: (title, "") for a role, (layer type, role) for a type of layer."""
+    lines: dict[tuple[str, str], list[int]] = {}
     for i, role in enumerate(reading.roles):
-        by.setdefault(("role " + role, ""), []).append(i)
+        lines.setdefault(("role " + role, ""), []).append(i)
     for i, (role, name) in enumerate(zip(reading.roles, reading.names, strict=True)):
-        by.setdefault((layer_type(name), role), []).append(i)
-    cells = [["", "role", *(title for title, _ in shown), "taus", "verdict"]]
-    for (key, role), rows in by.items():
-        label = reading.names[rows[0]] if role and len(rows) == 1 else f"{key} x{len(rows)}"
-        taus = columns["taus"][rows]
-        slowest = rows[int(np.nanargmin(taus))] if not np.isnan(taus).all() else rows[0]
-        spreads = [_spread(values[rows]) for _, values in shown]
-        cells.append([label, role, *spreads, _number(columns["taus"][slowest]), verdicts[slowest]])
-    of = f" of {steps}" if steps else ""
-    return "\n".join(
-        [f"step {reading.step}{of}   median (smallest to largest); the verdict is that of the slowest", *aligned(cells)]
-    )
+        lines.setdefault((layer_type(name), role), []).append(i)
+    return lines
 
 
 def _median(values: Array) -> float:
+    """Return the median of the known values, or NaN if no value is known."""
     known = values[~np.isnan(values)]
     return float(np.median(known)) if len(known) else math.nan
 
 
 def _spread(values: Array) -> str:
+    """Return the median, and the smallest and the largest value if there are at least two."""
     known = values[~np.isnan(values)]
     if len(known) < 2:
         return _number(_median(known))

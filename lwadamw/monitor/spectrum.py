@@ -1,4 +1,4 @@
-"""Top singular values by warm-started block power iteration, and where the bulk below them ends."""
+"""Top singular values by block power iteration from the vectors of the last time, and where the bulk below them ends."""
 
 from __future__ import annotations
 
@@ -12,28 +12,36 @@ from torch import Tensor
 
 from ..state.arrays import Array
 
-VECTORS: Final = 8  # iterated together; more converge faster, and up to so many cost little more than one
-TOLERANCE: Final = 1e-3  # of sigma_1 and sigma_2 over two iterations; what is then missing of sigma_1 is below 1 %
-NEGLIGIBLE: Final = 1e-6  # over sigma_1: rounding of a sigma_2 that is 0
+# This many vectors are iterated together. More vectors converge faster, and up to 8 cost little more than one.
+VECTORS: Final = 8
+# The iteration ends when sigma_1 and sigma_2 change by less than this share of themselves in two iterations. The error of
+# sigma_1 is then below 1 %.
+CONVERGENCE_TOLERANCE: Final = 1e-3
+# Changes below this share of sigma_1 are ignored. A sigma_2 of 0 has rounding errors of this size.
+NEGLIGIBLE: Final = 1e-6
 MOST_ITERATIONS: Final = 60
-BATCH: Final = 2**22  # elements of equal matrices that are copied together, to iterate them at once
+# Matrices of one shape are copied together and iterated at once, at most this many elements at a time.
+BATCH: Final = 2**22
 
 
 @torch.no_grad()
 def top_singular_values(matrices: Sequence[Tensor], start: Sequence[Tensor | None]) -> tuple[Array, list[Tensor]]:
-    """The largest singular values of every matrix, from below, and what to start from next time.
+    """Return the largest singular values of every matrix, and the vectors to start from next time.
 
-    Block power iteration on W^T W, or W W^T where that is smaller, in float32 (float64 for float64), orthonormalised at
-    every iteration, values by Rayleigh-Ritz in float64; small matrices of one shape together. Ends where sigma_1 and
-    sigma_2 change by less than TOLERANCE, which warm-started vectors do at once if the matrix has hardly turned.
+    The method is block power iteration on W^T W, or on W W^T if that is smaller. It runs in float32, or in float64 for float64
+    matrices. The vectors are orthonormalised at every iteration. The values are Rayleigh-Ritz values in float64, so they
+    approach the singular values from below. Small matrices of one shape are iterated together. The iteration ends when sigma_1
+    and sigma_2 change by less than CONVERGENCE_TOLERANCE. If the matrix has hardly turned since the last time, the vectors of
+    the last time reach that at once.
 
     Args:
-        matrices: any float dtype, [rows, cols] each.
-        start: vectors that this returned for a matrix of the same shape, or None.
+        matrices: the matrices, [rows, cols] each, any float dtype.
+        start: for each matrix, the vectors that an earlier call returned for a matrix of the same shape; or None.
 
     Returns:
-        float64[len(matrices), VECTORS], in descending order; 0 beyond min(rows, cols), NaN for a matrix that is not finite.
-        The vectors, [min(rows, cols), min(VECTORS, rows, cols)] each, on the matrix's device.
+        The values, float64[len(matrices), VECTORS], in descending order. They are 0 beyond min(rows, cols), and NaN for a
+        matrix that is not finite. And the vectors, [min(rows, cols), min(VECTORS, rows, cols)] each, on the device of the
+        matrix.
     """
     values = np.zeros((len(matrices), VECTORS))
     vectors: list[Tensor] = [torch.empty(0)] * len(matrices)
@@ -50,15 +58,17 @@ def top_singular_values(matrices: Sequence[Tensor], start: Sequence[Tensor | Non
 
 
 def bulk_edge(values: Sequence[float] | Array, frobenius: float, rows: int, cols: int) -> float:
-    """Where the singular values of the rest would end if the rest were noise (Marchenko-Pastur):
-    (sqrt(rows) + sqrt(cols)) times its RMS.
+    """Estimate where the bulk of the singular values ends: the Marchenko-Pastur edge of the matrix without its top directions.
 
-    The rest is the matrix without those of its top directions that stick out of the edge of what they leave. An estimate:
-    the spectrum of a trained matrix is not quite that of noise.
+    The edge of a matrix of noise is (sqrt(rows) + sqrt(cols)) * RMS. Top directions are removed one after the other, as long
+    as their singular value is above the edge of what remains with them. The result is an estimate, because the spectrum of a
+    trained matrix is not quite the spectrum of noise.
 
     Args:
-        values: top singular values, descending.
-        frobenius: norm of the whole matrix.
+        values: the top singular values, in descending order.
+        frobenius: Frobenius norm of the whole matrix.
+        rows: number of rows of the matrix.
+        cols: number of columns of the matrix.
     """
     squares, edge = frobenius**2, 0.0
     for taken, value in enumerate((*values, 0.0)):
@@ -71,9 +81,13 @@ def bulk_edge(values: Sequence[float] | Array, frobenius: float, rows: int, cols
 
 
 def matrix_view(p: Tensor, fan_in: int | None) -> Tensor | None:
-    """A parameter, or a segment of one, as the matrix it multiplies by; None where that cannot be told.
+    """Return a parameter or a segment as the matrix that it multiplies with. None if that is not known.
 
-    Of more than two dimensions: (out, in, taps...) as (out, fan_in), and one expert of (1, out, in) as (out, in).
+    A convolution (out, in, taps...) becomes (out, fan_in). One expert (1, out, in) becomes (out, in).
+
+    Args:
+        p: the parameter or segment.
+        fan_in: its fan_in. It is needed for tensors of more than two dimensions.
     """
     if p.ndim < 2 or p.numel() == 0 or not p.is_floating_point():
         return None
@@ -87,21 +101,26 @@ def matrix_view(p: Tensor, fan_in: int | None) -> Tensor | None:
 
 
 class Spectrum:
-    """Top singular values of named matrices as they were last measured, with the vectors to measure them from again."""
+    """Keeps the top singular values of named matrices from their last measurement, and the vectors for the next one."""
 
     def __init__(self) -> None:
         self._vectors: dict[str, Tensor] = {}
-        self._measured: dict[
-            str, tuple[float, float, float, float, int]
-        ] = {}  # top, second, bulk, Frobenius norm, step
+        # top, second and bulk; then the Frobenius norm and the step at which they were measured
+        self._measured: dict[str, tuple[float, float, float, float, int]] = {}
 
     @property
     def known(self) -> bool:
-        """Whether anything has been measured."""
+        """Whether any matrix has been measured."""
         return bool(self._measured)
 
     def measure(self, matrices: Mapping[str, Tensor], frobenius: Mapping[str, float], step: int) -> None:
-        """Measure anew; of a name that is not there any more, what was known is forgotten."""
+        """Measure the top singular values of all matrices. What is known about other names is forgotten.
+
+        Args:
+            matrices: the matrices by name, [rows, cols] each.
+            frobenius: the Frobenius norm of each matrix by name.
+            step: the step at which the matrices are measured.
+        """
         start = [self._vectors.get(name) for name in matrices]
         values, vectors = top_singular_values(list(matrices.values()), start)
         self._vectors, self._measured = {}, {}
@@ -115,10 +134,17 @@ class Spectrum:
             self._measured[name] = (float(row[0]), second, bulk, frobenius[name], step)
 
     def columns(self, names: Sequence[str], frobenius: Array) -> dict[str, Array]:
-        """`top`, `second`, `bulk` now, and the step they were `calibrated_at`; float64[len(names)], NaN where not known.
+        """Return the present `top`, `second` and `bulk`, and the step `calibrated_at` at which they were measured.
 
-        Carried on by the Frobenius norm: top now = top then * |W| now / |W| then, as if the shape of the spectrum had stayed
-        (Fan et al. 2510.15262 observe that it does).
+        Since the measurement they follow the Frobenius norm: top now = top then * |W| now / |W| then. This assumes that the
+        shape of the spectrum stays the same, as Fan et al. 2510.15262 observe.
+
+        Args:
+            names: the names to return values for.
+            frobenius: the present Frobenius norm for each name, float64[len(names)].
+
+        Returns:
+            The columns by name, float64[len(names)] each. NaN for names that were not measured.
         """
         unknown = (math.nan,) * 5
         table = np.array([self._measured.get(name, unknown) for name in names]).reshape(-1, 5)
@@ -129,7 +155,7 @@ class Spectrum:
 
 
 def _batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of matrices to iterate together: of one shape and device, and not so many that their copy is large."""
+    """Yield the indices of matrices to iterate together: equal in shape, dtype and device, and at most BATCH elements."""
     alike: dict[object, list[int]] = {}
     for i, matrix in enumerate(matrices):
         alike.setdefault((*sorted(matrix.shape), matrix.device, matrix.dtype), []).append(i)
@@ -139,7 +165,7 @@ def _batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def _tall(matrix: Tensor) -> Tensor:
-    """[rows, cols], rows >= cols, with the same singular values, in the type to compute in."""
+    """Return the matrix or its transpose, so that rows >= cols, in the dtype to compute in."""
     matrix = matrix.detach()
     tall: Tensor = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     return tall if tall.dtype == torch.float64 else tall.float()
@@ -149,20 +175,20 @@ def _start(w: Tensor, vectors: Tensor | None) -> Tensor:
     count = min(VECTORS, w.shape[1])
     if vectors is not None and vectors.shape == (w.shape[1], count):
         return vectors.to(w.device, w.dtype)
-    # A generator of its own: a monitor must not change which random numbers the training sees.
+    # This uses its own generator, because a monitor must not change which random numbers the training sees.
     drawn = torch.randn(w.shape[1], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis: Tensor = torch.linalg.qr(drawn)[0]
     return basis.to(w.device, w.dtype)
 
 
 def _iterate(w: Tensor, v: Tensor) -> tuple[Array, Tensor]:
-    """(singular values, float64[batch, count], vectors) of w[batch, rows, cols] from v[batch, cols, count]."""
+    """Return singular values, float64[batch, count], and vectors of w[batch, rows, cols], from v[batch, cols, count]."""
     before: Array | None = None
     for iteration in range(MOST_ITERATIONS + 1):
         y = w @ v
         if iteration % 2 == 0:
             now = _ritz(y)
-            least = TOLERANCE * now[:, :2] + NEGLIGIBLE * now[:, :1]
+            least = CONVERGENCE_TOLERANCE * now[:, :2] + NEGLIGIBLE * now[:, :1]
             if before is not None and not (np.abs(now - before)[:, :2] > least).any():
                 break
             before = now
@@ -171,7 +197,7 @@ def _iterate(w: Tensor, v: Tensor) -> tuple[Array, Tensor]:
 
 
 def _ritz(y: Tensor) -> Array:
-    """Singular values of y[batch, rows, count], descending: one copy to the host."""
+    """Return the singular values of y[batch, rows, count], in descending order. This copies to the host once."""
     wide = y.double()
     gram = (wide.mT @ wide).cpu().numpy()
     finite = np.isfinite(gram).all(axis=(1, 2))

@@ -1,8 +1,8 @@
-"""The table that says what every parameter gets, and why."""
+"""The table that says what every parameter gets from the rule, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..state.decay import law_of
 from ..state.groups import effective
 from ..state.names import layer_type, names_of
 from ..width.groups import Evidence, Groups
+from ..width.steady_state import tau_of
 from .text import aligned
 
 _HEADER = ("parameter", "shape", "role", "fan_in", "m", "lr", "wd", "tau", "why")
@@ -21,58 +22,68 @@ _RIGHT = tuple(map(_HEADER.index, ("fan_in", "m", "lr", "wd", "tau")))
 
 
 @dataclass
-class _Row:
-    names: list[str]
-    cells: tuple[str, ...]  # everything but the name
-    indices: list[set[int]] = field(default_factory=list)
+class _Line:
+    """Parameters that share a line of the table, and the cells of the line after the name."""
+
+    label: str
+    cells: tuple[str, ...]
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Total:
+    """How many parameters a role has, and how many elements they have together."""
+
+    tensors: int = 0
+    elements: int = 0
 
 
 def summary(optimizer: Optimizer | Groups, *, steps: int | None = None, full: bool = False) -> str:
-    """One line per parameter: role, fan_in, width ratio m, effective lr and weight decay, tau, and the evidence.
+    """Return a table with one line per parameter: role, fan_in, width ratio m, effective lr and wd, tau, and the evidence.
 
-    wd is as `lwadamw.effective` gives it: under any decay law, lr wd is what a step takes from a weight at the present lr.
-    tau = 1/(lr wd) is the number of steps a matrix needs to forget where it started: about three of them until norms
-    are steady. Layers that agree share a line, their numbers replaced by `*` and counted.
+    The column wd holds the weight decay that `lwadamw.effective` gives. So under every decay law, a step takes the share
+    lr * wd from a weight at the present lr. The column tau holds 1/(lr * wd): the number of steps in which a matrix forgets a
+    factor e of its initial weights. After about three tau the norms are steady. Parameters of equal layers with equal values
+    share a line. Their layer numbers are replaced by `*`, and the line says how many they are.
 
     Args:
-        optimizer: any optimizer; or the groups of `param_groups`, for which lr and wd are the multipliers.
-        steps: length of the run, to print tau as a part of it too.
-        full: one line for every parameter.
+        optimizer: any optimizer. Or the groups that `param_groups` returned: then the columns lr and wd hold the width
+            multipliers.
+        steps: length of the run in steps. If given, the table also shows tau as a share of the run.
+        full: whether every parameter gets its own line.
     """
     groups: Sequence[dict[str, Any]]
     if isinstance(optimizer, Groups):
         groups, evidence = optimizer, optimizer.evidence
     else:
         groups, evidence = optimizer.param_groups, getattr(optimizer, "evidence", {})
-
-    rows: dict[tuple[str, tuple[str, ...]], _Row] = {}
-    totals: dict[str, list[int]] = {}
+    lines: dict[tuple[str, tuple[str, ...]], _Line] = {}
+    totals: dict[str, _Total] = {}
     for index, group in enumerate(groups):
         for name, p in _named(group, index):
             found = evidence.get(name)
             role = found.role if found else keys.ROLE.of(group)
-            count = totals.setdefault(role, [0, 0])
-            count[0] += 1
-            count[1] += p.numel()
+            total = totals.setdefault(role, _Total())
+            total.tensors += 1
+            total.elements += p.numel()
             cells = _cells(p, role, found, group, steps)
-            key = (name if full else layer_type(name), cells)
-            rows.setdefault(key, _Row([], cells)).names.append(name)
-    lines = [(_label(key, row.names), *row.cells) for (key, _), row in rows.items()]
-    n_frozen = sum(e.frozen for e in evidence.values())
-    tail = [f"{role} {n} tensors {_human(size)}" for role, (n, size) in sorted(totals.items())]
-    tail += [f"frozen {n_frozen} (left out)"] if n_frozen else []
-    return "\n".join([_title(groups), *aligned([_HEADER, *lines], _RIGHT), "   ".join(tail)])
+            label = name if full else layer_type(name)
+            lines.setdefault((label, cells), _Line(label, cells)).names.append(name)
+    rows = [(_label(line), *line.cells) for line in lines.values()]
+    return "\n".join([_title(groups), *aligned([_HEADER, *rows], _RIGHT), _tail(totals, evidence)])
 
 
 def _named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a group with their names. Groups that no optimizer has seen hold pairs already."""
     pairs = zip(names_of(group, index), group["params"], strict=True)
     return [p if isinstance(p, tuple) else (name, p) for name, p in pairs]
 
 
 def _cells(p: Tensor, role: str, found: Evidence | None, group: dict[str, Any], steps: int | None) -> tuple[str, ...]:
+    """Return the cells after the name, in the order of the header."""
     values = effective({"lr": 1.0, "weight_decay": 1.0, "eps": 0.0, "peak_lr": 1.0, **group})
     lr, wd = float(values.lr), float(values.weight_decay)
-    tau = 1 / (lr * wd) if lr * wd > 0 and "lr" in group else None
+    tau = tau_of(lr, wd) if lr * wd > 0 and "lr" in group else None
     shown = "-" if tau is None else f"{tau:.0f}" + (f" = {tau / steps:.2g} run" if steps else "")
     return (
         "(" + ",".join(map(str, p.shape)) + ")",
@@ -86,11 +97,12 @@ def _cells(p: Tensor, role: str, found: Evidence | None, group: dict[str, Any], 
     )
 
 
-def _label(pattern: str, names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{pattern} x{len(names)}"
+def _label(line: _Line) -> str:
+    return line.names[0] if len(line.names) == 1 else f"{line.label} x{len(line.names)}"
 
 
 def _title(groups: Sequence[dict[str, Any]]) -> str:
+    """Return the first line: rule, base values, and the decay law if some group has another than 'coupled'."""
     rules = list(dict.fromkeys(g["rule"] for g in groups if "rule" in g)) or ["none"]
 
     def distinct(key: str) -> str:
@@ -102,7 +114,15 @@ def _title(groups: Sequence[dict[str, Any]]) -> str:
     return f"rule {', '.join(rules)}   {base}{decay}   tau in steps"
 
 
+def _tail(totals: Mapping[str, _Total], evidence: Mapping[str, Evidence]) -> str:
+    """Return the last line: how many tensors and elements each role has, and how many parameters are frozen."""
+    parts = [f"{role} {total.tensors} tensors {_human(total.elements)}" for role, total in sorted(totals.items())]
+    frozen = sum(e.frozen for e in evidence.values())
+    return "   ".join([*parts, f"frozen {frozen} (left out)"] if frozen else parts)
+
+
 def _human(n: int) -> str:
+    """Return a count with three digits and its unit, for instance 6.14K."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if n >= size:
             return f"{n / size:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""Tables of text."""
+"""Tables as plain text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Rows of cells as lines with columns of equal width, those in `right` aligned on the right.
+    """Return the rows of a table as lines of text. In all lines a column has the same width.
 
-    >>> aligned([["a", "1"], ["bc", "23"]], right=[1])
-    ['a    1', 'bc  23']
+    Args:
+        rows: the cells of each row. All rows have the same number of cells.
+        right: indices of the columns that are aligned on the right. The others are aligned on the left.
+
+    Example:
+        >>> aligned([["a", "1"], ["bc", "23"]], right=[1])
+        ['a    1', 'bc  23']
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

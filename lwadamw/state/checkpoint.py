@@ -1,7 +1,7 @@
-"""Loading a checkpoint: by name where there are names, refused where it does not fit, without touching a dtype.
+"""Checkpoints: a checkpoint is matched by parameter name, refused if it does not fit, and loaded without a cast.
 
-torch matches optimizer state by position and casts it to the parameter's dtype. Both are silent, so both are taken
-over here, through torch's own hooks around its own `load_state_dict`.
+torch's `load_state_dict` matches state by position, and casts it to the dtype of the parameter. It does both silently. So
+this module does both itself, in hooks around torch's `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch.optim import Optimizer
 
 from . import decay, keys
 from .groups import effective
-from .members import Member
+from .members import Member, wrap_like
 from .names import names_of
-from .packing import like, read_moment
+from .packing import read_moment
 from .storage import ARRAYS, CODES, COMPANIONS, SCALES, wanted_companion, wanted_dtype
 
-# What loading may set in a group that the checkpoint does not mention: all of it describes the model, not the run.
+# These keys describe the model and not the run. So after loading, each group has the values that it had before.
 _MODEL_KEYS = keys.named((*keys.WIDTH, keys.ROLE, keys.RULE, keys.SEGMENTS))
-# What this optimizer keeps of its own where the checkpoint, of torch's AdamW for instance, does not mention it.
+# The checkpoint decides about these keys. If it does not have one, for instance because torch's AdamW has written it, the group
+# keeps its own value.
 _OPTION_KEYS = keys.named((*keys.STORAGE, *keys.LAW, keys.WIDTH_WARMUP))
 
 StateDict = dict[str, Any]
@@ -33,7 +34,14 @@ StateDict = dict[str, Any]
 
 @contextmanager
 def loading(optimizer: Optimizer) -> Iterator[None]:
-    """Around torch's `load_state_dict`: adapt what the user's pre-hooks leave, and undo casts before post-hooks run."""
+    """Register hooks for one call of torch's `load_state_dict`, and remove them afterwards.
+
+    The first hook adapts the checkpoint after all pre-hooks of the user. The second hook undoes torch's casts before any
+    post-hook of the user.
+
+    Args:
+        optimizer: the optimizer whose `load_state_dict` is called inside the context.
+    """
     loaded: list[StateDict] = []
 
     def before(_: Optimizer, state_dict: StateDict) -> StateDict:
@@ -55,16 +63,23 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
 
 
 def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
-    """The checkpoint in this optimizer's order and grouping, with its width keys.
+    """Return a checkpoint in the order and grouping of an optimizer, with the optimizer's width keys.
+
+    Args:
+        optimizer: the optimizer to load into. It is not changed.
+        state_dict: a checkpoint of lwadamw.AdamW or torch.optim.AdamW. It is not changed.
+
+    Returns:
+        A new state dict that shares the tensors of `state_dict`.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: names, shapes, width multipliers or decay laws do not fit the optimizer.
     """
     saved, groups = state_dict["param_groups"], optimizer.param_groups
     if all("param_names" in g for g in [*saved, *groups]) and groups:
         saved = _by_name(saved, groups)
     elif [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
-        return state_dict  # torch's own error names this
+        return state_dict  # torch raises an error that names the group sizes
     saved = [_with_model_keys(s, g, i) for i, (s, g) in enumerate(zip(saved, groups, strict=True))]
     adapted = {**state_dict, "param_groups": saved}
     _check_shapes(adapted, groups)
@@ -72,69 +87,88 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
 
 
 def _by_name(saved: list[StateDict], groups: list[StateDict]) -> list[StateDict]:
-    where = {name: (g, i) for g in saved for name, i in zip(g["param_names"], g["params"], strict=True)}
+    """Return the saved groups regrouped and reordered as `groups`, with parameters matched by name."""
+    where = {n: (place, i) for place, g in enumerate(saved) for n, i in zip(g["param_names"], g["params"], strict=True)}
     names = [name for g in groups for name in g["param_names"]]
     missing, foreign = sorted(set(names) - set(where)), sorted(set(where) - set(names))
     if missing or foreign:
         hint = ""
         if missing and (close := difflib.get_close_matches(missing[0], foreign, n=1)):
-            hint = f" The checkpoint's closest to {missing[0]!r} is {close[0]!r}."
+            hint = (
+                f" The name in the checkpoint that is closest to {missing[0]!r} is {close[0]!r}. To rename it:\n"
+                "    for g in state_dict['param_groups']: "
+                f"g['param_names'] = [{{{close[0]!r}: {missing[0]!r}}}.get(n, n) for n in g['param_names']]\n"
+            )
         raise ValueError(
-            f"load_state_dict: parameter names do not match. Missing in the checkpoint: {_some(missing)}; unknown to this "
-            f"optimizer: {_some(foreign)}.{hint} Rename state_dict['param_groups'][i]['param_names'], or drop 'param_names' "
-            "from every group to match by position."
+            f"load_state_dict: parameter names do not match. Missing in the checkpoint: {_some(missing)}. Unknown to this "
+            f"optimizer: {_some(foreign)}.{hint or ' '}To match by position:\n"
+            "    for g in state_dict['param_groups']: g.pop('param_names', None)"
         )
     adapted = []
     for index, group in enumerate(groups):
         sources = [where[name] for name in group["param_names"]]
-        settings = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g, _ in sources]
-        for name, other in zip(group["param_names"], settings, strict=True):
+        settings = [_settings_of(saved[place]) for place, _ in sources]
+        for name, other, (place, _) in zip(group["param_names"], settings, sources, strict=True):
             if differ := _difference(settings[0], other):
+                first, value = sources[0][0], settings[0].get(differ, other.get(differ))
                 raise ValueError(
                     f"load_state_dict: group {index} joins {group['param_names'][0]!r} and {name!r}, which the checkpoint "
-                    f"has in groups with different {differ!r}. Build the optimizer with the checkpoint's groups."
+                    f"has in groups with different {differ!r}. Build the optimizer with the checkpoint's groups, or give the "
+                    f"two groups of the checkpoint the same {differ!r}:\n"
+                    f"    for i in ({first}, {place}): state_dict['param_groups'][i][{differ!r}] = {value!r}"
                 )
         base = settings[0] if settings else _settings_of_empty(saved, index, group)
         adapted.append({**base, "params": [i for _, i in sources], "param_names": list(group["param_names"])})
     return adapted
 
 
+def _settings_of(group: StateDict) -> StateDict:
+    """Return a group without its parameters and their names."""
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
 def _settings_of_empty(saved: list[StateDict], index: int, group: StateDict) -> StateDict:
-    source = saved[index] if index < len(saved) and not saved[index]["params"] else group
-    return {k: v for k, v in source.items() if k not in ("params", "param_names")}
+    """Return the settings of a group without parameters: of the saved group at its place if that is empty too."""
+    return _settings_of(saved[index] if index < len(saved) and not saved[index]["params"] else group)
 
 
 def _difference(a: StateDict, b: StateDict) -> str | None:
+    """Return the first key in which two groups differ, or None."""
     if a is b:
         return None
     return next((k for k in [*a, *b] if k not in a or k not in b or bool(a[k] != b[k])), None)
 
 
 def _some(names: list[str]) -> str:
+    """Return the first three names, and the number of the others, as text."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
 
 
 def _with_model_keys(saved: StateDict, group: StateDict, index: int) -> StateDict:
+    """Return a saved group with the keys that the optimizer's own group decides about."""
     for key in keys.WIDTH:
         if key.name in saved and abs(key.of(saved) - key.of(group)) > 1e-9 * abs(key.of(saved)):
             raise ValueError(
                 f"load_state_dict: group {index} has {key.name}={key.of(saved)} in the checkpoint and {key.of(group)} here, so "
-                "they follow different rules or base widths. Build param_groups with the checkpoint's, or keep this "
-                f"optimizer's: for g in state_dict['param_groups']: g.pop({key.name!r}, None)."
+                "the two follow different rules or base widths. Build param_groups with the rule and the base width of the "
+                "checkpoint, or keep the width multipliers of this optimizer:\n"
+                f"    for g in state_dict['param_groups']: {'; '.join(f'g.pop({k.name!r}, None)' for k in keys.WIDTH)}"
             )
     law = decay.law_of(group)
     if saved.get(keys.DECAY.name, law) != law:
         raise ValueError(
             f"load_state_dict: group {index} has decay={keys.DECAY.of(saved)!r} in the checkpoint and {law!r} here. Build "
-            "AdamW with the checkpoint's, or keep this optimizer's: for g in state_dict['param_groups']: g.pop('decay', None)."
+            f"AdamW with decay={keys.DECAY.of(saved)!r}, or keep the decay of this optimizer:\n"
+            f"    for g in state_dict['param_groups']: g.pop({keys.DECAY.name!r}, None)"
         )
-    # Where gradients are kept is the framework's matter, not the checkpoint's.
+    # The framework that runs now decides where gradients are, and not the framework that wrote the checkpoint.
     kept = {key: value for key, value in saved.items() if key != keys.GRAD_ATTRIBUTE.name}
     options = {key: group[key] for key in _OPTION_KEYS if key in group and key not in kept}
     return {**kept, **options, **{key: group[key] for key in _MODEL_KEYS if key in group}}
 
 
 def _check_shapes(state_dict: StateDict, groups: list[StateDict]) -> None:
+    """Raise a ValueError if a state tensor of an adapted checkpoint has another shape than its parameter."""
     for index, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         for i, p, name in zip(saved["params"], group["params"], names_of(group, index), strict=True):
             for key in ARRAYS:
@@ -142,14 +176,20 @@ def _check_shapes(state_dict: StateDict, groups: list[StateDict]) -> None:
                 if isinstance(moment, Tensor) and moment.shape != p.shape:
                     raise ValueError(
                         f"load_state_dict: {key} of {name!r} has shape {tuple(moment.shape)} in the checkpoint, the "
-                        f"parameter {tuple(p.shape)}. Load a checkpoint of this model; if only the order differs, build both "
-                        "optimizers with named_parameters() or lwadamw.param_groups, and it is matched by name."
+                        f"parameter {tuple(p.shape)}. Load a checkpoint of this model. If only the order of the parameters "
+                        "differs, give both optimizers named parameters, so that they are matched by name: "
+                        "AdamW(model.named_parameters(), ...) or AdamW(lwadamw.param_groups(model, ...), ...)."
                     )
 
 
 @torch.no_grad()
 def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
-    """Give every loaded state tensor the dtype and value it was saved with, where torch cast it."""
+    """Give every loaded state tensor that torch has cast the dtype and the values that it was saved with.
+
+    Args:
+        optimizer: the optimizer that has loaded a checkpoint.
+        loaded: the adapted checkpoint, with parameters in the order of the optimizer.
+    """
     for saved, group in zip(loaded["param_groups"], optimizer.param_groups, strict=True):
         for i, p in zip(saved["params"], group["params"], strict=True):
             for key, value in loaded["state"].get(i, {}).items():
@@ -164,7 +204,13 @@ def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
 
 
 def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any) -> None:
-    """Warn if loaded state has other types than its groups ask for explicitly; members: those of the groups, in order."""
+    """Warn if loaded state has other dtypes than its groups ask for explicitly.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+        members: its members, all of them.
+        state: its state, by parameter.
+    """
     found: list[str] = []
     segments = {id(m.param): m.segments for m in members}
     for index, group in enumerate(groups):
@@ -174,31 +220,40 @@ def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any
                     continue
                 asked, loaded = wanted_dtype(p, group, key, segments[id(p)]), state[p][key].dtype
                 if loaded != asked:
-                    found.append(f"{key} of {name!r} is {loaded}, asked for is {asked}")
+                    found.append(f"{key} of {name!r} is {loaded}, its group asks for {asked}")
             if state.get(p) and (companion := wanted_companion(p, group)) and companion not in state[p]:
-                found.append(f"{name!r} has no {companion}, which the next step makes from the parameter")
+                found.append(f"{name!r} has no {companion}, which the next step creates from the parameter")
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         warnings.warn(
-            f"load_state_dict: state is used as it was saved, and not as this optimizer's groups ask for: {found[0]}{more}. "
-            "convert_state() converts it.",
+            f"load_state_dict: state is used as it was saved, not as the groups of this optimizer ask for: {found[0]}{more}. "
+            "To convert it: optimizer.convert_state()",
             stacklevel=3,
         )
 
 
 def for_torch(groups: list[StateDict], state_dict: StateDict) -> StateDict:
-    """A state dict of ours as torch.optim.AdamW would have written it.
+    """Return a state dict in the form in which torch.optim.AdamW would have written it.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+        state_dict: the state dict of the same optimizer. It is not changed.
+
+    Returns:
+        A new state dict: lr, weight_decay and eps are effective values, the keys of this package are gone, 8-bit moments
+        are float32, and there are no companions.
 
     Raises:
-        ValueError: a group decays as torch's cannot.
+        ValueError: a group has a decay law that torch.optim.AdamW does not have.
     """
     own = {*_OPTION_KEYS, *_MODEL_KEYS}
     out_groups = []
     for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         if (law := decay.law_of(group)) in ("corrected", "huber"):
             raise ValueError(
-                f"to_torch_state_dict: group {index} has decay={law!r}, which no weight_decay of torch.optim.AdamW is. "
-                "Set the group's decay to 'coupled' or 'independent' first, and go on with that."
+                f"to_torch_state_dict: group {index} has decay={law!r}, which torch.optim.AdamW does not have. Training can go "
+                "on with another law only. To choose it before exporting:\n"
+                f"    optimizer.param_groups[{index}][{keys.DECAY.name!r}] = 'coupled'"
             )
         plain = {key: value for key, value in saved.items() if key not in own}
         out_groups.append({**plain, **effective(group)._asdict()})
@@ -207,6 +262,6 @@ def for_torch(groups: list[StateDict], state_dict: StateDict) -> StateDict:
         entry = {k: v for k, v in saved.items() if k not in (*COMPANIONS, *SCALES.values(), decay.THRESHOLD)}
         for key in SCALES:
             if key in entry and entry[key].dtype in CODES:
-                entry[key] = like(saved[key], read_moment(saved, key))
+                entry[key] = wrap_like(saved[key], read_moment(saved, key))
         out_state[i] = entry
     return {**state_dict, "state": out_state, "param_groups": out_groups}

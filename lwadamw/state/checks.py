@@ -1,4 +1,4 @@
-"""What has to hold of parameters, gradients and state before a step writes anything."""
+"""Checks of parameters, gradients and state that are made before a step writes anything."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ from . import decay
 from .members import Member, is_sharded, local
 from .storage import ARRAYS, CODES, SCALES, scale_shape
 
+_ANEW = "Delete optimizer.state[p] to start its moments at zero"
+
 
 def check_state(member: Member, state: Mapping[str, Any]) -> None:
-    """Raise a RuntimeError if a state tensor has another shape than its parameter's, or lives on another device."""
+    """Raise an error if the state of a parameter does not fit the parameter.
+
+    Args:
+        member: the parameter.
+        state: its state.
+
+    Raises:
+        RuntimeError: a tensor of the state has another shape or another device than the parameter, an 8-bit moment has no
+            fitting scales or is not possible under amsgrad, or the huber threshold is not float32[] or the parameter is
+            sharded.
+    """
     p = member.param
     for key in ARRAYS:
         tensor = state.get(key)
@@ -22,20 +34,22 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
             continue
         if tensor.shape != p.shape:
             raise RuntimeError(
-                f"{key} of {member.name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(p.shape)}. "
-                "Delete optimizer.state[p] to start its moments anew, or load a checkpoint of this model."
+                f"{key} of {member.name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(p.shape)}. {_ANEW}, or load "
+                "a checkpoint of this model."
             )
         if tensor.device != p.device:
             raise RuntimeError(
                 f"{key} of {member.name!r} {tuple(p.shape)} is on {tensor.device}, the parameter on {p.device}. "
-                "Move the optimizer state back before stepping."
+                f"Move the optimizer state back before stepping: optimizer.state[p][{key!r}] = "
+                f"optimizer.state[p][{key!r}].to(p.device)."
             )
     if decay.is_huber(member.group):
         _check_threshold(member, state)
     if member.group["amsgrad"] and "exp_avg_sq" in state and state["exp_avg_sq"].dtype in CODES:
         raise RuntimeError(
-            f"exp_avg_sq of {member.name!r} {tuple(p.shape)} is kept in 8 bits, and amsgrad=True would need its maximum. Set "
-            "the group's exp_avg_sq_dtype to torch.bfloat16 or torch.float32 and call convert_state(), or set amsgrad=False."
+            f"exp_avg_sq of {member.name!r} {tuple(p.shape)} is kept in 8 bits, and amsgrad=True would keep its maximum, which "
+            "8 bits cannot. Set the group's exp_avg_sq_dtype to torch.bfloat16 or torch.float32 and call "
+            "optimizer.convert_state(), or set amsgrad=False."
         )
     for key, scales in SCALES.items():
         if key in state and state[key].dtype in CODES:
@@ -43,7 +57,7 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
             if shape != scale_shape(p):
                 raise RuntimeError(
                     f"{scales} of {member.name!r} {tuple(p.shape)} has shape {shape}, and its 8-bit {key} needs "
-                    f"{scale_shape(p)}. Delete optimizer.state[p] to start its moments anew, or load both from one checkpoint."
+                    f"{scale_shape(p)}. {_ANEW}, or load {key} and {scales} from the same checkpoint."
                 )
 
 
@@ -51,33 +65,50 @@ def _check_threshold(member: Member, state: Mapping[str, Any]) -> None:
     p, threshold = member.param, state.get(decay.THRESHOLD)
     if is_sharded(p):
         raise RuntimeError(
-            f"decay='huber' of {member.name!r} {tuple(p.shape)}, of which this process holds {tuple(local(p).shape)}: its "
-            "threshold is the mean over the whole parameter. Give it a group with another decay."
+            f"decay='huber' of {member.name!r} {tuple(p.shape)}, of which this process holds {tuple(local(p).shape)}: the "
+            "threshold is the mean over the whole parameter, which no process can compute alone. Put the parameter into a "
+            "group with decay='coupled'."
         )
     if threshold is None or (threshold.shape, threshold.dtype, threshold.device) == ((), torch.float32, p.device):
         return
     raise RuntimeError(
         f"{decay.THRESHOLD} of {member.name!r} {tuple(p.shape)} is {threshold.dtype}{list(threshold.shape)} on "
-        f"{threshold.device}, and has to be torch.float32[] on {p.device}. Delete it from optimizer.state[p] to start anew."
+        f"{threshold.device}, and has to be torch.float32[] on {p.device}. To compute it again from the weights: "
+        f"del optimizer.state[p][{decay.THRESHOLD!r}]."
     )
 
 
 def check_gradient(member: Member, grad: Tensor) -> None:
-    """Raise a RuntimeError if a gradient is sparse."""
+    """Raise an error if a gradient is sparse.
+
+    Args:
+        member: the parameter.
+        grad: its gradient.
+
+    Raises:
+        RuntimeError: the gradient does not have a strided layout.
+    """
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"AdamW does not support sparse gradients: that of {member.name!r} {tuple(member.param.shape)} is "
-            f"{grad.layout}. Build its module with sparse=False, or give it to torch.optim.SparseAdam."
+            f"AdamW does not support sparse gradients: the gradient of {member.name!r} {tuple(member.param.shape)} is "
+            f"{grad.layout}. Build its module with sparse=False, or give the parameter to torch.optim.SparseAdam."
         )
 
 
 def capturing() -> bool:
-    """Whether the current CUDA stream is being captured in a graph."""
+    """Return whether the current CUDA stream is being captured in a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def check_capturable(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise a RuntimeError, as torch's optimizers do, if some group was not built for capture."""
+    """Raise an error if a group was not built for capture in a CUDA graph. torch's optimizers do the same.
+
+    Args:
+        groups: an optimizer's `param_groups`.
+
+    Raises:
+        RuntimeError: a group has capturable=False.
+    """
     for i, group in enumerate(groups):
         if not group["capturable"]:
             raise RuntimeError(

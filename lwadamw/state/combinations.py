@@ -1,4 +1,4 @@
-"""Storage combinations worth having, by name: what each is asked for with, what it costs, and when to use it."""
+"""Combinations of storage options that are worth having: the options of each, its cost, its error, and when to use it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,41 @@ import torch
 from .storage import Storage, storage_of
 
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
-_LARGE = (64, 128)  # a shape that 8-bit moments fit
+_LARGE = (64, 128)  # a shape whose moments can be kept in 8 bits
 
 
 class Combination(NamedTuple):
-    options: Mapping[str, Any]  # of AdamW
+    """A combination of storage options.
+
+    Attributes:
+        options: keyword arguments of AdamW.
+        param: dtype of the parameters.
+        grad: dtype of the gradients.
+        bound: upper bound on the error after 200 steps on a noisy quadratic. The error is the distance between the weights
+            and those of float64 AdamW, divided by the distance that the float64 weights have moved.
+        when: when to use the combination.
+    """
+
+    options: Mapping[str, Any]
     param: torch.dtype
     grad: torch.dtype
-    bound: float  # on the distance from float64 after 200 steps on a noisy quadratic, relative to the way they take
-    when: str  # to use it
+    bound: float
+    when: str
 
     @property
     def storage(self) -> Storage:
-        """What a large parameter is stored as.
+        """The storage of a large parameter.
 
-        >>> COMBINATIONS["bf16, kahan"].storage.companion
-        torch.bfloat16
+        Example:
+            >>> COMBINATIONS["bf16, kahan"].storage.companion
+            torch.bfloat16
         """
         p, grad = (torch.empty(_LARGE, dtype=dtype, device="meta") for dtype in (self.param, self.grad))
         return storage_of(p, grad, self.options, {})
 
     @property
     def arguments(self) -> str:
-        """The options as they are written in a call."""
+        """The options as they are written in a call of AdamW."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
@@ -76,7 +88,12 @@ COMBINATIONS: Final[dict[str, Combination]] = {
 
 
 def table() -> str:
-    """The combinations as a Markdown table; bytes are per element of a large parameter."""
+    """Return the combinations as a Markdown table.
+
+    Returns:
+        A row per combination: its name, its arguments, the bytes of state per element of a large parameter, the bytes per
+        element that a step reads and writes, the bound on the error, and when to use it.
+    """
     lines = ["| combination | arguments | state | moved | off | when |", "| --- | --- | ---: | ---: | ---: | --- |"]
     for name, combination in COMBINATIONS.items():
         stored = combination.storage

@@ -1,4 +1,4 @@
-"""Exchange: state of an optimizer as it is saved, loaded, converted, and handed to or taken over from a framework."""
+"""Exchange: the state of an optimizer is loaded, converted, exported to torch, and read or written by a framework."""
 
 from __future__ import annotations
 
@@ -7,95 +7,157 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, packing
-from .members import Member, local, members_of
+from . import checkpoint, creation, packing
+from .members import Member, local, members_of, wrap_like
 from .storage import MOMENTS, kept_weight
 
 
 class StateExchange(torch.optim.AdamW):
-    """torch's AdamW whose state may be of any storage type; `lwadamw.AdamW` takes the step."""
+    """torch.optim.AdamW with state of any storage type: everything about the state, nothing about the step.
+
+    This class is not used on its own. `lwadamw.AdamW` derives from it and adds the step.
+    """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.AdamW.
 
-        Everything keeps the dtype it was saved in; where a group asks for another, a warning says so, and
-        `convert_state()` converts. Where checkpoint and optimizer both have parameter names, state is matched by name,
-        whatever the order and grouping; without names, by position, as in torch. Width multipliers, storage options and
-        a decay law that the checkpoint lacks stay this optimizer's.
+        State is never cast: each tensor keeps the dtype that it was saved in. If a group asks for another dtype, a warning
+        says so, and `convert_state()` converts.
+
+        If all groups of the checkpoint and of this optimizer have parameter names, state is matched by name, in any order
+        and grouping. Otherwise it is matched by position, as in torch.
+
+        Width multipliers, storage options and a decay law that are not in the checkpoint stay as they are in this
+        optimizer. `grad_attribute` always stays.
+
+        Args:
+            state_dict: what `state_dict()` returned. It is not changed.
 
         Raises:
-            ValueError: names, shapes, width multipliers or decay laws do not match. Nothing has been loaded then.
+            ValueError: names, shapes, width multipliers or decay laws do not match. Then nothing has been loaded, and the
+                message gives a statement that makes the checkpoint fit.
         """
         with checkpoint.loading(self):
             super().load_state_dict(state_dict)
         checkpoint.warn_of_types(self.param_groups, self._members(), self.state)
 
     def to_torch_state_dict(self) -> dict[str, Any]:
-        """A state dict that torch.optim.AdamW loads: 8-bit moments as float32, no master weights, torch's group keys.
+        """Return a state dict that torch.optim.AdamW loads.
 
-        Base values are multiplied with their width multipliers, so that torch takes the same steps. torch casts moments to
-        the parameter's dtype as it loads them. Load parameters of bfloat16 with master weights from `master_weight(p)`.
+        8-bit moments become float32, and master weights are left out. Base values are multiplied with their width
+        multipliers, and the groups have torch's keys only, so that torch takes the same steps.
+
+        torch casts moments to the dtype of the parameter when it loads them. If a bfloat16 parameter has a master weight,
+        train on in torch with a parameter made from `master_weight(p)`.
+
+        Returns:
+            A new state dict. This optimizer is not changed.
 
         Raises:
-            ValueError: a group has decay="corrected" or "huber", which torch's AdamW does not have.
+            ValueError: a group has decay="corrected" or "huber", which torch.optim.AdamW does not have.
+
+        Example:
+            >>> import lwadamw
+            >>> p = torch.nn.Parameter(torch.ones(3))
+            >>> ours = lwadamw.AdamW([{"params": [p], "width_lr_mult": 0.25}], lr=0.1)
+            >>> torch.optim.AdamW([p]).load_state_dict(ours.to_torch_state_dict())
+            >>> ours.to_torch_state_dict()["param_groups"][0]["lr"]
+            0.025
         """
         state_dict = self.state_dict()
         return checkpoint.for_torch(self.param_groups, state_dict)
 
     @torch.no_grad()
     def convert_state(self) -> None:
-        """Bring all state to the types that its groups ask for now, each value rounded once, to nearest.
+        """Convert all state to the storage types that the groups ask for now.
 
-        Set storage options of `param_groups` first. Between master weights of either kind nothing is lost; where they are
-        given up, parameters stay the rounded weights they are.
+        Set the storage options in `param_groups` first. Each value is rounded once, to nearest. Nothing is lost between
+        `master_weights=torch.float32` and `master_weights="remainder"`. If a group no longer asks for master weights, they
+        are dropped, and the parameters stay the rounded weights that they are.
+
+        Example:
+            >>> import lwadamw
+            >>> optimizer = lwadamw.AdamW([torch.nn.Parameter(torch.ones(64, 128))])
+            >>> for group in optimizer.param_groups:
+            ...     group["exp_avg_dtype"] = torch.bfloat16
+            >>> optimizer.convert_state()
         """
         for member in self._members():
             if self.state.get(member.param):
-                packing.convert_state(self.state[member.param], member.param, member.group, member.segments)
+                creation.convert_state(self.state[member.param], member.param, member.group, member.segments)
 
     @torch.no_grad()
     def master_weight(self, p: Tensor) -> Tensor:
-        """The weight that steps of this parameter update, a new float32 tensor: more digits than `p` may have."""
+        """Return the weight that the step updates, which may have more digits than the parameter itself.
+
+        Args:
+            p: a parameter of this optimizer.
+
+        Returns:
+            A new tensor of the parameter's shape, a DTensor if the parameter is one. Its dtype is float32.
+
+        Raises:
+            KeyError: `p` is not a parameter of this optimizer.
+        """
         member = self._member(p)
         state = self.state.get(p, {})
-        return packing.like(p, packing.read_weight(p, state, kept_weight(p, member.group, state) if state else "plain"))
+        kept = kept_weight(p, member.group, state) if state else "plain"
+        return wrap_like(p, packing.read_weight(p, state, kept))
 
     @torch.no_grad()
     def get_unscaled_state(self, p: Tensor, name: str) -> Tensor:
-        """`exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` or `master_param` of a parameter, a new float32 tensor of its shape.
+        """Return one state tensor of a parameter in float32.
 
-        Named as in Transformer Engine, for frameworks that reshard through float32.
+        The name is the one of Transformer Engine's method, for frameworks that reshard state through float32.
+
+        Args:
+            p: a parameter of this optimizer.
+            name: "exp_avg", "exp_avg_sq", "max_exp_avg_sq" or "master_param".
+
+        Returns:
+            A new tensor of the parameter's shape, a DTensor if the parameter is one. A float64 or complex moment keeps its
+            dtype.
 
         Raises:
-            KeyError: the parameter's state has no such tensor.
+            KeyError: the parameter's state does not have this tensor.
         """
         if name not in self.state[p]:
-            raise KeyError(f"{name!r} is not in this parameter's state, which has {', '.join(self.state[p])}.")
+            raise KeyError(
+                f"get_unscaled_state: {name!r} is not in the state of this parameter {tuple(p.shape)}, which has "
+                f"{', '.join(self.state[p]) or 'nothing yet'}."
+            )
         if name == "master_param":
             return self.master_weight(p)
-        return packing.like(p, packing.read_moment(self.state[p], name))
+        return wrap_like(p, packing.read_moment(self.state[p], name))
 
     @torch.no_grad()
     def set_scaled_state(self, p: Tensor, name: str, values: Tensor) -> None:
-        """Round float32 values of the parameter's shape into its state, creating that as its group asks; see above.
+        """Round float32 values into one state tensor of a parameter. This is the inverse of `get_unscaled_state`.
 
-        Names other than those of `get_unscaled_state` are ignored, as in Transformer Engine.
+        State that does not exist yet is created as the group asks. The name is the one of Transformer Engine's method.
+
+        Args:
+            p: a parameter of this optimizer.
+            name: "exp_avg", "exp_avg_sq", "max_exp_avg_sq" or "master_param". Any other name is ignored, as in
+                Transformer Engine.
+            values: float32 of the parameter's shape, a DTensor if the parameter is one.
 
         Raises:
-            ValueError: the values have another shape.
+            ValueError: the values have another shape than the parameter.
+            KeyError: `p` is not a parameter of this optimizer.
         """
         if name not in (*MOMENTS, "master_param"):
             return
         if values.shape != p.shape:
             raise ValueError(
                 f"set_scaled_state: {name} has shape {tuple(values.shape)}, the parameter {tuple(p.shape)}. Give values of "
-                "the parameter's own shape; of a DTensor, as a DTensor."
+                "the shape of the parameter. If the parameter is a DTensor, give a DTensor."
             )
         member = self._member(p)
         state = self.state[p]
         amsgrad = member.group["amsgrad"] or name == "max_exp_avg_sq"
         state.setdefault("step", torch.zeros((), dtype=torch.float32))
-        packing.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
+        creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
         held = torch.empty_like(local(p), dtype=torch.float32).copy_(local(values))
         if name == "master_param":
             packing.write_weight(p, state, kept_weight(p, member.group, state), held)
@@ -103,10 +165,20 @@ class StateExchange(torch.optim.AdamW):
             packing.write_moment(state, name, held)
 
     def initialize_state(self, p: Tensor, store_param_remainders: bool | None = None) -> None:
-        """Create a parameter's state as its group asks, as Transformer Engine's method of this name; the flag is ignored."""
+        """Create the state of a parameter as its group asks, with `step` 0.
+
+        The name and the arguments are those of Transformer Engine's method. Tensors that exist already are kept.
+
+        Args:
+            p: a parameter of this optimizer.
+            store_param_remainders: ignored. The group's `master_weights` decides.
+
+        Raises:
+            KeyError: `p` is not a parameter of this optimizer.
+        """
         member = self._member(p)
         self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32))
-        packing.create_state(self.state[p], p, member.group, member.segments)
+        creation.create_state(self.state[p], p, member.group, member.segments)
 
     def _members(self) -> list[Member]:
         return list(members_of(self.param_groups))
@@ -114,5 +186,8 @@ class StateExchange(torch.optim.AdamW):
     def _member(self, p: Tensor) -> Member:
         found = next((m for m in self._members() if m.param is p), None)
         if found is None:
-            raise KeyError(f"a tensor of shape {tuple(p.shape)} is not a parameter of this optimizer.")
+            raise KeyError(
+                f"a tensor of shape {tuple(p.shape)} is not a parameter of this optimizer. Give one of the tensors in "
+                "optimizer.param_groups[i]['params']."
+            )
         return found

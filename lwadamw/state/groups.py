@@ -1,4 +1,4 @@
-"""What the step uses of a parameter group, and what a new group has to fulfil."""
+"""Groups: the values of a parameter group that the step uses, and the checks on a new group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from .storage import check_options, check_parameter
 
 
 class Effective(NamedTuple):
-    """Hyperparameters of a group with its width multipliers and decay law applied."""
+    """Hyperparameters of a group after its width multipliers and its decay law have been applied.
+
+    Attributes:
+        lr: the learning rate that the step multiplies the update with.
+        weight_decay: the value with which the coupled law decays as the group's own law does.
+        eps: the value that the step adds to the denominator.
+    """
 
     lr: float | Tensor
     weight_decay: float | Tensor
@@ -22,13 +28,26 @@ class Effective(NamedTuple):
 
 
 def effective(group: Mapping[str, Any]) -> Effective:
-    """What the step uses of a group: base values times width multipliers (1 where a group has none).
+    """Return the values of a group that the step uses: base values times width multipliers.
 
-    weight_decay is the one that torch's law, eta lambda, would need at this lr to decay as the group's own does, so that
-    1/(lr weight_decay) is tau under every law. With decay="huber" it acts so on weights below the threshold.
+    A group without width multipliers is treated as if they were 1. `lr` is also multiplied with `width_warmup`.
 
-    >>> effective({"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8, "width_lr_mult": 0.25, "width_wd_mult": 2.0})
-    Effective(lr=0.00025, weight_decay=0.2, eps=1e-08)
+    `weight_decay` is the value that torch's law, w <- (1 - lr weight_decay) w, needs at the present lr in order to decay as
+    the group's own law does. So 1/(lr weight_decay) is tau under every law. With decay="huber" this holds for weights below
+    the threshold.
+
+    Args:
+        group: one of an optimizer's `param_groups`.
+
+    Returns:
+        lr, weight_decay and eps. Each is a float, or a tensor if the group's lr or base value is a tensor.
+
+    Raises:
+        ValueError: the group's decay law is unknown, or needs a peak_lr that is not a positive number.
+
+    Example:
+        >>> effective({"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8, "width_lr_mult": 0.25, "width_wd_mult": 2.0})
+        Effective(lr=0.00025, weight_decay=0.2, eps=1e-08)
     """
 
     def scaled(key: str, multiplier: float) -> float | Tensor:
@@ -44,12 +63,22 @@ def effective(group: Mapping[str, Any]) -> Effective:
 
 
 def complete_group(group: dict[str, Any], index: int) -> None:
-    """Raise a ValueError if a group's storage options, decay law, width multipliers or segments are not valid.
+    """Check a new group, and add the keys that it needs.
 
-    Width multipliers that are left out of a group that has one of them become 1, a peak_lr that a law needs its lr.
+    If a group has one width multiplier, the missing ones become 1. If its law needs a peak_lr and it has none, peak_lr
+    becomes its lr.
+
+    Args:
+        group: the new group, changed in place.
+        index: its position in `param_groups`, for error messages.
+
+    Raises:
+        ValueError: a storage option, the decay law, a width multiplier or a segment is not valid, or a parameter does not fit
+            the storage options.
     """
-    check_options(group, f"group {index}: ")
-    decay.complete_law(group, f"group {index}: ")
+    where = f"group {index}: "
+    check_options(group, where)
+    decay.complete_law(group, where)
     for name, p in zip(names_of(group, index), group["params"], strict=True):
         check_parameter(p, name, group)
     if any(key.name in group for key in keys.WIDTH):
@@ -57,15 +86,18 @@ def complete_group(group: dict[str, Any], index: int) -> None:
             value = group.setdefault(key.name, key.default)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(
-                    f"group {index}: {key.name}={value!r} is not a finite number >= 0. Leave it out for 1."
+                    f"{where}{key.name}={value!r} is not a finite number >= 0. Leave {key.name} out for 1.0."
                 )
     for name, rows in (keys.SEGMENTS.of(group) or {}).items():
         params = dict(zip(group.get("param_names", ()), group["params"], strict=True))
         if name not in params:
-            raise ValueError(f"group {index}: segments for {name!r}, which is not a named parameter of this group.")
+            raise ValueError(
+                f"{where}segments for {name!r}, which is not a named parameter of this group. Give {keys.SEGMENTS.name} only "
+                "for names in its param_names."
+            )
         shape = tuple(params[name].shape)
         if not shape or sum(rows) != shape[0] or min(rows) < 1:
             raise ValueError(
-                f"group {index}: segments {tuple(rows)} of {name!r} {shape} are not positive row counts that add up to "
-                f"its first dimension."
+                f"{where}segments {tuple(rows)} of {name!r} {shape} are not positive row counts that add up to its first "
+                "dimension. Give one row count per segment."
             )

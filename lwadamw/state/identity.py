@@ -1,4 +1,4 @@
-"""Comparison of what an optimizer holds, where a tensor equals nothing but itself."""
+"""Comparison of nested lists in which a tensor equals only itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Identity(TorchFunctionMode):
+    """While this mode is active, every torch function returns False, `==` of tensors included."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
         return False
 
@@ -16,15 +18,21 @@ _identity = _Identity()
 
 
 def same(these: object, those: object) -> bool:
-    """`these == those` for nested lists and tuples, with tensors compared by identity.
+    """Return whether two nested lists or tuples are equal, with tensors compared by identity.
 
-    Equality of lists is one C loop that looks at identity first, so it takes a few nanoseconds for what has not changed.
-    That of tensors would compare elements, and wait for the device.
+    Python compares two lists in one C loop, and the loop looks at the identity of two elements before it calls `==`. So
+    an element that has not changed costs a few nanoseconds. Without this function, `==` of two different tensors would
+    compare their elements and wait for the device.
 
-    >>> import torch
-    >>> a, b = torch.zeros(1), torch.zeros(1)
-    >>> same([a, (0.9, 3)], [a, (0.9, 3)]), same([a], [b]), same([0.0], [a])
-    (True, False, False)
+    Args:
+        these: a list or tuple of numbers, strings, tensors, and lists or tuples of these.
+        those: what `these` is compared with.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.zeros(1), torch.zeros(1)
+        >>> same([a, (0.9, 3)], [a, (0.9, 3)]), same([a], [b]), same([0.0], [a])
+        (True, False, False)
     """
     with _identity:
         return bool(these == those)

@@ -1,7 +1,7 @@
-"""Members: every parameter of an optimizer with its name, its group, and what this process holds of it.
+"""Members: every parameter of an optimizer with its name, its group, and the tensor that this process holds of it.
 
-An engine may replace parameters, groups and gradients between two steps. So nothing here is kept: members are made anew
-from the groups whenever something has changed.
+An engine may replace parameters, groups and gradients between two steps. So nothing in this module is kept: members are made
+again from the groups whenever something has changed.
 """
 
 from __future__ import annotations
@@ -18,52 +18,85 @@ ParamGroups = Sequence[dict[str, Any]]  # an optimizer's `param_groups`
 
 
 class Member(NamedTuple):
-    """A parameter where it stands in the optimizer."""
+    """One parameter of an optimizer, and its place there.
+
+    Attributes:
+        param: the parameter. It may be a DTensor.
+        name: its name, see `names_of`.
+        group: the parameter group that contains it.
+        group_index: the position of the group in `param_groups`.
+        order: the position of the parameter among all parameters of all groups.
+        segments: the number of elements of each segment, in memory order. An empty tuple: the parameter is one segment.
+    """
 
     param: Tensor
     name: str
     group: dict[str, Any]
     group_index: int
-    order: int  # among all parameters of all groups
-    segments: tuple[int, ...]  # elements of each segment in memory order; (): one segment
+    order: int
+    segments: tuple[int, ...]
 
     @property
     def gradient(self) -> Tensor | None:
+        """The gradient, read from the attribute that the group names."""
         return gradient_of(self.param, keys.GRAD_ATTRIBUTE.of(self.group))
 
     def segment_names(self) -> list[str]:
+        """Return a name per segment: `name[0]`, `name[1]`, and so on, or just `name` for a single segment."""
         return [f"{self.name}[{i}]" for i in range(len(self.segments))] or [self.name]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor this process holds: a DTensor's shard, or the tensor itself."""
+    """Return the tensor that this process holds: the shard of a DTensor, or else the tensor itself."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def wrap_like(p: Tensor, held: Tensor) -> Tensor:
+    """Return a local tensor in the form of a parameter. This is the inverse of `local`.
+
+    Args:
+        p: the parameter.
+        held: a tensor of the same shape as `local(p)`, of any dtype.
+
+    Returns:
+        A DTensor with the placements of `p` if `p` is a DTensor, else `held` itself.
+    """
+    if local(p) is p:
+        return held
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(held, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
 def gradient_of(p: Tensor, attribute: str) -> Tensor | None:
-    """The gradient of a parameter, where its group says it is kept."""
+    """Return the gradient of a parameter from the attribute that its group names, or None if there is no gradient."""
     grad: Tensor | None = p.grad if attribute == "grad" else getattr(p, attribute, None)
     return grad
 
 
 def gradients_of(params: Sequence[Tensor], attribute: str) -> list[Any]:
-    """`gradient_of` of many, at the cost of a list comprehension where they are in `grad`."""
+    """Return `gradient_of` for many parameters. If the attribute is `grad`, this is a plain list comprehension."""
     return [p.grad for p in params] if attribute == "grad" else [getattr(p, attribute, None) for p in params]
 
 
 def any_gradient(params: Mapping[str, Sequence[Tensor]]) -> bool:
-    """Whether any parameter has a gradient, given by where they would be."""
+    """Return whether any parameter has a gradient.
+
+    Args:
+        params: parameters by the attribute in which each of them would hold its gradient.
+    """
     return any(grad is not None for attribute, some in params.items() for grad in gradients_of(some, attribute))
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether other processes hold other parts of it."""
+    """Return whether other processes hold other parts of this tensor."""
     shard = local(tensor)
     return shard is not tensor and shard.numel() != tensor.numel()
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill one stretch of memory without gaps or overlaps, in whatever order."""
+    """Return whether the elements fill one stretch of memory without gaps and without overlaps, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -75,8 +108,21 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """Return a one-dimensional view of a dense tensor with its elements in memory order.
+
+    Args:
+        tensor: a dense tensor, see `is_dense`. The elements of any other tensor would not be the ones in the view.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
 def members_of(groups: ParamGroups) -> Iterator[Member]:
-    """Yield every parameter of every group, in their order."""
+    """Yield a member for every parameter of every group, in the order of the groups.
+
+    Args:
+        groups: an optimizer's `param_groups`.
+    """
     order = 0
     for group_index, group in enumerate(groups):
         segments = keys.SEGMENTS.of(group) or {}
@@ -86,7 +132,10 @@ def members_of(groups: ParamGroups) -> Iterator[Member]:
 
 
 def _segment_sizes(p: Tensor, rows: Sequence[int]) -> tuple[int, ...]:
-    """Elements per segment. A shard or another memory order has no such runs of elements: it stays whole."""
+    """Return the elements of each segment, or () if the rows of a segment are not one run of elements in memory.
+
+    The rows of a segment are one run only in a contiguous tensor that is not sharded. Any other tensor stays one segment.
+    """
     if not rows or local(p) is not p or not p.is_contiguous() or sum(rows) != p.shape[0]:
         return ()
     return tuple(n * (p.numel() // p.shape[0]) for n in rows)

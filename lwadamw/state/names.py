@@ -1,4 +1,4 @@
-"""Names of parameters: what a parameter without a name is called, and names without their layer numbers."""
+"""Names of parameters: the name of a parameter that was given none, and the name that equal layers share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 
 def names_of(group: Mapping[str, Any], index: int) -> list[str]:
-    """Return the names of a group's parameters, in the order of its `params`.
+    """Return the names of a group's parameters, in the order of `group["params"]`.
 
-    A parameter of a group without names is called by its place: group, dot, position in the group.
+    A group that was built without names has no `param_names`. The name of each of its parameters is then the index of the
+    group, a dot, and the position of the parameter in the group.
 
     Args:
         group: one of an optimizer's `param_groups`.
@@ -26,9 +27,13 @@ def names_of(group: Mapping[str, Any], index: int) -> list[str]:
 
 
 def layer_type(name: str) -> str:
-    """Return the name with `*` for every path component that is a number, so that equal layers share it.
+    """Return a name with `*` in place of every layer number, so that equal layers get the same name.
 
-    Digits inside a component stay: `w1` and `w2` are two matrices. So does the index of a segment, in brackets.
+    A layer number is a path component that consists of digits only. Digits inside a component stay, because `w1` and `w2`
+    are two different matrices. The index of a segment, in brackets, stays too.
+
+    Args:
+        name: the name of a parameter, or of a segment of it.
 
     Example:
         >>> layer_type("layers.11.w1.weight"), layer_type("layers.11.qkv.weight[0]")

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..state import decay, keys, packing
+from ..state import creation, decay, keys, packing
 from ..state.checks import check_gradient, check_state
-from ..state.draws import draws_of
+from ..state.draws import draw_inputs
 from ..state.groups import effective
 from ..state.identity import same
-from ..state.members import Member, any_gradient, gradient_of, gradients_of, local
+from ..state.members import Member, any_gradient, flat, gradient_of, gradients_of, local
+from ..state.random_bits import hash_bits, random_bits
 from ..state.storage import CODES, MOMENTS, storage_of
 from . import torch_fused_cpu as cpu
 from .torch_norms import resting_sums, step_sums
@@ -145,7 +146,7 @@ class TorchBackend:
         for bucket, entry, needs in stale:
             _complete(entry.state, entry.member, *needs[:2])
             if bucket.packed:
-                packing.lay_out(entry.state, entry.member.param)
+                creation.lay_out(entry.state, entry.member.param)
             entry.completed_for = needs
         return bool(stale)
 
@@ -259,7 +260,7 @@ def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: b
         state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")
     elif on_device and (step.device != p.device or step.dtype != torch.float32):
         state["step"] = step.to(p.device, torch.float32)
-    packing.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
+    creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
 
 
 def _decay(bucket: Bucket, decay_per_step: float | Tensor) -> None:
@@ -296,7 +297,7 @@ def _step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> Non
     g = torch.empty_like(weight).copy_(local(grad))  # laid out in memory as the weight is
     if bucket.factor is not None:
         torch._foreach_mul_([g], bucket.factor.to(p.device))
-    arrays = [[packing.flat(array)] for array in (weight, g, *columns.values())]
+    arrays = [[flat(array)] for array in (weight, g, *columns.values())]
     if p.device.type == "cpu" and options["fused"] is not False and cpu.takes_numbers(options):
         cpu.step(arrays, [state["step"]], None, options)
     else:
@@ -306,9 +307,9 @@ def _step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> Non
         decay.shrink(weight, state[decay.THRESHOLD], bucket.huber_decay)
     bits = random = None
     if kept == "stochastic" or any(state[key].dtype in CODES for key in moments):
-        (seed, stream, index), step = draws_of(member), int(state["step"])
-        bits = packing.hash_bits(index, seed, stream, step)
-        random = packing.random_bits(index, seed, stream, step) if kept == "stochastic" else None
+        (seed, stream, index), step = draw_inputs(member), int(state["step"])
+        bits = hash_bits(index, seed, stream, step)
+        random = random_bits(index, seed, stream, step) if kept == "stochastic" else None
     for key, values in columns.items():
         packing.write_moment(state, key, values, bits)
     packing.write_weight(p, state, kept, weight, random)

@@ -1,6 +1,7 @@
-"""Hyperparameters of all groups as the device reads them: noticing what changed, and writing just that.
+"""Group table: the hyperparameters of all groups as the device reads them.
 
-A training loop may assign any value of any group between two steps, and a tensor may change without being assigned.
+A training loop may assign any value of any group between two steps. If a hyperparameter is a tensor, its value may also
+change without an assignment. This module notices what has changed and rewrites only that.
 """
 
 from __future__ import annotations
@@ -18,15 +19,26 @@ from ..kernels import layout
 from ..state import decay, keys
 from ..state.identity import same
 
-# What decides which parameters the Triton backend updates, and with which state.
+# The keys that decide which parameters the kernels update, and with which state: plans depend on their values.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
-_OPTIONAL = keys.named((keys.SEGMENTS, keys.DECAY, keys.HUBER_SCALE, *keys.STORAGE))
-# The order of the first five words of a group, see kernels/layout.py.
+_OPTIONAL_FLAGS = keys.named((keys.SEGMENTS, keys.DECAY, keys.HUBER_SCALE, *keys.STORAGE))
+# The order of the first five words of a group, see GROUP in kernels/layout.py.
 _NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 
 class GroupTable:
-    """`words[device]` is int64[n_groups, GROUP], ready for upload."""
+    """The words of every group for every device, and what the groups held when these words were written.
+
+    `words[device]` is int64[n_groups, GROUP]; kernels/layout.py says which word holds which number. A hyperparameter that
+    is a tensor on the device is not read by the host. The table holds its address instead.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+        devices: the devices of all plans.
+
+    Raises:
+        ValueError: some group has a decay law that does not exist.
+    """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], devices: Sequence[torch.device]) -> None:
         self.words = {device: np.zeros((len(groups), layout.GROUP), np.int64) for device in devices}
@@ -34,15 +46,28 @@ class GroupTable:
         self._has_laws = any([decay.law_of(group, f"group {i}: ") != "coupled" for i, group in enumerate(groups)])
         for words in self.words.values():
             words[:, layout.GROUP_KINDS] = [(keys.DECAY.of(g) == "corrected") << layout.CORRECTED for g in groups]
-        self._referents: list[Any] = []
-        self._lr_places = slice(0)
-        self._has_tensors = False
-        self._volatile = False  # some tensor has to be read, or copied to a device, every step
-        self._copies: list[Tensor] = []
+        self._referents: list[Any] = []  # every object that every group referred to when the words were written
+        self._lr_places = slice(0)  # where among the referents the learning rates are
+        self._has_tensors = False  # whether some hyperparameter is a tensor
+        # Whether some tensor is not on the device in a dtype that the kernels read. Its value is then read by the host, or
+        # copied to the device, at every step.
+        self._volatile = False
+        self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> Literal["same", "changed", "replan"]:
-        """Bring `words` up to date; "replan" if some group's flags changed, so that plans have to be made again."""
-        # Every object that every group refers to, from one C loop.
+        """Bring `words` up to date.
+
+        Args:
+            groups: the optimizer's `param_groups`.
+
+        Returns:
+            "same": no word has changed. "changed": some word may have changed. "replan": the plans have to be made again,
+            because a value has changed that decides which parameters the kernels update and with which state.
+
+        Raises:
+            ValueError: some group has a `peak_lr` that is not a positive number, and its decay law divides by it.
+        """
+        # One loop in C collects every object that every group refers to.
         referents = gc.get_referents(*groups)
         if not self._volatile:
             if same(referents, self._referents):
@@ -53,10 +78,23 @@ class GroupTable:
                 return "changed"
         if _read_flags(groups) != self._flags:
             return "replan"
-        # With lr 1 where a law multiplies by it: the kernel does that, with lr as it is at the step.
-        per_lr = (
-            [decay.per_lr({**g, "lr": 1.0}, f"group {i}: ") for i, g in enumerate(groups)] if self._has_laws else []
-        )
+        self._rewrite(groups, referents)
+        return "changed"
+
+    def _only_lr_differs(self, referents: list[Any], lrs: tuple[Any, ...]) -> bool:
+        """Return whether somebody assigned learning rates, numbers for numbers, and nothing else. Remember the new ones."""
+        places = self._lr_places
+        if self._has_tensors or len(referents) != len(self._referents) or _any_tensor(lrs):
+            return False
+        # If the groups do not all have their keys in the same order, other objects than the learning rates are there.
+        if len(referents[places]) != len(lrs) or not all(map(is_, referents[places], lrs)):
+            return False
+        self._referents[places] = lrs
+        return same(referents, self._referents)
+
+    def _rewrite(self, groups: Sequence[Mapping[str, Any]], referents: list[Any]) -> None:
+        """Write every word of every group."""
+        per_lr = self._decay_multipliers(groups)
         self._referents = referents
         self._copies, self._volatile, self._has_tensors = [], False, False
         columns = {key: _column(groups, key) for key in ("lr", "eps", "weight_decay")}
@@ -73,18 +111,15 @@ class GroupTable:
         stride = len(referents) // len(groups)
         first = next(i for i, value in enumerate(referents) if value is columns["lr"][0])
         self._lr_places = slice(first, None, stride)
-        return "changed"
 
-    def _only_lr_differs(self, referents: list[Any], lrs: tuple[Any, ...]) -> bool:
-        """Whether a schedule assigned learning rates and nothing else happened; notes the new ones if so."""
-        places = self._lr_places
-        if self._has_tensors or len(referents) != len(self._referents) or _any_tensor(lrs):
-            return False
-        # Where groups came to differ in the order of their keys, the places belong to something else.
-        if len(referents[places]) != len(lrs) or not all(map(is_, referents[places], lrs)):
-            return False
-        self._referents[places] = lrs
-        return same(referents, self._referents)
+    def _decay_multipliers(self, groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:
+        """Return by what each group's decay law multiplies weight_decay; empty if all laws are "coupled".
+
+        The law "corrected" also multiplies by lr. The kernel does that with the lr of the step, so here lr counts as 1.
+        """
+        if not self._has_laws:
+            return []
+        return [decay.per_lr({**group, "lr": 1.0}, f"group {i}: ") for i, group in enumerate(groups)]
 
     def _write(self, j: int, values: Any) -> None:
         for words in self.words.values():
@@ -95,6 +130,7 @@ class GroupTable:
             words.view(np.float64)[:, j] *= values
 
     def _write_numbers(self, j: int, column: tuple[Any, ...]) -> None:
+        """Write hyperparameter `j` of every group, each a number or a tensor of one element."""
         if not _any_tensor(column):
             self._write(j, column)
             for words in self.words.values():
@@ -107,7 +143,7 @@ class GroupTable:
                 words[i, layout.GROUP_KINDS] = words[i, layout.GROUP_KINDS] & ~(1 << j) | wide << j
 
     def _scalar(self, value: float | Tensor, device: torch.device) -> tuple[float, int, int]:
-        """(value, address, whether float64) of a hyperparameter; a tensor already on the device is read there."""
+        """Return the value of a hyperparameter, or 0 and its address on the device, and whether it is float64 there."""
         if not isinstance(value, Tensor):
             return value, 0, 0
         if value.device == device and value.dtype in (torch.float32, torch.float64):
@@ -125,7 +161,8 @@ def _column(groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
 
 
 def _read_flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    return [*(_column(groups, key) for key in _FLAGS), *(tuple([g.get(key) for g in groups]) for key in _OPTIONAL)]
+    optional = (tuple([g.get(key) for g in groups]) for key in _OPTIONAL_FLAGS)
+    return [*(_column(groups, key) for key in _FLAGS), *optional]
 
 
 def _any_tensor(column: tuple[Any, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Launch: a kernel bound to arguments that stay where they are."""
+"""Launch: a kernel together with arguments that stay where they are."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch
 import triton
 from torch import Tensor
 
-# Before 3.3 a compiled kernel was called without the values of its constexpr arguments.
-_TAKES_CONSTANTS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
+# From Triton 3.3 on, the caller of a compiled kernel passes the values of its constexpr arguments too.
+TAKES_CONSTANTS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 class Launch:
-    """Calls `kernel[(programs,)](*arguments, **constants, **options)`, from the second time on without its preparation.
+    """Call `kernel[(programs,)](*arguments, **constants, **options)`, many times with the same arguments.
 
-    Triton looks at type and alignment of every argument at every launch, to find the compiled kernel that fits. For
-    tables that stay where they are it always finds the same one, so that one is kept and called with bare addresses.
+    At every launch, Triton looks at the type and the alignment of every argument to find the compiled kernel that fits.
+    For tables that stay where they are, Triton finds the same compiled kernel every time. So this object keeps the
+    compiled kernel after the first call. Later calls pass bare addresses to it and skip Triton's preparation.
 
     Args:
-        kernel: a `triton.jit` function whose constexpr arguments come last
-        programs: size of the grid
-        arguments: tensors and ints, kept alive by this object
-        constants: the constexpr arguments by name
-        options: compiler options
+        kernel: a `triton.jit` function. Its constexpr arguments have to be its last ones.
+        programs: size of the grid.
+        arguments: tensors and ints. This object keeps them alive.
+        constants: values of the constexpr arguments, by name.
+        options: options of Triton's compiler, by name.
     """
 
     def __init__(
@@ -40,8 +41,14 @@ class Launch:
         self._values: list[Any] = []
         self._direct: Callable[..., object] | None = None
 
+    @property
+    def kernel_name(self) -> str:
+        """Name of the `triton.jit` function."""
+        name: str = self._kernel.fn.__name__
+        return name
+
     def __call__(self) -> None:
-        """Launch on the current stream of the current device, which has to be that of the arguments; nothing if empty."""
+        """Launch on the current stream. The current device has to be the one of the arguments. An empty grid does nothing."""
         if self._direct is not None:
             self._direct(*self._values)
             return
@@ -49,9 +56,9 @@ class Launch:
             return
         compiled = self._kernel[self._grid](*self._arguments, **self._constants, **self._options)
         if compiled is None:
-            return  # the interpreter compiles nothing
+            return  # Triton's interpreter compiles nothing
         self._values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in self._arguments]
-        if _TAKES_CONSTANTS:
+        if TAKES_CONSTANTS:
             names = self._kernel.arg_names[len(self._arguments) :]
             self._values += [self._constants[name] for name in names]
         self._direct = compiled[self._grid]

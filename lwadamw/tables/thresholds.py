@@ -1,4 +1,4 @@
-"""Thresholds: the tables from which a plan's huber thresholds follow its weights, on the device."""
+"""Thresholds: the device tables from which the huber thresholds of a plan follow the weights after every step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from .launch import Launch
 
 
 class Thresholds:
-    """For rows of one device, each with a threshold in its state.
+    """The thresholds of all rows of a plan with huber decay. state/decay.py has the formula and its source.
 
     Args:
-        factors: what turns each row's sum of |w| into its threshold for weights that stay as they are
-        addresses: int64[n_rows] of the thresholds
-        coefficients: float32[n_rows, COEFFICIENTS], which say what rows took the step
+        factors: for each row, the number that turns its sum of |w| into the threshold for weights that do not change:
+            huber_scale / number of elements.
+        addresses: int64[n_rows], address of each row's threshold, a float32[].
+        coefficients: float32[n_rows, COEFFICIENTS]; the last column says which rows took the step.
+        chunk_row: int32[n_chunks], the row of each chunk.
+        options: options of Triton's compiler.
     """
 
     def __init__(
@@ -31,19 +34,27 @@ class Thresholds:
         options: Mapping[str, Any],
     ) -> None:
         device = coefficients.device
-        # Zeros: rows that are empty or have not taken a step leave none of their own.
+        # float32[n_chunks]: sum of |w| of each chunk; the update kernel writes them. They start as zeros, because the
+        # update kernel writes nothing for a row without elements or for a row that has not taken a step.
         self.absolutes = torch.zeros(max(len(chunk_row), 1), dtype=torch.float32, device=device)
-        ends = torch.searchsorted(chunk_row, torch.arange(len(factors) + 1, device=device, dtype=chunk_row.dtype))
+        first_chunk = torch.searchsorted(
+            chunk_row, torch.arange(len(factors) + 1, device=device, dtype=chunk_row.dtype)
+        )
         self._tables = (
             self.absolutes,
-            ends.to(torch.int32),
+            first_chunk.to(torch.int32),
             torch.tensor(factors, dtype=torch.float64, device=device),
             addresses,
             coefficients,
         )
         self._options = options
 
-    def launch(self, first: int, rows: int) -> Launch:
-        """Of the kernel that moves the thresholds of some rows after their step."""
+    def launch(self, first: int, n_rows: int) -> Launch:
+        """Return the launch that moves the thresholds of some rows, to be called after the update of these rows.
+
+        Args:
+            first: index of the first row.
+            n_rows: number of rows.
+        """
         constants = {"RATE": decay.RATE}
-        return Launch(kernels.threshold_kernel, rows, (*self._tables, first), constants, self._options)
+        return Launch(kernels.threshold_kernel, n_rows, (*self._tables, first), constants, self._options)

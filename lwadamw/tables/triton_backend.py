@@ -1,8 +1,9 @@
-"""Triton backend: keeps the plans of every device fresh and launches them.
+"""Triton backend: keeps the plans of every device up to date and launches them.
 
-Anything may change between two steps: gradients are new tensors, hyperparameters are rewritten, a framework swaps
-parameters or state. So every step looks at all of it, by address or identity, and uploads or rebuilds only what is
-stale. That look is the host's whole cost of a step, and it stays with C-level loops for it.
+Anything may change between two steps. Gradients are new tensors, hyperparameters are assigned, a framework replaces
+parameters or state. So every step looks at everything, by address or by identity, and uploads or rebuilds only what is
+out of date. This look is the whole cost of a step on the host. So it uses loops that run in C, such as `map` and the
+comparison of lists, and no Python code per tensor.
 """
 
 from __future__ import annotations
@@ -13,18 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state import keys
 from ..state.checks import check_state
-from ..state.decay import is_huber
 from ..state.members import Member, any_gradient, is_sharded, local
+from .device_totals import DeviceTotals
 from .group_table import GroupTable
-from .plan import Shared
+from .grouping import PlanKey, complete_state, group_by_plan, split_idle
 from .request import Header, Request
-from .tracked_plan import TrackedPlan, complete_state, kernel_storage
+from .tracked_plan import TrackedPlan
 
 
 class TritonBackend:
-    """Every parameter the kernels update, on however many devices."""
+    """All parameters that the kernels update, on any number of devices.
+
+    Making it creates the state that parameters lack. Parameters with neither a gradient nor state are left out, until
+    one of them gets a gradient and the caller makes a new backend.
+
+    Args:
+        members: the parameters for the kernels.
+        groups: the optimizer's `param_groups`.
+        state: the optimizer's state, by parameter; completed in place.
+        skipped: int64[], number of steps skipped so far, the start of the count; None: 0.
+        idle: whether to leave out the parameters with neither a gradient nor state.
+
+    Raises:
+        RuntimeError: some state does not fit its parameter. In this case nothing has been written.
+    """
 
     @torch.no_grad()
     def __init__(
@@ -35,77 +49,73 @@ class TritonBackend:
         skipped: Tensor | None = None,
         idle: bool = True,
     ) -> None:
-        """Make plans for all parameters that have a gradient or state, creating what state is missing.
-
-        skipped: int64[], the steps skipped so far, to be counted on; None: 0
-        idle: leave out parameters that have neither
-
-        Raises:
-            RuntimeError: state that does not fit its parameter; nothing has been written.
-        """
-        left_out: set[int] = set()
-        self._idle: dict[str, list[Tensor]] = {}  # by where their gradients would be
-        for m in members:
-            if idle and m.gradient is None and not state.get(m.param):
-                left_out.add(id(m.param))
-                self._idle.setdefault(keys.GRAD_ATTRIBUTE.of(m.group), []).append(m.param)
-        self.members = [m for m in members if id(m.param) not in left_out]
+        self.members, self._idle = split_idle(members, state) if idle else (list(members), {})
         self.sharded = next((m for m in self.members if is_sharded(m.param)), None)
         for m in self.members:
             check_state(m, state.get(m.param, {}))
-        plans: dict[tuple[Any, ...], list[Member]] = {}
         for m in self.members:
             complete_state(state[m.param], m)
-            attribute, huber = keys.GRAD_ATTRIBUTE.of(m.group), is_huber(m.group)
-            key = (local(m.param).device, attribute, kernel_storage(m, state[m.param]), huber)
-            plans.setdefault(key, []).append(m)
-        # In an order that regrouping cannot change, because the global norm is summed in it.
-        plan_keys = sorted(plans, key=str)
-        self._shared: dict[torch.device, Shared] = {}
-        self._plans: list[TrackedPlan] = []
-        for slot, key in enumerate(plan_keys):
-            device, attribute, storage, _ = key
-            if device not in self._shared:
-                counter = torch.zeros((), dtype=torch.int64, device=device)
-                if skipped is not None:
-                    counter.copy_(skipped)
-                # One more than plans: for what other backends add up.
-                self._shared[device] = Shared(device, len(plan_keys) + 1, counter)
-            states = [state[m.param] for m in plans[key]]
-            shared, first = self._shared[device], not self._plans
-            self._plans.append(
-                TrackedPlan(plans[key], states, storage, attribute, len(groups), shared, slot, counts=first)
+        members_by_plan = group_by_plan(self.members, state)
+        self._device_totals = _make_totals(members_by_plan, skipped)
+        self._plans = [
+            TrackedPlan(
+                some,
+                [state[m.param] for m in some],
+                key,
+                n_groups=len(groups),
+                device_totals=self._device_totals[key.device],
+                total_index=i,
+                counts_skipped=i == 0,
             )
-        self._rows = {id(p): (d, i) for d in self._plans for i, p in enumerate(d.params)}
-        self._table = GroupTable(groups, list(self._shared))
+            for i, (key, some) in enumerate(members_by_plan.items())
+        ]
+        self._rows = {id(p): (tracked, row) for tracked in self._plans for row, p in enumerate(tracked.params)}
+        self._table = GroupTable(groups, list(self._device_totals))
         self._had_others = False
-        self._scalars: list[Tensor] = []  # the loss scale and found_inf, where the kernels read them
+        self._scalars: list[Tensor] = []  # keeps the loss scale and found_inf alive that the kernels read at this step
 
     def stage(self, groups: Sequence[dict[str, Any]], request: Request, verify_state: bool) -> bool:
-        """Bring every table up to date with this step; False if the plans have to be made again first.
+        """Bring every table up to date for the next step.
+
+        Args:
+            groups: the optimizer's `param_groups`.
+            request: what the step does besides the update.
+            verify_state: whether somebody else may have replaced a state tensor, so that the addresses of all of them
+                have to be compared.
+
+        Returns:
+            False if the caller has to make a new backend before the step can happen.
 
         Raises:
-            RuntimeError: a gradient the kernels cannot read; nothing has been written.
+            RuntimeError: the kernels cannot read some gradient. In this case nothing has been written.
         """
-        if any_gradient(self._idle) or not all(d.is_fresh(verify_state) for d in self._plans):
+        if any_gradient(self._idle) or not all(tracked.is_fresh(verify_state) for tracked in self._plans):
             return False
-        gradients = [d.gradients() for d in self._plans]
+        gradients = [tracked.gradients.addresses() for tracked in self._plans]
         if any(addresses is None for addresses in gradients) or not self.refresh(groups):
             return False
         self._scalars = []
-        for d, addresses in zip(self._plans, gradients, strict=True):
-            scale, inf = (self._address(scalar, d.plan.device) for scalar in (request.grad_scale, request.found_inf))
+        for tracked, addresses in zip(self._plans, gradients, strict=True):
+            device = tracked.plan.device
+            scale, inf = (self._address(scalar, device) for scalar in (request.grad_scale, request.found_inf))
             header = Header(request.max_grad_norm or 0.0, scale, inf, int(request.nonfinite == "pass"))
-            d.plan.stage(addresses or [], header)
-            d.follow_parameters()
+            tracked.plan.stage(addresses or [], header)
+            tracked.versions.follow()
         return True
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Bring hyperparameters up to date; False if the plans have to be made again first."""
+        """Bring the hyperparameters of every plan up to date.
+
+        Args:
+            groups: the optimizer's `param_groups`.
+
+        Returns:
+            False if the caller has to make a new backend before the step can happen.
+        """
         change = self._table.refresh(groups)
         if change == "changed":
-            for d in self._plans:
-                d.plan.set_groups(self._table.words[d.plan.device])
+            for tracked in self._plans:
+                tracked.plan.set_groups(self._table.words[tracked.plan.device])
         return change != "replan"
 
     def _address(self, scalar: Tensor | None, device: torch.device) -> int:
@@ -116,66 +126,107 @@ class TritonBackend:
         return there.data_ptr()
 
     def sum_gradients(self) -> list[Tensor]:
-        """Sums of squares of all gradients, each float64[1], before unscaling.
+        """Compute the square sum of the gradients of each plan, before the loss scale is divided out.
+
+        Returns:
+            float64[1] for each plan, on its device.
 
         Raises:
-            RuntimeError: other processes hold parts of a parameter, which a global norm would miss.
+            RuntimeError: other processes hold parts of some parameter, so their gradients would be missing in the
+                global norm.
         """
         if self.sharded is not None:
             name, p = self.sharded.name, self.sharded.param
             raise RuntimeError(
-                f"max_grad_norm with {name!r} {tuple(p.shape)} sharded over processes: this one holds "
-                f"{tuple(local(p).shape)} and cannot see the global norm. "
+                f"max_grad_norm: parameter {name!r} {tuple(p.shape)} is sharded over processes. This process holds "
+                f"{tuple(local(p).shape)} of it and cannot see the global norm. "
                 "Call torch.nn.utils.clip_grad_norm_ before step() and leave max_grad_norm out."
             )
-        for d in self._plans:
-            with d.plan.on_device():
-                d.plan.sum_gradients()
-        return [d.plan.total for d in self._plans]
+        for tracked in self._plans:
+            with tracked.plan.on_device():
+                tracked.plan.sum_gradients()
+        return [tracked.plan.total for tracked in self._plans]
 
     @torch.no_grad()
     def share_totals(self, others: Sequence[Tensor]) -> None:
-        """Let every device see what other devices, and other backends in `others`, have added up."""
-        if not others and not self._had_others and len(self._shared) == 1:
+        """Copy every square sum to every device, so that each device computes the same global norm.
+
+        Args:
+            others: square sums of other backends, each of one element.
+        """
+        if not others and not self._had_others and len(self._device_totals) == 1:
             return
         self._had_others = bool(others)
-        for device, shared in self._shared.items():
-            for slot, d in enumerate(self._plans):
-                if d.plan.device != device:
-                    shared.totals[slot : slot + 1].copy_(d.plan.total, non_blocking=True)
+        for device, totals in self._device_totals.items():
+            sums = totals.square_sums
+            for i, tracked in enumerate(self._plans):
+                if tracked.plan.device != device:
+                    sums[i : i + 1].copy_(tracked.plan.total, non_blocking=True)
             there = [t.to(device, non_blocking=True).reshape(()) for t in others]
-            shared.totals[-1].copy_(torch.stack(there).sum() if there else torch.zeros_like(shared.totals[-1]))
+            sums[-1].copy_(torch.stack(there).sum() if there else torch.zeros_like(sums[-1]))
 
     def run(self, *, clip: bool, norms: bool) -> None:
-        for d in self._plans:
-            with d.plan.on_device():
-                d.plan.run(clip=clip, norms=norms)
-            d.advance_versions()
+        """Take the step that has been staged.
+
+        Args:
+            clip: whether to clip by the global norm.
+            norms: whether to measure the sums that `norm_sums` reads.
+        """
+        for tracked in self._plans:
+            with tracked.plan.on_device():
+                tracked.plan.run(clip=clip, norms=norms)
+            tracked.versions.advance()
 
     def run_one(self, groups: Sequence[dict[str, Any]], p: Tensor, norms: bool, verify_state: bool) -> bool:
-        """Take the step of one parameter alone; False if the plans have to be made again first."""
-        d, row = self._rows.get(id(p), (None, 0))
-        if d is None or not d.row_is_fresh(row, verify_state) or not self.refresh(groups):
+        """Take the step of one parameter alone.
+
+        Args:
+            groups: the optimizer's `param_groups`.
+            p: the parameter.
+            norms: whether to measure the sums that `norm_sums` reads.
+            verify_state: whether somebody else may have replaced a state tensor.
+
+        Returns:
+            False if the caller has to make a new backend first. In this case the step has not happened.
+        """
+        tracked, row = self._rows.get(id(p), (None, 0))
+        if tracked is None or not tracked.row_is_fresh(row, verify_state) or not self.refresh(groups):
             return False
-        address = d.gradient_of_row(row)
+        address = tracked.gradients.address(row)
         if address is None:
             return False
-        d.follow_parameters(row)
-        with d.plan.on_device():
-            d.plan.run_row(row, address, norms)
-        d.advance_versions(row)
+        tracked.versions.follow(row)
+        with tracked.plan.on_device():
+            tracked.plan.run_row(row, address, norms)
+        tracked.versions.advance(row)
         return True
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """float32[], the global norm the last clipped step saw, before clipping; None if there was no gradient."""
-        return self._plans[0].plan.shared.grad_norm if self._plans else None
+        """float32[], the global norm of the last clipped step, before clipping; None if there are no parameters."""
+        return self._plans[0].plan.device_totals.grad_norm if self._plans else None
 
     @property
     def skipped(self) -> Tensor | None:
-        """int64[], how many steps have been skipped on the device."""
-        return self._plans[0].plan.shared.skipped if self._plans else None
+        """int64[], number of steps that have been skipped on the device; None if there are no parameters."""
+        return self._plans[0].plan.device_totals.skipped if self._plans else None
 
     def norm_sums(self) -> list[tuple[Sequence[Member], Tensor]]:
-        """Per plan its parameters and float64[n_segments, 4]."""
-        return [(d.members, d.plan.norm_sums()) for d in self._plans]
+        """Add up what the last step has measured.
+
+        Returns:
+            For each plan its parameters and float64[n_segments, 4], as `Plan.norm_sums` returns it.
+        """
+        return [(tracked.members, tracked.plan.norm_sums()) for tracked in self._plans]
+
+
+def _make_totals(members_by_plan: Mapping[PlanKey, object], skipped: Tensor | None) -> dict[torch.device, DeviceTotals]:
+    """Make what the plans of each device share, by device, in the order of plans."""
+    out = {}
+    for device in dict.fromkeys(key.device for key in members_by_plan):
+        counter = torch.zeros((), dtype=torch.int64, device=device)
+        if skipped is not None:
+            counter.copy_(skipped)
+        # The last sum is the one of other backends.
+        out[device] = DeviceTotals(device, len(members_by_plan) + 1, counter)
+    return out

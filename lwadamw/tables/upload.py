@@ -1,4 +1,4 @@
-"""Upload: a device table that the host rewrites between two steps, without waiting for the device."""
+"""Upload: a device table that the host rewrites between two steps without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from ..state.checks import capturing
 
 
 class Upload:
-    """A device table of int64 words and its master copy on the host.
+    """A device table of int64 words, and the same words on the host, where they are written.
 
-    On a GPU each upload goes through a pinned buffer of its own, reused only after the copy out of it has run: the
-    host may be many steps ahead of the device.
+    For a GPU, every upload copies the words into a pinned buffer first, and from there to the device. The host may be many
+    steps ahead of the device. So a buffer is used again only after the device has copied out of it.
+
+    `table` is int64[words] on the device. `words` and `floats` are the host's int64[words] and float64[words], two views of
+    the same memory. On the CPU they are views of `table` too.
+
+    Args:
+        words: number of words.
+        device: where the kernels read the table.
     """
 
     def __init__(self, words: int, device: torch.device) -> None:
@@ -25,7 +32,15 @@ class Upload:
         self._buffers: list[tuple[Tensor, NDArray[np.int64], torch.cuda.Event]] = []
 
     def send(self, first: int = 0, last: int | None = None) -> None:
-        """Make the device see `words`, or words [first, last) of them, from the next launch on."""
+        """Make the device see words [first, last) as the host has them now, from the next launch on.
+
+        Args:
+            first: index of the first word.
+            last: index after the last word; None: the end of the table.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured. Its replays would read addresses that no longer hold.
+        """
         if capturing():
             raise RuntimeError(
                 "lwadamw.AdamW: gradients or hyperparameters changed since the last step, so this step cannot be captured "
@@ -40,6 +55,7 @@ class Upload:
         event.record()
 
     def _free_buffer(self) -> tuple[Tensor, NDArray[np.int64], torch.cuda.Event]:
+        """Return a pinned buffer out of which the device has copied, its NumPy view, and the event of the last copy."""
         for buffer in self._buffers:
             if buffer[2].query():  # type: ignore[no-untyped-call]
                 return buffer

@@ -1,1 +1,1 @@
-"""Room."""
+"""Width: what a parameter is to a width rule, and what the rule makes of it."""

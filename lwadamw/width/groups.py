@@ -1,35 +1,50 @@
-"""Parameter groups of a model under a width rule: roles, width ratios and multipliers, decided once and by name."""
+"""Parameter groups of a model under a rule: role, width ratio and width multipliers of every parameter, decided by name."""
 
 from __future__ import annotations
 
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..state import keys
 from ..state.names import layer_type
-from .ratios import ratios
-from .roles import Decision, RoleSpec, check_spec, decide, matches, sites
+from .patterns import as_mapping, first_match, matches_any, separating
+from .ratios import Decided, Ratio, ratios
+from .roles import Decision, RoleSpec, check_spec, decide
 from .rules import Multipliers, Role, Rule, Scale, get_rule, with_output
+from .sites import sites
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What was decided about one parameter, and why."""
+    """What was decided about one parameter, and why. `summary` prints it.
+
+    Attributes:
+        role: its role.
+        fan_in: number of inputs of each output, from the global shape; None for a vector.
+        m: width ratio; None where the multipliers do not depend on it.
+        why: the evidence for the role, and the base fan_in where it is not the base width.
+        frozen: whether the parameter is in no group because it does not require a gradient.
+    """
 
     role: Role
-    fan_in: int | None  # None for vectors
-    m: float | None  # width ratio; None where the rule does not use it
+    fan_in: int | None
+    m: float | None
     why: str
     frozen: bool = False
 
 
 class Groups(list[dict[str, Any]]):
-    """A list of group dicts that remembers the evidence for each parameter by name."""
+    """A list of parameter groups that also holds the evidence for each parameter.
+
+    Args:
+        groups: the parameter groups.
+        evidence: for the name of every parameter, what was decided about it.
+    """
 
     def __init__(self, groups: Iterable[dict[str, Any]], evidence: Mapping[str, Evidence]) -> None:
         super().__init__(groups)
@@ -53,144 +68,181 @@ def param_groups(
     weight_decay: float | None = None,
     eps: float = 1e-8,
 ) -> Groups:
-    """Parameter groups for `AdamW` in which every parameter has its role and width multipliers.
+    """Make parameter groups for `AdamW` in which every parameter has its role and its width multipliers.
 
-    Groups hold (name, parameter) pairs and are merged by equal multipliers, so there are few. Base values stay out of
-    them: pass `lr` and `weight_decay` as tuned at the base width to the optimizer. Patterns are fnmatch globs on
-    parameter names, or regular expressions after "re:"; the first match wins.
+    Parameters with equal multipliers share a group, so there are few groups. Base values are not in the groups: give the
+    optimizer the `lr` and the `weight_decay` that were tuned at the base width.
+
+    Patterns are fnmatch globs on full parameter names, or regular expressions after "re:". If several patterns match, the
+    first one counts.
 
     Args:
-        model: before any wrapping that flattens parameters. DTensors count with their global shape.
-        base_width: the proxy's width in one of three forms.
-            int: every matrix has the ratio m = width / base_width; each fan_in has to be a whole multiple of the width.
-            mapping of patterns to the fan_in a matrix has at the proxy: {"*.down.weight": 1024, "*": 256}.
-            model: the proxy itself, e.g. built under torch.device("meta"); its depth may differ.
-        rule: a name from `lwadamw.RULES` or a `lwadamw.Rule`.
-        roles: patterns to "matrix", "vector", "output", `Matrix(fan_in=dim)` or `Output(fan_in=dim)`.
-        strict: an undecided parameter or a pattern without a match is an error. Otherwise a warning, and an undecided
-            parameter is a matrix whose fan_in is its last dimension.
-        width: this model's width for an int base_width; by default its config's hidden size, or the embedding's.
-        output: "vector" for models that divide their logits by m themselves.
-        overrides: patterns to group keys that win over everything, e.g. {"*.A_log": {"lr": 1e-4}}.
-        segments: patterns to the rows of the first dimension that count as one matrix each in the norms: a number of
-            equal parts (experts), or the sizes of unequal ones (q, k, v of a fused projection).
-        include_frozen: also group parameters that do not require a gradient.
-        fold: give ordinary groups for any other optimizer, with `lr` and `weight_decay` (and `eps` where the rule
-            scales it) multiplied in. Only schedulers that multiply (LambdaLR, LinearLR) keep their ratios.
-        lr, weight_decay, eps: base values, for `fold` only.
+        model: the model, before any wrapper flattens its parameters. DTensors count with their global shape.
+        base_width: the width of the proxy, in one of three forms.
+            An int: every matrix has the width ratio m = width / base_width. Each fan_in has to be a multiple of the width.
+            A mapping from patterns to the fan_in of a matrix at the proxy, for example {"*.down.weight": 1024, "*": 256}.
+            A model: the proxy itself, for example built under torch.device("meta"). It may have fewer layers.
+        rule: a name from `lwadamw.RULES`, or a `lwadamw.Rule`.
+        roles: patterns to roles: "matrix", "vector", "output", `Matrix(fan_in=dim)` or `Output(fan_in=dim)`.
+        strict: whether a parameter without a role, or a pattern that matches nothing, is an error. If False it is a warning,
+            and a parameter without a role becomes a matrix whose fan_in is its last dimension.
+        width: the width of this model, for an int `base_width`. None: the hidden size of the model's config, or else the
+            width of its embedding.
+        output: "vector" if the model divides its logits by m itself.
+        overrides: patterns to group keys that win over the rule, for example {"*.A_log": {"lr": 1e-4}}.
+        segments: patterns to the segments of a parameter, which have norms of their own. An int is a number of equal parts
+            of the first dimension (experts). A sequence has the number of rows of each part (q, k, v of a fused projection).
+        include_frozen: whether parameters that do not require a gradient are grouped too.
+        fold: make groups for any other optimizer, with `lr`, `weight_decay` and, where the rule scales it, `eps` multiplied
+            in. Only schedulers that multiply lr (LambdaLR, LinearLR) keep the width ratios of these groups.
+        lr: base learning rate, for `fold` only.
+        weight_decay: base weight decay, for `fold` only.
+        eps: base epsilon, for `fold` only.
 
     Returns:
-        Fresh group dicts in the model's order of first appearance; with `evidence` for `summary`.
+        New group dicts, in the order in which the model has their first parameters. The attribute `evidence` has an
+        `Evidence` for the name of every parameter.
 
     Raises:
-        ValueError: undecided role, unmatched pattern, or a width ratio that is not determined.
+        ValueError: a role is not decided, a pattern matches nothing, or a width ratio is not determined.
+        TypeError: `base_width` or `rule` has a wrong type.
         RuntimeError: parameters are flattened or partitioned shards.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64, bias=False))
+        >>> for group in param_groups(model, base_width=16):
+        ...     print(group["role"], group["width_lr_mult"], group["width_wd_mult"])
+        vector 1.0 0.0
+        matrix 0.25 2.0
     """
     resolved = with_output(get_rule(rule), output)
     roles, overrides, segments = dict(roles or {}), dict(overrides or {}), dict(segments or {})
     for spec in roles.values():
         check_spec(spec)
     if fold and (lr is None or weight_decay is None):
-        raise ValueError("param_groups: fold=True multiplies base values, so it needs lr=... and weight_decay=...")
-
-    found = list(sites(model))
-    decisions = {places[0].name: decide(p, places, model, roles) for p, places in found}
-    aliases = {places[0].name: [site.name for site in places] for _, places in found}
-    frozen = {places[0].name for p, places in found if not p.requires_grad}
-    skipped = set() if include_frozen else frozen
-    _check_patterns(("roles", "overrides", "segments"), (roles, overrides, segments), aliases, strict)
-    decisions = _settle_undecided(found, decisions, skipped, strict)
-    ratio = ratios(model, base_width, width, aliases, roles)
-
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    evidence: dict[str, Evidence] = {}
-    for p, places in found:
-        name = places[0].name
-        decision = decisions[name]
-        role = decision.role or "matrix"
-        if name in skipped:
-            evidence[name] = Evidence(role, decision.fan_in, None, decision.why, frozen=True)
-            continue
-        scale = resolved[role]
-        m, note = (None, "") if _is_constant(scale) else ratio(name, p, decision)
-        multipliers = scale.at(1.0 if m is None else m)
-        own = next((o for pattern, o in overrides.items() if any(matches(pattern, a) for a in aliases[name])), {})
-        evidence[name] = Evidence(role, decision.fan_in, m, decision.why + note)
-        key = (role, multipliers, tuple(sorted(own.items(), key=lambda item: item[0])))
-        group = groups.get(key)
-        if group is None:
-            group = groups[key] = {"params": [], keys.ROLE.name: role, keys.RULE.name: resolved.name}
-            group |= dict(zip(keys.named(keys.WIDTH), multipliers, strict=True)) | dict(own)
-        group["params"].append((name, p))
-        parts = next((s for pattern, s in segments.items() if any(matches(pattern, a) for a in aliases[name])), None)
-        if parts is not None:
-            group.setdefault(keys.SEGMENTS.name, {})[name] = _rows(name, p, parts)
-    if not groups:
-        raise ValueError("param_groups: the model has no parameter that requires a gradient.")
-    if fold:
-        return Groups(
-            [_folded(g, float(lr or 0.0), float(weight_decay or 0.0), eps) for g in groups.values()], evidence
+        raise ValueError(
+            "param_groups: fold=True multiplies base values, so it needs lr and weight_decay. Give lr=... and weight_decay=...."
         )
-    return Groups(groups.values(), evidence)
+
+    found = [
+        Decided(p, tuple(site.name for site in places), decide(p, places, model, roles)) for p, places in sites(model)
+    ]
+    _check_patterns({"roles": roles, "overrides": overrides, "segments": segments}, found, strict)
+    left_out = {d.name for d in found if not (include_frozen or d.param.requires_grad)}
+    found = _settle_undecided(found, left_out, strict)
+    scaled = [d for d in found if d.name not in left_out and not _is_constant(resolved[d.role])]
+    ratio = ratios(model, base_width, width, found, scaled, roles)
+    evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio)
+    groups = _merged([d for d in found if d.name not in left_out], evidence, resolved, overrides, segments)
+    if fold:
+        groups = [_folded(group, float(lr or 0.0), float(weight_decay or 0.0), eps) for group in groups]
+    return Groups(groups, evidence)
 
 
 def _is_constant(scale: Scale) -> bool:
     return scale.lr == 0 and scale.wd in (0, None) and scale.eps == 0
 
 
-def _check_patterns(
-    kinds: Sequence[str], given: Sequence[Mapping[str, Any]], aliases: Mapping[str, Sequence[str]], strict: bool
-) -> None:
-    names = [alias for group in aliases.values() for alias in group]
-    for kind, patterns in zip(kinds, given, strict=True):
+def _check_patterns(given: Mapping[str, Mapping[str, Any]], found: Sequence[Decided], strict: bool) -> None:
+    names = [name for d in found for name in d.names]
+    for argument, patterns in given.items():
         for pattern in patterns:
-            if any(matches(pattern, name) for name in names):
+            if matches_any(pattern, names):
                 continue
-            close = difflib.get_close_matches(pattern, {layer_type(name) for name in names}, n=1, cutoff=0.3)
-            hint = f" Closest: {close[0]!r}." if close else ""
-            message = f"param_groups: {kind} pattern {pattern!r} matches no parameter.{hint}"
+            # Where the glob of a layer type would match other parameters too, the hint is a pattern that does not.
+            types = separating({d.names: layer_type(d.name) for d in found})
+            known = {name: name for name in names} | {kind: own for own, kind in types.items()}
+            close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.3)
+            hint = f" Closest: {known[close[0]]!r}." if close else " Correct the pattern or leave it out."
+            message = f"param_groups: {argument} pattern {pattern!r} matches no parameter.{hint}"
             if strict:
                 raise ValueError(message)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=3)
 
 
-def _settle_undecided(
-    found: Sequence[tuple[Tensor, Sequence[Any]]], decisions: dict[str, Decision], skipped: set[str], strict: bool
-) -> dict[str, Decision]:
-    shapes = {places[0].name: tuple(p.shape) for p, places in found}
-    undecided = [name for name, d in decisions.items() if d.role is None and name not in skipped]
-    if not undecided:
-        return decisions
-    listed = "".join(f"\n  {name!r} {shapes[name]}: {decisions[name].why}" for name in undecided[:8])
-    more = f"\n  and {len(undecided) - 8} more" if len(undecided) > 8 else ""
-    glob = layer_type(undecided[0])
-    if strict:
-        raise ValueError(
-            f"param_groups: cannot decide a role for{listed}{more}\n"
-            f'Decide it: roles={{"{glob}": "vector"}} for constant lr and no decay, "matrix" for the width rule with fan_in '
-            "the last dimension, or lwadamw.Matrix(fan_in=dim); or lwadamw.register_role for the module class."
+def _settle_undecided(found: Sequence[Decided], left_out: set[str], strict: bool) -> list[Decided]:
+    """Return the parameters with a decision for each that is to be grouped."""
+    undecided = [d for d in found if d.decision.role is None and d.name not in left_out]
+    if undecided:
+        listed = "".join(f"\n  {d}: {d.decision.why}" for d in undecided[:8])
+        listed += f"\n  and {len(undecided) - 8} more" if len(undecided) > 8 else ""
+        if strict:
+            grouped = [d for d in found if d.name not in left_out]
+            patterns = separating({d.names: d.decision.role is None for d in grouped}, unlisted=[False])
+            raise ValueError(
+                f"param_groups: cannot decide a role for{listed}\n"
+                f"Give these roles, before any others: roles={as_mapping(patterns, lambda _: '<role>')}\nA <role> is one of\n"
+                '  "vector"                    constant lr, no decay\n'
+                "  lwadamw.Matrix(fan_in=-1)   the rule of matrices; the last dimension is the fan_in\n"
+                "  lwadamw.Output(fan_in=-1)   the rule of heads and routers\n"
+                "lwadamw.register_role decides it for all modules of a class."
+            )
+        warnings.warn(
+            f"param_groups: no role is decided, taken as matrices whose fan_in is the last dimension:{listed}",
+            stacklevel=3,
         )
-    warnings.warn(f"param_groups: taken as matrices with fan_in their last dimension:{listed}{more}", stacklevel=3)
-    guessed = {name: Decision("matrix", shapes[name][-1], f"guessed: {decisions[name].why}") for name in undecided}
-    return decisions | guessed
+    guessed = {d.name: Decision("matrix", d.fan_in, f"guessed: {d.decision.why}") for d in undecided}
+    return [replace(d, decision=guessed.get(d.name, d.decision)) for d in found]
+
+
+def _evidence(found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio) -> dict[str, Evidence]:
+    evidence = {}
+    for d in found:
+        m, remark = ratio(d) if d.name in scaled else (None, "")
+        evidence[d.name] = Evidence(d.role, d.decision.fan_in, m, d.decision.why + remark, frozen=d.name in left_out)
+    return evidence
+
+
+def _merged(
+    parameters: Sequence[Decided],
+    evidence: Mapping[str, Evidence],
+    rule: Rule,
+    overrides: Mapping[str, Mapping[str, Any]],
+    segments: Mapping[str, int | Sequence[int]],
+) -> list[dict[str, Any]]:
+    """Return groups of the parameters that have the same role, width multipliers and overrides."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for d in parameters:
+        m = evidence[d.name].m
+        multipliers = rule[d.role].at(1.0 if m is None else m)
+        _, own = first_match(overrides, d.names) or ("", {})
+        key = (d.role, multipliers, tuple(sorted(own.items(), key=lambda item: item[0])))
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = {"params": [], keys.ROLE.name: d.role, keys.RULE.name: rule.name}
+            group |= dict(zip(keys.named(keys.WIDTH), multipliers, strict=True)) | dict(own)
+        group["params"].append((d.name, d.param))
+        parts = first_match(segments, d.names)
+        if parts is not None:
+            group.setdefault(keys.SEGMENTS.name, {})[d.name] = _rows(d.name, d.param, parts[1])
+    if not groups:
+        raise ValueError(
+            "param_groups: the model has no parameter that requires a gradient. Give include_frozen=True to group frozen "
+            "parameters."
+        )
+    return list(groups.values())
 
 
 def _rows(name: str, p: Tensor, parts: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the number of rows of each segment of a parameter."""
     rows = p.shape[0] if p.ndim else 0
     if isinstance(parts, int):
         if parts < 1 or rows % parts:
             raise ValueError(
-                f"param_groups: {name!r} {tuple(p.shape)} does not split into {parts} equal parts by rows."
+                f"param_groups: {name!r} {tuple(p.shape)} does not split into {parts} equal parts by rows. Give segments a "
+                f"number that divides its {rows} rows, or the number of rows of each part."
             )
         return (rows // parts,) * parts
     if sum(parts) != rows or min(parts) < 1:
         raise ValueError(
-            f"param_groups: segments {tuple(parts)} of {name!r} {tuple(p.shape)} do not add up to its {rows} rows."
+            f"param_groups: segments {tuple(parts)} of {name!r} {tuple(p.shape)} do not add up to its {rows} rows. Give the "
+            "number of rows of each part, all positive."
         )
     return tuple(parts)
 
 
 def _folded(group: dict[str, Any], lr: float, weight_decay: float, eps: float) -> dict[str, Any]:
+    """Return a group for any optimizer: base values times width multipliers, and none of our group keys."""
     multipliers = Multipliers(*(key.of(group) for key in keys.WIDTH))
     out = {"params": [p for _, p in group["params"]], "lr": lr * multipliers.lr}
     out["weight_decay"] = weight_decay * multipliers.wd

@@ -1,66 +1,73 @@
 """Roles: what each parameter of a model is to a width rule, and the evidence for it.
 
-The evidence, in order: the user's patterns, registered modules, heads and routers, well-known module types, at most
-one dimension. A parameter none of it decides is an error that names it and the remedy, because with weight decay 0
-for vectors a wrong guess would silently cost a matrix its decay. A role never depends on the width the model has.
+These are asked in this order, and the first answer counts:
+
+1. a pattern of the user,
+2. a module class that the user has registered,
+3. the shape: at most one dimension is a vector,
+4. an embedding or a norm,
+5. a head or a router,
+6. another well-known module class.
+
+If none has an answer, `param_groups` raises an error that names the parameter and the remedy. It does not guess, because
+vectors have no weight decay: a matrix that is taken for a vector would silently lose its decay. A role never depends on the
+width of the model.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor, nn
 
+from .patterns import first_match
 from .rules import ROLES, Role
+from .sites import Site
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Role `matrix` whose fan_in is the size of dimension `fan_in` of the tensor, e.g. -1 for (experts, out, in)."""
+    """The role `matrix` for a tensor of any shape.
+
+    Args:
+        fan_in: the dimension of the tensor whose size is the fan_in. For packed experts of shape (experts, out, in) it is -1.
+    """
 
     fan_in: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Role `output` (untied head, router) whose fan_in is the size of dimension `fan_in` of the tensor."""
+    """The role `output` (untied head, router) for a tensor of any shape.
+
+    Args:
+        fan_in: the dimension of the tensor whose size is the fan_in.
+    """
 
     fan_in: int = -1
 
 
+# A role as a user gives it: the name of a role, or a role with the dimension that is its fan_in.
 RoleSpec = Role | Matrix | Output
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Role of one parameter; `fan_in` is None for vectors, `role` None where nothing decided it."""
+    """The role of one parameter, and the evidence for it.
+
+    Attributes:
+        role: the role; None where nothing decided it.
+        fan_in: number of inputs of each output, from the global shape; None for a vector and where nothing decided the role.
+        why: the evidence in a few words, as `summary` prints it.
+    """
 
     role: Role | None
     fan_in: int | None
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Where a parameter sits: its clean name, the module that holds it, and that module's parent."""
-
-    name: str
-    attribute: str  # name within the module
-    module: nn.Module
-    parent: nn.Module | None
-    in_stack: bool  # inside a ModuleList, Sequential or dict of numbered layers
-
-
-# Modules that only wrap another one, and the attribute they hold it under, which then is no part of a name.
-_WRAPPERS: Final = {"OptimizedModule": "_orig_mod", "FullyShardedDataParallel": "_fsdp_wrapped_module"} | {
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-}
 _HEAD_NAMES: Final = (
     "lm_head",
     "output",
@@ -73,20 +80,28 @@ _HEAD_NAMES: Final = (
     "score",
 )
 _ROUTER_NAMES: Final = ("router", "gate")
+# A convolution of at most this many input channels reads an image or a sound, so it embeds the input.
 _MOST_INPUT_CHANNELS: Final = 4
 
 _REGISTERED: dict[type[nn.Module], dict[str, RoleSpec]] = {}
 
 
 def register_role(module: type[nn.Module], roles: Mapping[str, RoleSpec]) -> None:
-    """Decide the parameters of a module class of your own, by their names within it.
+    """Decide the roles of the parameters of a module class of your own, for every model that has this class.
 
-    >>> import torch
-    >>> class Experts(torch.nn.Module): ...
-    >>> register_role(Experts, {"w1": Matrix(fan_in=-1), "w2": Matrix(fan_in=-1)})
+    Args:
+        module: the class. Its subclasses count too.
+        roles: for the names of parameters within the module: "matrix", "vector", "output", `Matrix(fan_in=dim)` or
+            `Output(fan_in=dim)`.
 
     Raises:
-        TypeError, ValueError: not a module class, or not a role.
+        TypeError: `module` is not a subclass of torch.nn.Module.
+        ValueError: a role is none of those.
+
+    Example:
+        >>> import torch
+        >>> class Experts(torch.nn.Module): ...
+        >>> register_role(Experts, {"w1": Matrix(fan_in=-1), "w2": Matrix(fan_in=-1)})
     """
     if not (isinstance(module, type) and issubclass(module, nn.Module)):
         raise TypeError(f"register_role: {module!r} is not a subclass of torch.nn.Module.")
@@ -96,49 +111,37 @@ def register_role(module: type[nn.Module], roles: Mapping[str, RoleSpec]) -> Non
 
 
 def check_spec(spec: object) -> None:
+    """Raise a ValueError if this is not a role as a user gives it."""
     if not isinstance(spec, (Matrix, Output)) and spec not in ROLES:
         raise ValueError(
             f"{spec!r} is not a role. Roles are {', '.join(ROLES)}, Matrix(fan_in=dim), Output(fan_in=dim)."
         )
 
 
-def sites(model: nn.Module) -> Iterator[tuple[Tensor, list[Site]]]:
-    """Every distinct parameter with all places it sits at, more than one where it is tied."""
-    places: dict[int, tuple[Tensor, list[Site]]] = {}
-    for site, p in _walk(model, [], None, False):
-        places.setdefault(id(p), (p, []))[1].append(site)
-    yield from places.values()
-
-
-def _walk(
-    module: nn.Module, path: list[str], parent: nn.Module | None, in_stack: bool
-) -> Iterator[tuple[Site, Tensor]]:
-    for attribute, p in module._parameters.items():
-        if p is not None:
-            yield Site(".".join([*path, attribute]), attribute, module, parent, in_stack), p
-    wrapped = _WRAPPERS.get(type(module).__name__)
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        if name == wrapped:
-            yield from _walk(child, path, parent, in_stack)
-        else:
-            yield from _walk(child, [*path, name], module, in_stack or name.isdigit())
-
-
-def matches(pattern: str, name: str) -> bool:
-    """fnmatch, or a regular expression searched for after `re:`."""
-    return bool(re.search(pattern[3:], name)) if pattern.startswith("re:") else fnmatch.fnmatchcase(name, pattern)
-
-
 def decide(p: Tensor, places: list[Site], model: nn.Module, roles: Mapping[str, RoleSpec]) -> Decision:
-    """The role of a parameter; of a tied one that of its embedding, if it is one."""
-    for pattern, spec in roles.items():
-        if any(matches(pattern, site.name) for site in places):
-            return _apply(spec, p, f"roles[{pattern!r}]", places[0].name)
+    """Decide the role of one parameter.
+
+    A tied parameter is a vector if one of its sites is an embedding. Its rows are looked up there, whatever else uses it.
+
+    Args:
+        p: the parameter.
+        places: all its sites, as `sites` yields them.
+        model: the whole model, in which heads are looked for.
+        roles: patterns of the user and the role that each gives; the first pattern that matches one of the names counts.
+
+    Returns:
+        The decision; its role is None where nothing decided it.
+
+    Raises:
+        ValueError: a role of the user does not say which dimension is the fan_in, or names a dimension that does not exist.
+        RuntimeError: the parameter is a flattened or partitioned shard.
+    """
+    by_user = first_match(roles, [site.name for site in places])
+    if by_user is not None:
+        pattern, spec = by_user
+        return _apply(spec, p, f"roles[{pattern!r}]", places[0].name)
     decisions = [_from_evidence(p, site, model) for site in places]
     decided = [d for d in decisions if d.role is not None]
-    # An embedding tied to a head is looked up in like an embedding, whatever else is done with it.
     best = next((d for d in decided if d.role == "vector"), decided[0] if decided else decisions[0])
     if len(places) > 1:
         others = [site.name for site, d in zip(places, decisions, strict=True) if d is not best]
@@ -147,23 +150,31 @@ def decide(p: Tensor, places: list[Site], model: nn.Module, roles: Mapping[str, 
 
 
 def _apply(spec: RoleSpec, p: Tensor, why: str, name: str) -> Decision:
+    """Return the decision that follows from a role as a user gives it."""
     if spec == "vector":
         return Decision("vector", None, why)
+    if p.ndim == 0:
+        raise ValueError(
+            f'param_groups: {why} gives {name!r} {spec}, but it is a single number without a fan_in. Give "vector".'
+        )
     if isinstance(spec, str):
         if p.ndim != 2:
             raise ValueError(
-                f"param_groups: {why} calls {name!r} {tuple(p.shape)} {spec!r}, but which dimension is its fan_in? "
-                f"Use lwadamw.{spec.capitalize()}(fan_in=-1) if its inputs come last, or another dimension."
+                f"param_groups: {why} calls {name!r} {tuple(p.shape)} {spec!r}, but which of its {p.ndim} dimensions is the "
+                f"fan_in? Give lwadamw.{spec.capitalize()}(fan_in=-1) if the inputs are the last dimension, else the number of "
+                "their dimension."
             )
         spec = Matrix() if spec == "matrix" else Output()
     if not -p.ndim <= spec.fan_in < p.ndim:
         raise ValueError(
-            f"param_groups: {why} gives dimension {spec.fan_in} of {name!r}, which has shape {tuple(p.shape)}."
+            f"param_groups: {why} gives dimension {spec.fan_in} of {name!r}, which has shape {tuple(p.shape)}. Give a "
+            f"dimension from {-p.ndim} to {p.ndim - 1}."
         )
     return Decision("matrix" if isinstance(spec, Matrix) else "output", p.shape[spec.fan_in], why)
 
 
 def _from_evidence(p: Tensor, site: Site, model: nn.Module) -> Decision:
+    """Return the decision from one site, without the patterns of the user."""
     module, kind = site.module, type(site.module).__name__
     for registered, specs in _REGISTERED.items():
         if isinstance(module, registered) and site.attribute in specs:
@@ -188,10 +199,11 @@ def _from_evidence(p: Tensor, site: Site, model: nn.Module) -> Decision:
 
 
 def _from_type(p: Tensor, site: Site, kind: str) -> Decision:
+    """Return the decision from the class of the module that holds the parameter."""
     module, attribute = site.module, site.attribute
     if isinstance(module, nn.Linear) and attribute == "weight":
         return Decision("matrix", p.shape[-1], kind)
-    if kind == "Conv1D" and attribute == "weight" and p.ndim == 2:  # transformers' GPT-2: (in, out)
+    if kind == "Conv1D" and attribute == "weight" and p.ndim == 2:  # of transformers' GPT-2, of shape (in, out)
         return Decision("matrix", p.shape[0], kind)
     if kind in ("ColumnParallelLinear", "RowParallelLinear") and attribute == "weight":
         return Decision("matrix", int(getattr(module, "input_size", p.shape[-1])), kind)
@@ -210,7 +222,7 @@ def _from_type(p: Tensor, site: Site, kind: str) -> Decision:
 
 
 def _output_evidence(p: Tensor, site: Site, model: nn.Module) -> str | None:
-    """Why a 2-D weight is an untied head or a router, or None."""
+    """Return why a 2-D weight is an untied head or a router; None where it is neither."""
     if site.attribute != "weight":
         return None
     find_head = getattr(model, "get_output_embeddings", None)
@@ -233,6 +245,6 @@ def _output_evidence(p: Tensor, site: Site, model: nn.Module) -> str | None:
 
 def _refuse_shard(p: Tensor, site: Site) -> None:
     raise RuntimeError(
-        f"param_groups: {site.name!r} of {type(site.module).__name__} has shape {tuple(p.shape)}, so it is a flattened or "
-        "partitioned shard and its width is unknown. Call param_groups before the model is wrapped."
+        f"param_groups: {site.name!r} of {type(site.module).__name__} has shape {tuple(p.shape)}. So it is a flattened or "
+        "partitioned shard, and its fan_in is unknown. Call param_groups before the model is wrapped."
     )

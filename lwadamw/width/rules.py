@@ -1,10 +1,15 @@
-"""Width-scaling rules as data: how learning rate, weight decay and epsilon follow the width ratio m = fan_in / base fan_in.
+"""Rules as data: how learning rate, weight decay and epsilon follow the width ratio m = fan_in / base fan_in.
 
-With eta ∝ m^a and lambda ∝ m^b of a matrix, what a rule holds constant across widths (AdamW at its steady state):
-    relative update     eta lambda          ∝ m^(a+b)      Kosson et al. 2510.19093
-    weight RMS          sqrt(eta/2lambda)   ∝ m^((a-b)/2)
-    top singular value  sqrt(eta/lambda) d^(3/4), hence sublayer gain, observed by Fan et al. 2510.15262
-Which of these transfers hyperparameters best is an open question, and the exponent of the decay one argument here.
+A rule gives a matrix the effective learning rate eta ∝ m^a and the effective weight decay lambda ∝ m^b. These quantities of
+AdamW at its steady state then follow the width, d being the width of the model:
+
+    quantity                 formula                  follows m as           source
+    relative update          sqrt(eta lambda)         m^((a+b)/2)            Kosson et al. 2510.19093
+    weight RMS               sqrt(eta / 2 lambda)     m^((a-b)/2)            Kosson et al. 2305.17212
+    top singular value       sqrt(eta/lambda) d^0.75  m^((a-b)/2 + 0.75)     observed by Fan et al. 2510.15262
+
+The top singular value sets the gain of a sublayer. A rule holds a quantity constant if the exponent of m is 0. Which quantity
+has to be constant so that hyperparameters transfer is an open question. Here the exponent of the decay is one argument.
 """
 
 from __future__ import annotations
@@ -19,7 +24,13 @@ ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 
 class Multipliers(NamedTuple):
-    """Factors on the base values of one parameter; `wd` 0 means no decay."""
+    """Width multipliers of one parameter.
+
+    Attributes:
+        lr: factor on the base learning rate.
+        wd: factor on the base weight decay; 0 means that the parameter has no weight decay.
+        eps: factor on the base epsilon.
+    """
 
     lr: float
     wd: float
@@ -28,7 +39,20 @@ class Multipliers(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Exponents of the width ratio for one role. `wd=None`: no weight decay at any width."""
+    """Exponents of the width ratio m for one role.
+
+    Args:
+        lr: exponent of the learning rate, lr ∝ m^lr.
+        wd: exponent of the weight decay, weight_decay ∝ m^wd. None: no weight decay at any width.
+        eps: exponent of epsilon, eps ∝ m^eps.
+
+    Raises:
+        ValueError: an exponent is infinite or NaN.
+
+    Example:
+        >>> Scale(lr=-1.0, wd=0.5).at(4.0)
+        Multipliers(lr=0.25, wd=2.0, eps=1.0)
+    """
 
     lr: float = 0.0
     wd: float | None = 0.0
@@ -44,13 +68,21 @@ class Scale:
 
     @classmethod
     def parse(cls, text: str) -> Scale:
-        """From text, as on a command line; exponents left out are 0.
+        """Read exponents from text, as the command line gives them.
 
-        >>> Scale.parse("lr=-0.75,wd=0.75")
-        Scale(lr=-0.75, wd=0.75, eps=0.0)
+        Args:
+            text: `name=number` pairs, separated by commas. The names are lr, wd and eps, each at most once. An exponent
+                that is left out is 0.
+
+        Returns:
+            The exponents.
 
         Raises:
-            ValueError: it is not that.
+            ValueError: the text has another form, or an exponent is not finite.
+
+        Example:
+            >>> Scale.parse("lr=-0.75,wd=0.75")
+            Scale(lr=-0.75, wd=0.75, eps=0.0)
         """
         given: dict[str, float] = {}
         for part in text.split(","):
@@ -60,11 +92,21 @@ class Scale:
                     raise ValueError(name)
                 given[name] = float(value)
             except ValueError:
-                raise ValueError(f"{text!r} is not exponents of lr, wd and eps, like lr=-0.75,wd=0.75") from None
+                raise ValueError(
+                    f"{text!r} is not a list of exponents of lr, wd and eps, like lr=-0.75,wd=0.75"
+                ) from None
         return cls(**given)
 
     def at(self, m: float) -> Multipliers:
-        """Multipliers at width ratio m > 0."""
+        """Return the width multipliers at a width ratio.
+
+        Args:
+            m: width ratio, fan_in / base fan_in; a positive number.
+
+        Raises:
+            ValueError: m is not a positive, finite number.
+            OverflowError: a multiplier is too large for a float.
+        """
         if not (math.isfinite(m) and m > 0):
             raise ValueError(f"Scale: width ratio m={m} is not a positive number. m is fan_in / base fan_in.")
         return Multipliers(m**self.lr, 0.0 if self.wd is None else m**self.wd, m**self.eps)
@@ -72,24 +114,44 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Exponents per role, and where they come from."""
+    """Exponents of the width ratio for every role, and their source.
+
+    Neither Fan et al. 2510.15262 nor Kosson et al. 2510.19093 settles the role `output` (an untied head, a router). Its
+    default is the exponent of muP for a model that does not divide its logits by m. `param_groups(..., output="vector")`
+    gives a model that divides its logits by m the other, equivalent form of muP.
+
+    Args:
+        name: name of the rule, as `summary` prints it.
+        matrix: exponents of the role `matrix`.
+        vector: exponents of the role `vector`; by default constant lr and no weight decay.
+        output: exponents of the role `output`; by default lr ∝ 1/m and no weight decay.
+        holds: what the rule keeps constant across widths, in words.
+        source: the paper that the exponents are from.
+
+    Example:
+        >>> Rule("mine", matrix=Scale(lr=-1.0, wd=0.25))["matrix"].wd
+        0.25
+    """
 
     name: str
     matrix: Scale
     vector: Scale = Scale(wd=None)
     output: Scale = Scale(lr=-1.0, wd=None)
-    holds: str = ""  # what the rule keeps constant across widths
+    holds: str = ""
     source: str = ""
 
     def __getitem__(self, role: Role) -> Scale:
+        """Return the exponents of a role.
+
+        Raises:
+            ValueError: there is no such role.
+        """
         if role not in ROLES:
             raise ValueError(f"Rule {self.name!r}: unknown role {role!r}. Roles are {', '.join(ROLES)}.")
         scale: Scale = getattr(self, role)
         return scale
 
 
-# Neither seed paper settles the output role (an untied head, a router). Its default is muP's for a model that does
-# not divide its logits by m; with output="vector" a model that does gets muP's other, equivalent form.
 RULES: Final[Mapping[str, Rule]] = {
     rule.name: rule
     for rule in (
@@ -129,25 +191,40 @@ RULES: Final[Mapping[str, Rule]] = {
 
 
 def get_rule(rule: str | Rule) -> Rule:
-    """A rule by name, or itself.
+    """Return the rule of a name.
+
+    Args:
+        rule: a name from `RULES`. A `Rule` is returned as it is.
 
     Raises:
-        ValueError: the name is not one of RULES.
-        TypeError: neither a name nor a Rule.
+        ValueError: no rule has this name.
+        TypeError: the argument is neither a name nor a `Rule`.
     """
     if isinstance(rule, Rule):
         return rule
     if not isinstance(rule, str):
         raise TypeError(f"rule must be a name or a lwadamw.Rule, got {type(rule).__name__}.")
     if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}. Rules are {', '.join(RULES)}; or pass your own lwadamw.Rule(...).")
+        raise ValueError(
+            f"unknown rule {rule!r}. Rules are {', '.join(RULES)}. You can also pass a lwadamw.Rule(...) of your own."
+        )
     return RULES[rule]
 
 
 def with_output(rule: Rule, output: Literal["output", "vector"]) -> Rule:
-    """The rule whose output role follows its own exponents, or those of a vector."""
+    """Return the rule with the exponents that the role `output` is to have.
+
+    Args:
+        rule: the rule.
+        output: "output" leaves the rule as it is. "vector" gives the role `output` the exponents of the role `vector`, for
+            a model that divides its logits by m.
+
+    Raises:
+        ValueError: `output` has another value.
+    """
     if output not in ("output", "vector"):
         raise ValueError(
-            f"output={output!r}: give 'output' (lr follows the rule) or 'vector' (the model divides logits by m)."
+            f"output={output!r}: give 'output' (the lr of a head follows the rule) or 'vector' (the model divides its "
+            "logits by m)."
         )
     return rule if output == "output" else replace(rule, output=rule.vector)

@@ -1,4 +1,7 @@
-"""Where AdamW takes weights whose gradients are noise, and how fast."""
+"""The steady state of AdamW: the size of weights and updates after many steps of noise gradients, and the time until then.
+
+The derivations are in docs/steady_state.md.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,90 @@ import numpy as np
 
 from ..state.arrays import Array
 
-# After this many tau a matrix keeps e^-3, 5 %, of its initial weights. Where those start 2 to 4 times larger than the
-# steady state, after 2 tau their remains would still add a tenth to the norm, and after 3 they do not.
+# After 3 tau a matrix keeps e^-3, so 5 %, of its initial weights. Initial weights are often 2 to 4 times larger than
+# the steady state. After 2 tau what remains of them would still add a tenth to the norm. After 3 tau it does not.
 STEADY_TAUS: Final = 3
 
 
 def tau_of(lr: Any, weight_decay: Any) -> Any:
-    """Return tau = 1/(lr weight_decay) in steps, from effective values: floats, or arrays of one shape."""
+    """Return tau = 1/(lr weight_decay): the number of steps in which weights shrink by a factor e without updates.
+
+    Args:
+        lr: effective learning rate, a float or an array.
+        weight_decay: effective weight decay, a float or an array of the same shape.
+
+    Returns:
+        tau in steps, a float or an array of the same shape.
+    """
     return 1 / (lr * weight_decay)
 
 
 def weight_rms_of(lr: Any, weight_decay: Any) -> Any:
-    """Return the steady weight RMS sqrt(lr / 2 weight_decay), from effective values: floats, or arrays of one shape.
+    """Return the root mean square of the weights at steady state, sqrt(lr / 2 weight_decay).
 
     Source: Kosson et al. 2305.17212 and 2510.19093.
+
+    Args:
+        lr: effective learning rate, a float or an array.
+        weight_decay: effective weight decay, a float or an array of the same shape.
+
+    Returns:
+        The RMS, a float or an array of the same shape.
     """
     return (lr / (2 * weight_decay)) ** 0.5
 
 
 def relative_update_of(lr: Any, weight_decay: Any, beta1: Any) -> Any:
-    """Return the steady relative update sqrt(2 lr weight_decay (1 - beta1)/(1 + beta1)).
+    """Return the relative update at steady state, sqrt(2 lr weight_decay (1 - beta1)/(1 + beta1)).
 
-    It is the norm of the update over the norm of the weight, and the angle in radians by which a weight turns in a step.
-    Takes effective values: floats, or arrays of one shape. Source: Kosson et al. 2305.17212.
+    The relative update is the norm of the update divided by the norm of the weight. It is also the angle in radians by which
+    a weight turns in one step. Source: Kosson et al. 2305.17212.
+
+    Args:
+        lr: effective learning rate, a float or an array.
+        weight_decay: effective weight decay, a float or an array of the same shape.
+        beta1: decay rate of the first moment, a float or an array of the same shape.
+
+    Returns:
+        The relative update, a float or an array of the same shape.
     """
     return (2 * lr * weight_decay * (1 - beta1) / (1 + beta1)) ** 0.5
 
 
+def next_mean_square(mean_square: float, lr: float, weight_decay: float) -> float:
+    """Return the mean square of weights after one more step, as Kosson et al. 2510.19093 model it (the model of Eq. 11).
+
+    With kept = (1 - lr weight_decay)^2 the model is
+
+        mean_square <- kept mean_square + (1 - kept) lr / (2 weight_decay)
+
+    Its fixed point is the square of `weight_rms_of`. Without weight decay it adds lr^2 per step. `Elapsed` is another model: it
+    includes momentum, and without momentum it adds lr^2 per step at any weight decay.
+
+    Args:
+        mean_square: mean of the squared weights before the step.
+        lr: effective learning rate of the step.
+        weight_decay: effective weight decay of the step; it may be 0.
+    """
+    kept = (1 - lr * weight_decay) ** 2
+    # (1 - kept) lr / (2 weight_decay), written so that weight_decay = 0 does not divide by 0.
+    return kept * mean_square + lr**2 * (1 - lr * weight_decay / 2)
+
+
 @dataclass(frozen=True, slots=True)
 class SteadyState:
-    """Where AdamW takes a matrix whose gradients are noise, by its effective lr and weight decay."""
+    """The steady state of a matrix whose gradients are noise, under constant hyperparameters.
+
+    Args:
+        lr: effective learning rate.
+        weight_decay: effective weight decay.
+        beta1: decay rate of the first moment.
+
+    Example:
+        >>> steady = SteadyState(lr=1e-3, weight_decay=0.1, beta1=0.9)
+        >>> round(steady.tau), round(steady.weight_rms, 4), round(steady.relative_update, 5)
+        (10000, 0.0707, 0.00324)
+    """
 
     lr: float
     weight_decay: float
@@ -47,40 +104,51 @@ class SteadyState:
 
     @property
     def tau(self) -> float:
-        """Steps in which the weights forget a factor e of what they were."""
+        """tau = 1/(lr weight_decay) in steps: after tau steps the initial weights have shrunk by a factor e."""
         return float(tau_of(self.lr, self.weight_decay))
 
     @property
     def weight_rms(self) -> float:
-        """RMS of the weights where tau is long against momentum, 1/(1 - beta1) steps; 4 % too large where 10 times as long."""
+        """Root mean square of the weights, sqrt(lr / 2 weight_decay).
+
+        The formula holds where tau is much longer than the memory of the momentum, 1/(1 - beta1) steps. Where tau is only 10
+        times as long, the formula is 4 % too large.
+        """
         return float(weight_rms_of(self.lr, self.weight_decay))
 
     @property
     def relative_update(self) -> float:
-        """Norm of the update over norm of the weight, and radians the weight turns by in a step (Kosson et al. 2305.17212)."""
+        """Norm of the update over norm of the weight; also radians per step (Kosson et al. 2305.17212)."""
         return float(relative_update_of(self.lr, self.weight_decay, self.beta1))
 
 
 @dataclass(slots=True)
 class Elapsed:
-    """What the steps so far have done to the weights of one group, if gradients are noise: host arithmetic under any schedule.
+    """What the steps so far have done to the weights of one group if gradients are noise, under any schedule.
 
-    With u the update before the learning rate, an exponential average of white noise scaled to variance
-    U = (1 - beta1)/(1 + beta1), and a = 1 - lr wd, the mean squares of weights follow exactly
+    Four numbers on the host follow the mean squares exactly, with momentum. docs/steady_state.md has the recurrence, its
+    derivation and what it leaves out.
 
-        w^2 <- a^2 w^2 - 2 a beta1 lr <w u> + lr^2 U          <w u> <- a beta1 <w u> - lr U
-
-    which comes to a^2 w^2 + lr^2 per step once tau is long against momentum. Not in it: the correlation of u with its own
-    denominator, which takes 1 to 2 % off the RMS at beta2 0.95, and less at more.
+    Attributes:
+        taus: number of tau that have passed, the sum of lr weight_decay over the steps.
+        log_kept: natural logarithm of the share of the initial mean square that is left.
+        grown: mean square that weights would have now if they had started at zero.
+        cross: mean of the product of a weight and its update u, where u is the update before it is multiplied by lr.
     """
 
-    taus: float = 0.0  # sum of lr wd
-    log_kept: float = 0.0  # log of the share of w^2 that is left of the weights at the start
-    grown: float = 0.0  # w^2 of weights that started at zero
-    cross: float = 0.0  # <w u>
+    taus: float = 0.0
+    log_kept: float = 0.0
+    grown: float = 0.0
+    cross: float = 0.0
 
     def advance(self, lr: float, weight_decay: float, beta1: float) -> None:
-        """One step with these effective values."""
+        """Take account of one step.
+
+        Args:
+            lr: effective learning rate of the step.
+            weight_decay: effective weight decay of the step.
+            beta1: decay rate of the first moment.
+        """
         rate, unit = lr * weight_decay, (1 - beta1) / (1 + beta1)
         kept = 1 - rate
         self.taus += rate
@@ -89,21 +157,32 @@ class Elapsed:
         self.cross = kept * beta1 * self.cross - lr * unit
 
     def back_to(self, earlier: Elapsed, share: float) -> None:
-        """Take a share of what happened since `earlier` back: that of the steps which turn out not to have happened."""
+        """Undo a share of the steps since an earlier time, because these steps turned out to be skipped steps.
+
+        All four numbers move towards their earlier values by this share of the difference.
+
+        Args:
+            earlier: a copy of this object from before those steps.
+            share: skipped steps divided by all steps since then, from 0 to 1.
+        """
         now, then = astuple(self), astuple(earlier)
         self.taus, self.log_kept, self.grown, self.cross = (n + share * (t - n) for n, t in zip(now, then, strict=True))
 
 
 def earliest_steady_step(step: int, taus: Array, rate: Array, slope: Array) -> Array:
-    """The step at which `taus` reach STEADY_TAUS if lr wd stays, or while it rises keeps rising; inf: never.
+    """Return the first step at which STEADY_TAUS tau can have passed.
 
-    A lower bound, then, for any schedule that does not rise faster later than it does now.
+    The prediction assumes that lr weight_decay goes on to rise by the same amount per step, or stays as it is where it does not
+    rise now. So the result is a lower bound for every schedule that does not rise faster later than it rises now.
 
     Args:
-        step: the present one.
-        taus: elapsed so far, float64[n].
-        rate: lr wd of the present step, float64[n].
-        slope: by how much that rises per step, float64[n]; 0 or less counts as staying.
+        step: number of the present step.
+        taus: number of tau that have passed so far, float64[n].
+        rate: lr weight_decay of the present step, float64[n].
+        slope: change of lr weight_decay per step, float64[n]; 0 or less means that the rate stays.
+
+    Returns:
+        Numbers of steps, float64[n]; infinity where STEADY_TAUS tau never pass.
     """
     left = np.maximum(STEADY_TAUS - taus, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Planning: what a rule makes of base values at another width, before anything is trained."""
+"""Planning: the values that a rule gives at another width, computed from base values before any training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from typing import Any, Final, NamedTuple
 from .rules import ROLES, Multipliers, Role, Rule
 from .steady_state import STEADY_TAUS, SteadyState
 
-# The top singular value goes as the steady weight RMS times width to this power: observed by Fan et al. 2510.15262 in
-# LLaMA-style models, not derived. Exponents from 0.5 (noise alone) to 1 (one direction alone) are possible.
+# The top singular value follows the weight RMS at steady state times width to this power. Fan et al. 2510.15262 observed
+# this in LLaMA-style models; it is not derived. Exponents from 0.5 (all of the weight is noise) to 1 (all of the weight is
+# one direction) are possible.
 TOP_WIDTH_EXPONENT: Final = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Base values and the width (fan_in of the proxy's matrices) they were tuned at.
+    """Base values, and the width at which they were tuned.
+
+    Args:
+        width: width of the proxy, the fan_in of its matrices.
+        lr: base learning rate.
+        weight_decay: base weight decay.
+        betas: decay rates of the first and the second moment.
+        eps: base epsilon.
 
     Raises:
         ValueError: a value is out of range.
@@ -33,20 +41,26 @@ class Base:
             _check_positive("Base", name, getattr(self, name))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(
-                f"Base: betas={self.betas} are not both in [0, 1). Give the optimizer's, like (0.9, 0.95)."
+                f"Base: betas={self.betas} are not both in [0, 1). Give the betas of the optimizer, like (0.9, 0.95)."
             )
         if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"Base: eps={self.eps} is not a finite number >= 0. Give the optimizer's, like 1e-8.")
+            raise ValueError(
+                f"Base: eps={self.eps} is not a finite number >= 0. Give the eps of the optimizer, like 1e-8."
+            )
 
     @property
     def steady(self) -> SteadyState:
-        """Of the proxy's matrices."""
+        """The steady state of the proxy's matrices."""
         return SteadyState(self.lr, self.weight_decay, self.betas[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Horizon:
-    """Length of a run, in steps, and the tokens of one step where they are known.
+    """Length of a run.
+
+    Args:
+        steps: number of steps.
+        batch_tokens: tokens per step; None where this is not known.
 
     Raises:
         ValueError: a value is not positive.
@@ -61,35 +75,71 @@ class Horizon:
             _check_positive("Horizon", "batch_tokens", self.batch_tokens)
 
     def share(self, tau: float) -> float:
-        """tau as a part of the run: the timescale B/(lr wd D) of Bergsma et al. 2505.13738."""
+        """Return tau as a fraction of the run: the timescale B/(lr weight_decay D) of Bergsma et al. 2505.13738.
+
+        B is the batch size and D the number of training tokens.
+
+        Args:
+            tau: 1/(lr weight_decay) in steps.
+        """
         return tau / self.steps
 
     def reaches(self, tau: float) -> bool:
-        """Whether STEADY_TAUS tau pass at full lr. Warm-up and a decaying lr only make it take longer."""
+        """Return whether the run is long enough for STEADY_TAUS tau at the full lr.
+
+        A warm-up and a decaying lr only make it take longer.
+
+        Args:
+            tau: 1/(lr weight_decay) in steps, at the full lr.
+        """
         return STEADY_TAUS * tau <= self.steps
 
 
 class Values(NamedTuple):
-    """What one role gets at the target: effective values, and the multipliers that lead there."""
+    """What one role gets at the target width.
+
+    Attributes:
+        lr: effective learning rate.
+        weight_decay: effective weight decay, for an optimizer that multiplies it by lr, as the AdamW of torch and of
+            Megatron do.
+        eps: effective epsilon.
+        multipliers: the width multipliers by which the base values were multiplied.
+    """
 
     lr: float
-    weight_decay: float  # where the optimizer multiplies it by lr, as torch's and Megatron's AdamW do
+    weight_decay: float
     eps: float
     multipliers: Multipliers
 
     @property
     def decay_per_step(self) -> float:
-        """lr wd: the weight decay where the optimizer does not multiply it by lr ("independent", fully decoupled)."""
+        """lr weight_decay: the weight decay for an optimizer that does not multiply it by lr.
+
+        Such a decay is also called independent, or fully decoupled.
+        """
         return self.lr * self.weight_decay
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One rule at one width. Ratios are target over proxy, of matrices at steady state.
+    """The values that one rule gives at one width.
+
+    Every ratio is the value of matrices at the target divided by the value at the proxy, both at steady state.
+
+    Args:
+        rule: the rule.
+        base: base values and the width of the proxy.
+        width: width of the target, the fan_in of its matrices.
 
     Raises:
-        ValueError: the width is not positive, the rule gives matrices no decay and so no steady state, or its exponents
-            lead out of the range of a float.
+        ValueError: the width is not positive, the rule gives matrices no weight decay and so no steady state, or an effective
+            value is out of the range of a float.
+
+    Example:
+        >>> from lwadamw import RULES
+        >>> target = Target(RULES["fan2025"], Base(256, lr=3e-3, weight_decay=0.1), width=4096)
+        >>> target.m, target.values("matrix").weight_decay, target.top_ratio
+        (16.0, 0.4, 1.0)
     """
 
     rule: Rule
@@ -100,8 +150,8 @@ class Target:
         _check_positive("Target", "width", self.width)
         if self.rule.matrix.wd is None:
             raise ValueError(
-                f"Target: rule {self.rule.name!r} gives matrices no weight decay, so they have no steady state. Plan with "
-                "an exponent for wd."
+                f"Target: rule {self.rule.name!r} gives matrices no weight decay, so they have no steady state. Give the "
+                "rule a number as the exponent wd of its matrices."
             )
         for role in ROLES:
             try:
@@ -113,43 +163,59 @@ class Target:
             if not fits:
                 raise ValueError(
                     f"Target: {self.rule[role]} of rule {self.rule.name!r} at m = {self.m:g} leaves the range of a float. Give "
-                    "smaller exponents."
+                    "the rule smaller exponents."
                 )
 
     @property
     def m(self) -> float:
+        """Width ratio of the matrices."""
         return self.width / self.base.width
 
     def values(self, role: Role) -> Values:
+        """Return the effective values and the width multipliers of a role.
+
+        Raises:
+            ValueError: there is no such role.
+        """
         by = self.rule[role].at(self.m)
         return Values(self.base.lr * by.lr, self.base.weight_decay * by.wd, self.base.eps * by.eps, by)
 
     @property
     def steady(self) -> SteadyState:
-        """Of matrices."""
+        """The steady state of the target's matrices."""
         values = self.values("matrix")
         return SteadyState(values.lr, values.weight_decay, self.base.betas[0])
 
     @property
     def tau_ratio(self) -> float:
+        """Ratio of tau."""
         return self.steady.tau / self.base.steady.tau
 
     @property
     def rms_ratio(self) -> float:
+        """Ratio of the weight RMS."""
         return self.steady.weight_rms / self.base.steady.weight_rms
 
     @property
     def update_ratio(self) -> float:
-        """Of the relative update, by which Kosson et al. 2510.19093 compare widths."""
+        """Ratio of the relative update, by which Kosson et al. 2510.19093 compare widths."""
         return self.steady.relative_update / self.base.steady.relative_update
 
     @property
     def top_ratio(self) -> float:
-        """Of the top singular value, by which Fan et al. 2510.15262 compare widths."""
+        """Ratio of the top singular value, by which Fan et al. 2510.15262 compare widths."""
         return self.rms_ratio * math.pow(self.m, TOP_WIDTH_EXPONENT)
 
     def as_dict(self, horizon: Horizon | None = None) -> dict[str, Any]:
-        """Everything as numbers for JSON; tau in steps, and as a part of the run where its length is known."""
+        """Return all values and ratios as plain numbers and strings, for JSON.
+
+        Args:
+            horizon: length of the run. If it is given, the result also has tau as a fraction of the run, and whether the run
+                is long enough to reach the steady state.
+
+        Returns:
+            Effective values by role; tau, and the steps until the steady state, in steps; ratios of target over proxy.
+        """
         steady = self.steady
         out: dict[str, Any] = {
             "roles": {role: self._role_dict(role) for role in ROLES},

@@ -1,4 +1,4 @@
-"""`table` shows the roles of a model that is never allocated, and refuses what it cannot build or decide."""
+"""`table` shows the roles of a model that is never allocated, and refuses a model that it cannot build or decide."""
 
 import inspect
 import json
@@ -32,7 +32,7 @@ built = nn.Linear(2, 2)
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    """A folder to stand in, with the zoo and awkward factories as modules of their own."""
+    """Makes a current folder with two modules: one with the zoo and difficult factories, one that cannot be imported."""
     (tmp_path / "models_of_mine.py").write_text(inspect.getsource(zoo) + FACTORIES)
     (tmp_path / "failing_models.py").write_text(FAILING)
     monkeypatch.chdir(tmp_path)
@@ -202,14 +202,14 @@ LLAMA = ["models_of_mine:Llama", "--args", "d=64"]
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_table_refuses_what_it_cannot_build(arguments, message, models, capsys):
+def test_table_refuses_bad_arguments_and_models_that_it_cannot_build(arguments, message, models, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["table", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_failing_factory_is_located_in_the_users_file(models, capsys, tmp_path):
+def test_the_message_about_a_failing_factory_names_the_line_in_the_users_file(models, capsys, tmp_path):
     line = (
         (tmp_path / "models_of_mine.py")
         .read_text()

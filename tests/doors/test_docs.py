@@ -1,4 +1,4 @@
-"""Tables in the documentation are those of the code."""
+"""The tables in the documentation are the tables that the code prints."""
 
 import re
 from pathlib import Path
@@ -9,14 +9,14 @@ from lwadamw.state.combinations import COMBINATIONS, table
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_storage_table_is_in_date(capsys):
+def test_the_storage_table_in_the_docs_is_the_one_of_the_code(capsys):
     written = re.search(r"<!-- table:begin -->\n(.*)\n<!-- table:end -->", (DOCS / "storage.md").read_text(), re.DOTALL)
     assert written.group(1) == table()
     assert main(["storage"]) == 0
     assert capsys.readouterr().out == table() + "\n"
 
 
-def test_the_readmes_bytes_are_the_codes():
+def test_the_bytes_in_the_readme_are_the_bytes_of_the_code():
     text = (DOCS.parent / "README.md").read_text().partition("## Low precision")[2].partition("<!-- performance")[0]
     names = [
         "bf16",

@@ -1,4 +1,4 @@
-"""Readings reach each tracker by its own call, under names that are as it expects them, without what is not known."""
+"""Each tracker gets readings by its own call and under the names it expects, without unknown values."""
 
 import math
 
@@ -31,7 +31,7 @@ EXPECTED = {
 
 
 class Calls(list):
-    """Keeps what any method is called with."""
+    """A list of the calls of every method: name, arguments, keyword arguments."""
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: self.append((name, args, kwargs))
@@ -45,7 +45,7 @@ def test_tensorboard_gets_a_scalar_per_value():
     assert {args[2] for _, args, _ in writer} == {70}
 
 
-def test_wandb_gets_one_dict_at_the_optimizers_step():
+def test_wandb_gets_one_dict_with_the_step_of_the_optimizer():
     run = Calls()
     WandbLogger(run, "net/")(READING)
     assert run == [("log", (EXPECTED,), {"step": 70})]
@@ -62,7 +62,7 @@ def _step(model, optimizer):
     optimizer.step()
 
 
-def test_lightning_logs_every_reading_once_when_its_batch_has_ended():
+def test_lightning_logs_every_reading_once_at_the_end_of_its_batch():
     class Callback:
         def __init__(self):
             self.made = True
@@ -86,7 +86,7 @@ def test_lightning_logs_every_reading_once_when_its_batch_has_ended():
 
 
 def _composer(model, optimizer):
-    """What OptimizerMonitor.batch_end does in one process."""
+    """Do what `OptimizerMonitor.batch_end` of Composer does in one process."""
     out = {}
     for name, p in model.named_parameters(prefix="module"):
         if p.grad is not None:
@@ -120,8 +120,8 @@ def test_composer_gets_norms_under_its_own_names(monkeypatch):
     assert not hasattr(optimizer, "report_per_parameter_metrics")
 
 
-def test_composer_gets_the_norm_of_a_weight_in_parts_once(device):
-    """Its global norm adds up every `l2_norm/grad` there is."""
+def test_composer_gets_one_norm_for_a_parameter_with_segments(device):
+    """Composer computes its global norm from every `l2_norm/grad`, so a parameter must not count twice."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False)).to(device)
     groups = param_groups(model, 6, width=6, roles={"0.weight": "matrix"}, segments={"0.weight": 2})
     optimizer = AdamW(groups, backend="triton")
@@ -135,12 +135,12 @@ def test_composer_gets_the_norm_of_a_weight_in_parts_once(device):
     assert found["l2_norm/param/module.0.weight"] == pytest.approx(model[0].weight.norm().item(), rel=1e-5)
 
 
-def test_a_norm_that_is_not_known_is_left_to_composer():
+def test_composer_computes_a_norm_that_is_not_known():
     model = _model()
     optimizer = AdamW(model.named_parameters())
     report_to_composer(optimizer)
     _step(model, optimizer)
     weight = model[0].weight
-    weight.grad = None  # the torch backend reads gradients when asked
+    weight.grad = None  # The torch backend reads gradients only when norms are asked for.
     found = optimizer.report_per_parameter_metrics(weight, "w", {})
     assert set(found) == {"l2_norm/param/w", "l2_norm/update/w", "l2_norm_ratio/update_param/w"}

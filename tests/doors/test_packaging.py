@@ -1,4 +1,4 @@
-"""Wheel, sdist, editable install and bare checkout each import, kernels included, and carry real files."""
+"""A wheel, an sdist, an editable install and a bare checkout each import, with the kernels, and carry real files."""
 
 import os
 import shutil
@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CHECK = """
-import pathlib, lwadamw, lwadamw.lab
+import pathlib, lwadamw
+lwadamw.schedules.exponential_warmup, lwadamw.loggers.WandbLogger
+import lwadamw.lab
 from lwadamw import kernels
 from lwadamw.kernels import adamw_kernel, layout
 assert layout.BLOCK == 1024
@@ -30,9 +32,14 @@ def source(tmp_path_factory):
     return copy
 
 
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return _build(source, "build_wheel", tmp_path_factory.mktemp("wheel"))
+
+
 @pytest.fixture
 def python(tmp_path):
-    """A clean environment that sees this one's dependencies, but not its lwadamw."""
+    """The interpreter of a new environment that has the dependencies of this one, but no lwadamw."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     dependencies = tmp_path / "dependencies"
@@ -56,37 +63,56 @@ def _build(source, what, out):
     return out / _run(sys.executable, "-c", code, cwd=source).split()[-1]
 
 
-def _install(python, archive, tmp_path):
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
-    _run(*pip, "install", "-q", "--no-deps", "--no-build-isolation", archive, cwd=tmp_path)
+def _install(python, *what, cwd):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    _run(*pip, "install", "-q", "--no-deps", "--no-build-isolation", *what, cwd=cwd)
 
 
-def test_wheel(source, python, tmp_path):
-    wheel = _build(source, "build_wheel", tmp_path)
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"lwadamw/py.typed", "lwadamw/kernels/adamw.py", "lwadamw/kernels/README.md", "lwadamw/lab/demo.py"} <= names
-    assert not any(name.startswith(("tests", "bench", "csrc_triton")) for name in names)
-    _install(python, wheel, tmp_path)
+def _contents(wheel):
+    """{name: bytes} of every file in a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_the_wheel_has_the_package_and_nothing_else(wheel):
+    files = _contents(wheel)
+    assert {
+        "lwadamw/py.typed",
+        "lwadamw/kernels/adamw.py",
+        "lwadamw/kernels/README.md",
+        "lwadamw/lab/demo.py",
+    } <= files.keys()
+    assert not any(name.startswith(("tests", "bench", "csrc_triton")) for name in files)
+
+
+def test_an_installed_wheel_imports_and_has_the_command_line(wheel, python, tmp_path):
+    (entry_points,) = (text for name, text in _contents(wheel).items() if name.endswith("entry_points.txt"))
+    assert entry_points.decode().split() == ["[console_scripts]", "lwadamw", "=", "lwadamw.commands:main"]
+    _install(python, wheel, cwd=tmp_path)
     assert "site-packages" in _run(python, "-c", CHECK, cwd=tmp_path)
+    assert "rule" in _run(python.parent / "lwadamw", "--help", cwd=tmp_path)
 
 
-def test_sdist(source, python, tmp_path):
+def test_the_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     sdist = _build(source, "build_sdist", tmp_path)
     with tarfile.open(sdist) as archive:
-        members = archive.getmembers()
-    assert any(m.name.endswith("csrc_triton/adamw.py") and m.isfile() for m in members)
-    _install(python, sdist, tmp_path)
-    assert "site-packages" in _run(python, "-c", CHECK, cwd=tmp_path)
+        assert any(m.name.endswith("csrc_triton/adamw.py") and m.isfile() for m in archive.getmembers())
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert _contents(_build(unpacked, "build_wheel", tmp_path)) == _contents(wheel)
 
 
-def test_editable_install(source, python, tmp_path):
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
-    _run(*pip, "install", "-q", "--no-deps", "--no-build-isolation", "-e", source, cwd=tmp_path)
+def test_an_editable_install_imports(source, python, tmp_path):
+    _install(python, "-e", source, cwd=tmp_path)
     assert str(source) in _run(python, "-c", CHECK, cwd=tmp_path)
 
 
-def test_bare_checkout(source, python, tmp_path):
+def test_a_bare_checkout_imports_in_its_own_folder(source, python):
     assert str(source / "csrc_triton") in _run(python, "-c", CHECK, cwd=source)
+
+
+def test_import_of_a_bare_checkout_makes_the_warm_ups_and_the_loggers_usable(source, python, tmp_path):
+    """CHECK uses both before it imports anything else of the package."""
     assert str(source / "csrc_triton") in _run(python, "-c", CHECK, cwd=tmp_path, PYTHONPATH=str(source))
 
 

@@ -1,4 +1,4 @@
-"""The NumPy reference is torch.optim.AdamW in float64, plus clip_grad_norm_, width multipliers and skipped steps."""
+"""The NumPy reference equals torch.optim.AdamW in float64, with clipping, width multipliers and skipped steps."""
 
 import math
 
@@ -61,14 +61,14 @@ def test_reference_unscales_before_it_clips():
     np.testing.assert_allclose(np.linalg.norm(one.exp_avg), 0.1, rtol=1e-6)
 
 
-def test_angle_keeps_small_angles():
+def test_small_angles_are_exact():
     before = np.array([1.0, 0.0])
     for angle in (1e-9, 1e-4, 1.0):
         change = np.array([math.cos(angle) - 1, math.sin(angle)])
         assert reference.angle(before, change) == pytest.approx(angle, rel=1e-6)
 
 
-def test_norms_are_those_of_the_step():
+def test_the_norms_and_the_angle_describe_the_step():
     rng = np.random.default_rng(0)
     p = reference.Parameter(rng.standard_normal(SHAPES[4]), reference.Group(lr=0.1, weight_decay=0.5))
     before, grad = p.value.copy(), rng.standard_normal(SHAPES[4])

@@ -1,4 +1,4 @@
-"""Width warm-ups: the paper's factors, whatever else schedules the learning rate, and the relative updates they stand for."""
+"""Width warm-ups: the factors of the paper, under any schedule of lr, and the relative updates that they lead to."""
 
 import io
 import math
@@ -18,7 +18,7 @@ M = 4.0
 
 
 def _simulated(rates, m, weight_decay, rms):
-    """Factors of Kosson et al. from the two weight RMS they are the ratio of, step by step."""
+    """Return the factors as the ratio of two weight RMS that are followed step by step (Kosson et al. 2510.19093)."""
     narrow, wide, out = rms**2, (m * rms) ** 2, []
     for lr in rates:
         out.append(math.sqrt(narrow / wide))
@@ -34,7 +34,7 @@ def test_exponential_factor_at_hand_values():
 
 @pytest.mark.parametrize("m", [0.5, 1.0, 4.0, 16.0])
 @pytest.mark.parametrize("rms", [0.01, 0.1, 1.0])
-def test_equilibrium_factor_is_the_ratio_of_two_weights(m, rms):
+def test_equilibrium_factor_is_the_ratio_of_two_weight_rms(m, rms):
     lr, weight_decay = 0.02, 0.5
     expected = _simulated([lr] * 300, m, weight_decay, rms)
     found = [equilibrium_warmup(t, m, lr, weight_decay, rms) for t in range(300)]
@@ -43,7 +43,7 @@ def test_equilibrium_factor_is_the_ratio_of_two_weights(m, rms):
     assert equilibrium_warmup(10**5, m, lr, weight_decay, rms) == pytest.approx(1)
 
 
-def test_equilibrium_factor_of_weights_that_start_there():
+def test_equilibrium_factor_of_weights_that_start_at_the_steady_state():
     lr, weight_decay = 0.02, 0.5
     factor = equilibrium_warmup(70, M, lr, weight_decay, math.sqrt(lr / (2 * weight_decay)))
     assert factor == pytest.approx((1 + (M**2 - 1) * 0.99**140) ** -0.5)
@@ -87,10 +87,10 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("rule", "backend"), [("standard", "torch"), ("fan2025", "torch"), ("fan2025", "triton")])
-def test_the_factor_is_on_top_of_any_schedule_and_rule(name, rule, backend):
+def test_the_factor_multiplies_any_schedule_and_any_rule(name, rule, backend):
     plain, optimizer = _optimizer(rule=rule), _optimizer(backend, rule)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about epochs
+        warnings.simplefilter("ignore")  # Torch warns about epochs.
         theirs = None if name in ("nothing", "ChainedScheduler") else SCHEDULES[name](plain)
         ours = SCHEDULES[name](optimizer)
         for t in range(7):
@@ -157,7 +157,7 @@ def test_equilibrium_scheduler_follows_a_learning_rate_that_varies():
     np.testing.assert_allclose(found, _simulated(rates, M, 5.0, 0.05), rtol=1e-9)
 
 
-def test_equilibrium_without_decay_is_the_growth_of_the_weights():
+def test_the_equilibrium_scheduler_without_decay_follows_the_growth_of_the_weights():
     optimizer = _optimizer()
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
@@ -172,7 +172,7 @@ def test_equilibrium_without_decay_is_the_growth_of_the_weights():
 
 
 def _relative_updates(m, steps, rms, decaying, **warm):
-    """Of noise, without the decay, in means of 20 steps: what Adam adds over the weight it is added to."""
+    """Return the relative updates under noise gradients, without the decay, as means of 20 steps."""
     lr, wd = 1e-2 / m, 1.0 * m
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(24, 24) * rms)
@@ -196,8 +196,8 @@ def _relative_updates(m, steps, rms, decaying, **warm):
     ("rms", "self_consistent", "bound"),
     [(0.125, False, 0.25), (0.125, True, 0.05), (0.02, False, 0.7), (0.02, True, 0.05)],
 )
-def test_relative_updates_are_those_of_mup_with_independent_decay(rms, self_consistent, bound, decaying):
-    """(lr/m, m wd) and (lr, wd) with the factor, at every time; the steady state's RMS is 0.07."""
+def test_relative_updates_are_close_to_those_of_lr_over_m_with_m_times_decay(rms, self_consistent, bound, decaying):
+    """At every time, (lr/m, m wd) and (lr, wd) with the factor have about the same. The RMS at steady state is 0.07."""
     mup = _relative_updates(M, 400, rms, decaying)
     off = _relative_updates(1.0, 400, rms, decaying, self_consistent=self_consistent) / mup - 1
     assert np.abs(off).max() < bound
@@ -233,12 +233,12 @@ def test_a_warmup_resumes_exactly(kind, first):
     states = torch.load(file, weights_only=True)
     for part, state in ((resumed, states[0]), (other, states[1]))[:: 1 if first == "optimizer" else -1]:
         part.load_state_dict(state)
-        # The first of them alone has the factor already.
+        # The factor is right already after the first of the two is loaded.
         assert [float(e["lr"]) for e in resumed.effective()] == expected[0]
     assert train(resumed, other, 4) == expected
 
 
-def test_a_checkpoint_from_before_the_warmup_leaves_its_factor():
+def test_a_checkpoint_without_a_warmup_does_not_remove_its_factor():
     state_dict = _optimizer().state_dict()
     optimizer = _optimizer()
     ExponentialWidthWarmup(optimizer, M, 6)
@@ -256,7 +256,7 @@ def test_each_group_has_its_own_width_ratio():
     assert "width_warmup" not in optimizer.param_groups[0]
 
 
-def test_errors_name_what_is_wrong():
+def test_each_error_names_the_argument_and_the_remedy():
     optimizer = _optimizer()
     bare = AdamW([torch.nn.Parameter(torch.ones(2))])
     cases = [
@@ -266,12 +266,12 @@ def test_errors_name_what_is_wrong():
          lambda: ExponentialWidthWarmup(bare, M, 5)),
         (ValueError, "ExponentialWidthWarmup: m has 3 values for 2 groups",
          lambda: ExponentialWidthWarmup(optimizer, [1, 2, 3], 5)),
-        (ValueError, "ExponentialWidthWarmup: m=0.0 of group 1 is not a positive number",
+        (ValueError, "ExponentialWidthWarmup: m=0.0 of group 1 is not a positive number. m is width / base width",
          lambda: ExponentialWidthWarmup(optimizer, [1, 0], 5)),
         (ValueError, "ExponentialWidthWarmup: steps=0 is not positive", lambda: ExponentialWidthWarmup(optimizer, M, 0)),
         (ValueError, "EquilibriumWidthWarmup: rms has 1 values for 2 groups",
          lambda: EquilibriumWidthWarmup(optimizer, M, rms=[0.1])),
-        (ValueError, "ExponentialWidthWarmup.load_state_dict: the state is of 1 groups, this optimizer had 2",
+        (ValueError, "ExponentialWidthWarmup.load_state_dict: the state is of 1 groups, this optimizer had 2 groups",
          lambda: ExponentialWidthWarmup(optimizer, M, 5).load_state_dict(
              ExponentialWidthWarmup(bare, [M], 5).state_dict())),
     ]  # fmt: skip

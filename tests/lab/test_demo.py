@@ -1,4 +1,4 @@
-"""The demo, the model and the text it trains on, and the command line around it."""
+"""The demo, its model, the text on which the model is trained, and the command line of the demo."""
 
 import math
 import signal
@@ -18,7 +18,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def model():
-    """Initialised, with a head that is not zero."""
+    """A model whose head is not zero, so that its logits depend on the input."""
     out = Transformer(CONFIG, seed=1)
     torch.nn.init.normal_(out.head.weight)
     return out
@@ -98,7 +98,7 @@ def test_a_file_is_split_without_overlap(text):
     assert len(corpus.validation) == len(text.read_bytes()) // 16
 
 
-def test_batches_are_windows_of_the_text_that_the_seed_decides():
+def test_batches_are_windows_of_the_text_and_the_seed_decides_their_positions():
     numbers = torch.arange(200, dtype=torch.uint8)
     first, again, other = (next(data.batches(numbers, batch=64, context=9, seed=seed)) for seed in (3, 3, 4))
     assert first.shape == (64, 10)
@@ -125,11 +125,13 @@ def test_a_short_file_is_refused_with_the_length_it_needs(tmp_path):
 
 
 def test_quick_demo_prints_the_closing_table_and_writes_a_figure(tmp_path, capsys):
+    """Without --data the demo trains on the standard library."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "demo.png"
     assert main(["demo", "--quick", "--device", "cpu", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     closing = printed[printed.rindex("\n\n") :]
+    assert "standard library" in printed
     assert "width 32, m = 1" in closing
     assert "width 128, m = 4" in closing
     assert "0.01, 2.5" in closing  # lr, weight decay at the proxy
@@ -140,7 +142,7 @@ def test_quick_demo_prints_the_closing_table_and_writes_a_figure(tmp_path, capsy
 
 
 @pytest.mark.parametrize(("batch", "seen"), [(5, 1), (15, 2)], ids=["proxy", "target"])
-def test_an_interrupt_still_shows_what_there_is(batch, seen, text, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_demo_shows_the_results_so_far(batch, seen, text, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = 0
 
@@ -154,7 +156,8 @@ def test_an_interrupt_still_shows_what_there_is(batch, seen, text, tmp_path, cap
 
     monkeypatch.setattr(training, "batches", interrupting)
     out = tmp_path / "demo.png"
-    assert main(["demo", "--quick", "--device", "cpu", "--data", str(text), "--out", str(out)]) == 130
+    command = ["demo", "--quick", "--ratio", "2", "--device", "cpu", "--data", str(text), "--out", str(out)]
+    assert main(command) == 130
     closing = capsys.readouterr().out.partition("interrupted")[2]
     assert closing.count(", m = ") == seen
     assert "4 of 10" in closing
@@ -169,15 +172,16 @@ def test_an_interrupt_before_the_first_step_says_so(text, tmp_path, capsys, monk
     assert not out.exists()
 
 
-def test_no_figure_without_matplotlib_but_the_way_to_get_one(text, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_there_is_no_figure_and_a_line_says_how_to_install_it(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = tmp_path / "demo.png"
-    assert main(["demo", "--quick", "--device", "cpu", "--data", str(text), "--out", str(out)]) == 0
+    command = ["demo", "--quick", "--ratio", "2", "--steps", "2", "--device", "cpu", "--data", str(text)]
+    assert main([*command, "--out", str(out)]) == 0
     assert 'pip install "lwadamw[lab]"' in capsys.readouterr().out
     assert not out.exists()
 
 
-def test_a_run_measures_against_its_effective_values(text):
+def test_a_record_compares_with_the_steady_state_of_the_effective_values(text):
     settings = training.Settings(base_width=32, depth=1, context=16, batch=2, steps=5, lr=1e-3, weight_decay=0.5)
     run = training.Run(settings, 64, data.from_file(text), torch.device("cpu"))
     before = {name: p.detach().clone() for name, p in run.matrices.items()}
@@ -208,12 +212,12 @@ def test_the_steady_step_counts_the_decay_of_the_warm_up(text):
         (["--data", "no/such/file"], "--data: cannot read 'no/such/file'"),
         (["--out", "no/such/folder/x.png"], "--out: 'no/such/folder/x.png' is in a folder that does not exist"),
         (["--device", "tpu"], "--device: 'tpu' is no device"),
-        (["--device", "meta"], "--device: the demo runs on cpu or cuda"),
+        (["--device", "meta"], "--device: the laboratory runs on cpu or cuda"),
         (["--rule", "none"], "--rule: invalid choice: 'none'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_arguments_name_the_option(arguments, message, capsys):
+def test_the_message_about_a_bad_argument_names_the_option(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--quick", *arguments])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""The report: what it says of the committed runs follows from them."""
+"""The report docs/width_transfer.md: its tables and claims follow from the committed runs."""
 
 import csv
 import math
@@ -11,7 +11,7 @@ from lwadamw.lab.findings import TABLES, fit, markdown, refresh
 DOCS = Path(__file__).parents[2] / "docs"
 DATA = DOCS / "data"
 
-# Width exponent of the whole network's gain under noise, ReLU, +-0.15: (lr/wd) d^1.5 with the rule's lr and wd.
+# Width exponent of the gain of the ReLU network under noise. The gain is (lr/wd) d^1.5 with the rule's lr and wd, to +-0.15.
 GAIN = {"standard": 1.57, "mup": 0.57, "fan2025": 0.06, "kosson2025": -0.46, "balanced": 0.06}
 
 
@@ -21,7 +21,7 @@ def synthetic():
         return list(csv.DictReader(file))
 
 
-def test_the_reports_tables_are_those_of_its_data():
+def test_the_tables_of_the_report_follow_from_its_data():
     report = (DOCS / "width_transfer.md").read_text()
     assert refresh(report, DATA) == report
     for name in TABLES:
@@ -47,14 +47,14 @@ def test_noise_takes_every_weight_to_its_steady_state(synthetic):
         assert fit(rows, f"rms_{name}").slope == pytest.approx(0, abs=0.05)
 
 
-def test_the_top_and_the_bulk_of_a_spectrum_have_exponents_of_their_own(synthetic):
+def test_the_top_and_the_bulk_of_a_spectrum_have_different_exponents(synthetic):
     rows = [row for row in synthetic if row["arm"] == "standard" and row["variant"] == "relu"]
     for name in ("in", "out"):
         assert fit(rows, f"top_{name}").slope == pytest.approx(1.0, abs=0.1)
         assert fit(rows, f"bulk_{name}").slope == pytest.approx(0.5, abs=0.1)
 
 
-def test_an_exponent_is_that_of_the_seeds_that_have_every_width():
+def test_an_exponent_uses_only_the_seeds_that_have_every_width():
     rows = [
         {"seed": seed, "width": str(width), "x": repr(3 * width**slope)}
         for seed, slope in (("0", 0.5), ("1", 0.7), ("2", 9.0))
@@ -66,7 +66,7 @@ def test_an_exponent_is_that_of_the_seeds_that_have_every_width():
     assert found.spread == pytest.approx(math.sqrt(0.02))
 
 
-def test_only_the_blocks_of_a_report_change():
+def test_a_refresh_changes_only_the_tables_of_a_report():
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
     text = "before\n<!-- steady:begin -->\nold\n<!-- steady:end -->\nafter\n<!-- other:begin -->\nkept\n<!-- other:end -->\n"
     fresh = refresh(text, DATA)

@@ -1,4 +1,4 @@
-"""The probe: gain and alignment against float64 by hand, at one time step, leaving model and randomness as they were."""
+"""The probe measures gain and alignment at one step like float64 by hand, and leaves model and randomness as they were."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from torch import nn
 
 from lwadamw import AdamW, Probe, param_groups
 from lwadamw.lab.model import ModelConfig, Transformer
-from lwadamw.monitor.probe import STATISTICS, _Rows
+from lwadamw.monitor.probe import STATISTICS, _InputSample
 from tests import zoo
 
 
@@ -23,7 +23,7 @@ class MLP(nn.Module):
 
 
 def _by_hand(x, before, after):
-    """Statistics of one matrix from float64 [n, fan_in] inputs, in the order of STATISTICS."""
+    """Return the statistics of one matrix in float64, in the order of STATISTICS. x holds the inputs, [n, fan_in]."""
     x, w = x.double(), before.double()
     y, dw = x @ w.T, after.double() - before.double()
     dy = x @ dw.T
@@ -40,7 +40,7 @@ def _train_step(model, optimizer, loss):
 
 
 def _measure(model, optimizer, probe, loss):
-    """(statistics, weights before, weights after) of one step."""
+    """Measure one step. Return the statistics, the weights before and the weights after."""
     optimizer.zero_grad()
     loss(model).backward()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -102,7 +102,7 @@ def test_statistics_of_a_transformer_equal_float64_by_hand(backend, device):
     )
 
 
-def test_identities():
+def test_gain_and_representation_change_follow_from_the_alignments():
     """representation_change = alignment_ratio |dW|/|W|, and gain = weight_alignment rms(W) fan_in."""
     model = MLP()
     optimizer = AdamW(model.parameters(), lr=3e-2)
@@ -124,7 +124,7 @@ def test_gain_of_known_matrices(weight, gain):
         nn.init.orthogonal_(model.weight)
         if weight == "halved":
             model.weight *= 0.5
-        if weight == "summing":  # one input direction, and all rows along it
+        if weight == "summing":  # all inputs and all rows of the weight have one direction
             batch = torch.randn(30, 1) * torch.ones(12) / 12**0.5
             model.weight.fill_(12**-0.5)
     optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
@@ -140,7 +140,7 @@ def test_a_segment_has_its_own_statistics(backend, device):
     batch = torch.randn(6, 8, device=device)
     found, before, after = _measure(model, optimizer, Probe(optimizer, model, batch), lambda m: m(batch).pow(3).sum())
     names = optimizer.norm_names()
-    sizes = {"torch": (12,), "triton": (3, 4, 5)}[backend]  # torch's backend has norms of the whole only
+    sizes = {"torch": (12,), "triton": (3, 4, 5)}[backend]  # the torch backend has one entry for the whole weight
     assert len(names) == len(sizes)
     parts = zip(before["0.weight"].split(sizes), after["0.weight"].split(sizes), strict=True)
     for i, (b, a) in enumerate(parts):
@@ -148,7 +148,7 @@ def test_a_segment_has_its_own_statistics(backend, device):
 
 
 class Recurrent(nn.Module):
-    """One module called twice, and a second one with the same weight."""
+    """Calls one module twice, and then a second module that has the same weight."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ class Recurrent(nn.Module):
         return self.twin(self.cell(self.cell(x)))
 
 
-def test_calls_of_one_weight_add_up_and_a_weight_without_calls_is_unknown():
+def test_x_holds_all_calls_of_a_weight_and_a_weight_without_calls_is_nan():
     model = Recurrent()
     optimizer = AdamW(model.named_parameters(), lr=1e-2)
     batch = torch.randn(5, 6)
@@ -186,7 +186,7 @@ def test_modes_hooks_randomness_and_gradients_stay_as_they_were():
 
     def forward(m, batch):
         assert not any(module.training for module in m.modules())
-        return torch.nn.functional.dropout(m(batch), 0.5, training=True)  # draws, whatever the mode
+        return torch.nn.functional.dropout(m(batch), 0.5, training=True)  # draws random numbers in every mode
 
     batch = torch.randn(7, 12)
     model(batch).sum().backward()
@@ -205,7 +205,7 @@ def test_modes_hooks_randomness_and_gradients_stay_as_they_were():
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
-def test_a_failing_forward_leaves_no_trace():
+def test_a_failing_forward_leaves_model_and_probe_as_they_were():
     model = MLP()
     probe = Probe(AdamW(model.parameters()), model, torch.randn(3, 5))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -238,7 +238,7 @@ def test_autocast_does_not_reach_the_measurement():
     )
 
 
-def test_a_skipped_step_has_no_alignment_of_its_update():
+def test_after_a_skipped_step_the_alignments_of_the_update_are_nan():
     model = nn.Linear(5, 5, bias=False)
     optimizer = AdamW(model.parameters(), max_grad_norm=1.0)
     batch = torch.randn(4, 5)
@@ -250,7 +250,7 @@ def test_a_skipped_step_has_no_alignment_of_its_update():
 
 
 @pytest.mark.parametrize("batch", ["tensor", "tuple", "mapping"])
-def test_a_batch_is_what_the_model_is_called_with(batch):
+def test_the_model_is_called_with_the_batch(batch):
     model, x = nn.Linear(4, 3, bias=False), torch.randn(6, 4)
     optimizer = AdamW(model.parameters())
     given = {"tensor": x, "tuple": (x,), "mapping": {"input": x}}[batch]
@@ -258,14 +258,14 @@ def test_a_batch_is_what_the_model_is_called_with(batch):
     assert found["gain"] == pytest.approx([_by_hand(x, before["weight"], after["weight"])[0]], rel=1e-5)
 
 
-def test_few_rows_stand_for_all():
-    """Any limit is kept, over any number of calls, and no part of the rows is preferred."""
+def test_the_kept_rows_lie_evenly_over_all_rows():
+    """The limit holds for any number of calls, and no position within a window of 64 tokens is preferred."""
     x = torch.arange(4096.0).reshape(-1, 1)
     for calls in (1, 8):
-        rows = _Rows(500)
+        sample = _InputSample(500)
         for part in x.chunk(calls):
-            rows.hook(nn.Identity(), (part,), {})
-        kept = rows.values.flatten().sort().values
+            sample.hook(nn.Identity(), (part,), {})
+        kept = sample.values.flatten().sort().values
         assert len(kept) == 500
         assert kept[0] == 0
         assert max(kept.diff().max(), 4096 - kept[-1]) <= 2.7 * 4096 / 500
@@ -274,7 +274,7 @@ def test_few_rows_stand_for_all():
         assert positions.max() <= 11
 
 
-def test_the_gain_of_few_rows_is_near_that_of_all():
+def test_the_gain_of_512_rows_is_close_to_the_gain_of_all_rows():
     model = MLP(32)
     optimizer = AdamW(model.parameters())
     batch = torch.randn(64, 64, 32) * torch.rand(64, 64, 1)
@@ -285,15 +285,15 @@ def test_the_gain_of_few_rows_is_near_that_of_all():
     np.testing.assert_allclose(gains[0], gains[1], rtol=0.05)
 
 
-def test_weights_of_other_layers_are_unknown():
-    """Conv1D of GPT-2 has its weight transposed, convolutions have no one X, a tied head follows the embedding."""
+def test_a_model_without_linear_modules_is_refused():
+    """The Conv1D of GPT-2 has a transposed weight, and its tied head follows the embedding. So nothing can be measured."""
     model = zoo.GPT2(8)
     optimizer = AdamW(param_groups(model, 8, width=8))
     with pytest.raises(ValueError, match="no matrix of the optimizer is the weight of a module like nn.Linear"):
         Probe(optimizer, model, None)
 
 
-def test_what_cannot_be_measured_is_an_error():
+def test_a_probe_that_cannot_measure_is_an_error():
     model = MLP()
     with pytest.raises(ValueError, match="max_rows=0 is not positive"):
         Probe(AdamW(model.parameters()), model, None, max_rows=0)
@@ -309,7 +309,7 @@ def test_a_compiled_model_is_measured_through_its_modules():
     compiled = torch.compile(model, backend="eager")
     batch = torch.randn(3, 4)
     compiled(batch).sum().backward()
-    with torch.no_grad():  # what the probe would run, compiled without its hooks
+    with torch.no_grad():  # compiles the model in evaluation mode, without the hooks of the probe
         compiled.eval()(batch)
     probe = Probe(optimizer, compiled, batch)
     probe.before_step()

@@ -1,4 +1,4 @@
-"""Power iteration finds what a full SVD does, to 1 %; the bulk is the edge of the noise below."""
+"""Power iteration finds the top singular values of a full SVD to 1 %, and the bulk ends where its noise ends."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def _exact(matrix, count=2):
 
 
 @pytest.mark.parametrize("kind", MATRICES)
-def test_the_two_largest_are_those_of_an_svd(kind, device):
+def test_the_two_largest_singular_values_equal_those_of_an_svd(kind, device):
     matrix = MATRICES[kind]().to(device)
     values, (vectors,) = top_singular_values([matrix], [None])
     first, second = _exact(matrix)
@@ -55,7 +55,7 @@ def test_many_matrices_at_once_keep_their_places(device):
     np.testing.assert_allclose(values[:, 0], [_exact(m)[0] for m in matrices], rtol=0.01)
 
 
-def test_a_batch_is_bounded(monkeypatch):
+def test_a_batch_has_a_limited_number_of_elements(monkeypatch):
     monkeypatch.setattr(spectrum, "BATCH", 2500)
     matrices = [torch.randn(30, 40) for _ in range(5)]
     assert [len(indices) for indices in spectrum._batches(matrices)] == [2, 2, 1]
@@ -63,7 +63,7 @@ def test_a_batch_is_bounded(monkeypatch):
     np.testing.assert_allclose(values[:, 0], [_exact(m)[0] for m in matrices], rtol=0.01)
 
 
-def test_trained_weights_of_the_laboratory(device):
+def test_the_singular_values_of_trained_weights_equal_those_of_an_svd(device):
     model = Transformer(ModelConfig(width=64, depth=1, context=16), seed=0).to(device)
     groups = lwadamw.param_groups(model, base_width=64)
     optimizer = lwadamw.AdamW(groups, lr=1e-2, weight_decay=2.5, betas=(0.9, 0.95))
@@ -85,7 +85,7 @@ def test_trained_weights_of_the_laboratory(device):
     assert np.isnan(columns["top"][row["norm.weight"]])
 
 
-def test_a_warm_start_ends_sooner(monkeypatch):
+def test_the_vectors_of_the_last_time_make_the_iteration_shorter(monkeypatch):
     seen = []
     ritz = spectrum._ritz
     monkeypatch.setattr(spectrum, "_ritz", lambda y: seen.append(len(y)) or ritz(y))
@@ -105,7 +105,7 @@ def test_vectors_of_another_shape_are_not_used():
     assert values[0, 0] == pytest.approx(_exact(matrix)[0], rel=0.01)
 
 
-def test_a_matrix_that_is_not_finite_spoils_only_itself():
+def test_a_matrix_that_is_not_finite_does_not_change_the_others():
     good, bad = torch.randn(30, 30), torch.randn(30, 30)
     bad[3, 4] = float("inf")
     values, _ = top_singular_values([bad, good], [None, None])
@@ -117,26 +117,28 @@ def test_a_matrix_that_is_not_finite_spoils_only_itself():
     assert known.columns(["w"], np.ones(1))["top"][0] == pytest.approx(_exact(good)[0], rel=0.01)
 
 
-def test_it_draws_no_number_that_training_would():
+def test_the_random_numbers_of_training_stay_the_same():
     state = torch.get_rng_state()
     top_singular_values([torch.zeros(9, 9) + torch.eye(9)], [None])
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (400, 100), (64, 256)])
-def test_the_bulk_of_noise_ends_where_its_spectrum_does(shape):
+def test_the_bulk_of_noise_ends_at_its_largest_singular_value(shape):
     noise = torch.randn(shape)
     values, _ = top_singular_values([noise], [None])
     assert bulk_edge(values[0], float(noise.norm()), *shape) == pytest.approx(_exact(noise)[0], rel=0.03)
 
 
-def test_the_bulk_does_not_see_the_spikes_above_it():
+def test_spikes_above_the_bulk_do_not_change_the_bulk():
     noise = torch.randn(200, 100)
     matrix = noise + _spiked(200, 100, 80.0) + _spiked(200, 100, 50.0)
     values, _ = top_singular_values([matrix], [None])
     edge = bulk_edge(values[0], float(matrix.norm()), 200, 100)
     assert edge == pytest.approx(200**0.5 + 100**0.5, rel=0.03)
-    assert bulk_edge([80.0], float(matrix.norm()), 200, 100) > 1.05 * edge, "with one of two taken out, it is larger"
+    assert bulk_edge([80.0], float(matrix.norm()), 200, 100) > 1.05 * edge, (
+        "with only one of the two spikes removed, the bulk is larger"
+    )
 
 
 @pytest.mark.parametrize(("value", "shape"), [(3.0, (5, 7)), (1e-3, (40, 30)), (0.0, (4, 4))])
@@ -159,7 +161,7 @@ def test_a_matrix_of_rank_one_has_no_bulk(value, shape):
         ((0, 5), 5, None),
     ],
 )
-def test_the_matrix_a_parameter_multiplies_by(shape, fan_in, expected):
+def test_matrix_view_returns_the_matrix_that_a_parameter_multiplies_with(shape, fan_in, expected):
     p = torch.randn(shape)
     view = matrix_view(p, fan_in)
     assert (None if view is None else tuple(view.shape)) == expected

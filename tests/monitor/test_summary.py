@@ -1,4 +1,4 @@
-"""The summary states effective numbers, tau and the evidence, one line for all layers that agree."""
+"""The summary shows effective values, tau and the evidence, with one line for layers that have equal values."""
 
 import torch
 
@@ -29,7 +29,7 @@ def test_summary_of_a_scaled_model():
     ]
 
 
-def test_layers_that_differ_get_their_own_lines():
+def test_layers_with_other_values_get_their_own_lines():
     model = zoo.Llama(64, 3)
     optimizer = AdamW(param_groups(model, 16, overrides={"layers.1.wq.weight": {"lr": 1e-4}}), lr=1e-2)
     lines = summary(optimizer).splitlines()

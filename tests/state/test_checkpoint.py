@@ -1,4 +1,4 @@
-"""Promise 2: checkpoints go both ways between torch and lwadamw; names are matched or refused, never mixed up."""
+"""Promise 2: checkpoints load both ways between torch and lwadamw; names are matched or refused, never mixed up."""
 
 import copy
 import io
@@ -67,10 +67,10 @@ def test_resume_is_bit_identical(backend, device):
     options = {"lr": 1e-2, "amsgrad": True, "max_grad_norm": 1.0, "backend": backend}
     one = AdamW(straight, **options)
     two = AdamW(broken, **options)
-    for step in range(6):
+    for step in range(4):
         set_grads(straight, broken)
         one.step()
-        if step == 3:
+        if step == 2:
             saved = _through_a_file(two.state_dict())
             two = AdamW(broken, **options)
             two.load_state_dict(state_dict=saved)
@@ -99,7 +99,7 @@ def _named(names, shapes=None, **options):
 
 
 def _marked(optimizer):
-    """Give every moment its parameter's name as a number."""
+    """Give every moment the character code of its parameter's name as its value."""
     for group in optimizer.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
             p.grad = torch.full_like(p, float(ord(name)))
@@ -108,6 +108,7 @@ def _marked(optimizer):
 
 
 def _marks(optimizer):
+    """Read the character codes back from the moments, by name."""
     return {
         name: round(float(optimizer.state[p]["exp_avg"].flatten()[0]) * 10)
         for group in optimizer.param_groups
@@ -132,11 +133,21 @@ def test_another_grouping_is_matched_by_name():
     assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 1e-3]
 
 
-def test_groups_that_disagree_are_refused():
+def _paste(error, state_dict):
+    """Run the last line of an error message."""
+    exec(str(error.value).splitlines()[-1].strip(), {"state_dict": state_dict})
+
+
+def test_groups_that_disagree_are_refused_with_a_way_out():
     parts = [{"params": [(n, torch.nn.Parameter(torch.zeros(4)))], "lr": lr} for n, lr in (("a", 1.0), ("b", 2.0))]
     saved = _marked(AdamW(parts)).state_dict()
-    with pytest.raises(ValueError, match="joins 'a' and 'b'.*different 'lr'"):
-        _named("ab").load_state_dict(saved)
+    target = _named("ab")
+    with pytest.raises(ValueError, match="joins 'a' and 'b'.*different 'lr'") as error:
+        target.load_state_dict(saved)
+    _paste(error, saved)
+    target.load_state_dict(saved)
+    assert target.param_groups[0]["lr"] == 1.0
+    assert _marks(target) == {"a": ord("a"), "b": ord("b")}
 
 
 @pytest.mark.parametrize("names", ["ab", "abd", "abcd"])
@@ -154,8 +165,22 @@ def test_other_names_are_refused_and_nothing_is_loaded(names):
 def test_the_closest_name_is_suggested():
     one = AdamW([("layer.weight", torch.nn.Parameter(torch.zeros(2)))])
     two = AdamW([("layers.weight", torch.nn.Parameter(torch.zeros(2)))])
-    with pytest.raises(ValueError, match=r"closest to 'layers.weight' is 'layer.weight'"):
-        two.load_state_dict(one.state_dict())
+    saved = one.state_dict()
+    with pytest.raises(ValueError, match=r"closest to 'layers.weight' is 'layer.weight'") as error:
+        two.load_state_dict(saved)
+    exec(str(error.value).splitlines()[1].strip(), {"state_dict": saved})
+    two.load_state_dict(saved)
+    assert saved["param_groups"][0]["param_names"] == ["layers.weight"]
+
+
+def test_names_that_do_not_match_can_be_dropped():
+    saved = _marked(_named("ab")).state_dict()
+    target = _named("xy")
+    with pytest.raises(ValueError, match="To match by position") as error:
+        target.load_state_dict(saved)
+    _paste(error, saved)
+    target.load_state_dict(saved)
+    assert _marks(target) == {"x": ord("a"), "y": ord("b")}
 
 
 def test_without_names_shapes_are_checked():
@@ -252,11 +277,9 @@ def test_other_width_multipliers_are_refused_with_a_way_out(base_width, rule):
     with pytest.raises(ValueError, match=r"group 0 has width_\w+_mult=.* in the checkpoint and .* here") as error:
         target.load_state_dict(saved)
     assert not target.state
-    for key in ("width_lr_mult", "width_wd_mult"):
-        for g in saved["param_groups"]:
-            g.pop(key, None)
+    _paste(error, saved)
     target.load_state_dict(saved)
-    assert "g.pop('width_" in str(error.value)
+    assert target.param_groups[0]["width_lr_mult"] == base_width / 32
 
 
 def test_checkpoint_of_a_plain_optimizer_loads_into_width_groups_and_back():
@@ -272,7 +295,7 @@ def test_checkpoint_of_a_plain_optimizer_loads_into_width_groups_and_back():
 
 
 def test_distributed_checkpoint_reads_without_moving_weights(backend):
-    """torch's DCP materialises state with a zero-gradient step at lr 0; weights must not move by a bit."""
+    """torch's DCP creates state with a step of zero gradients at lr 0. The weights must not change by a bit."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     def build():

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lwadamw import AdamW
 from lwadamw.state.combinations import COMBINATIONS
 from tests.cases import assert_equal, clone_params, make_params
-from tests.state.test_storage import give_grads, make
+from tests.state.storages import give_grads, make
 
 SHAPES = [(30,), (5, 7), (1030,)]
 INF = float("inf")

@@ -7,7 +7,7 @@ import torch
 
 from lwadamw import AdamW, kernels
 from lwadamw.step import backends, engine, torch_fused_cpu
-from lwadamw.tables.plan import total_bits
+from lwadamw.tables.variants import total_bits
 from tests.cases import clone_params, make_params, set_grads
 
 

@@ -76,7 +76,7 @@ def test_sparse_gradients_are_refused_before_anything_is_written(backend, device
     before = good.detach().clone()
     good.grad = torch.ones_like(good)
     sparse(torch.tensor([1], device=device)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"sparse gradients: that of 'table' \(10, 3\).*sparse=False"):
+    with pytest.raises(RuntimeError, match=r"sparse gradients: the gradient of 'table' \(10, 3\).*sparse=False"):
         optimizer.step()
     assert torch.equal(good, before)
 

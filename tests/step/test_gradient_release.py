@@ -5,7 +5,7 @@ import torch
 
 from lwadamw import AdamW, param_groups
 from lwadamw.tables.triton_backend import TritonBackend
-from tests.state.test_storage import assert_same_bits
+from tests.state.storages import assert_same_bits
 
 
 def _model(device, dtype=torch.float32, depth=5):

@@ -1,4 +1,4 @@
-"""Whatever is replaced, moved or rewritten between two steps takes effect with the next one, or is refused."""
+"""If a tensor or a value is replaced, moved or rewritten between two steps, the next step uses it or refuses it."""
 
 import copy
 
@@ -34,11 +34,14 @@ def test_a_tensor_replaced_from_outside_is_noticed(what, backend, device):
     params = make_params(FEW_SHAPES, device)
     expected = make_reference(params, {})
     optimizer = AdamW(params, backend=backend)
-    for _ in range(3):
+    held = []
+    for _ in range(2):
         set_grads(params)
         reference_step(expected, params, {})
         optimizer.step()
-        # Whatever used to be there must not be written to any more.
+        # A step that still wrote to the old tensor would leave the new one behind. The old memory of the parameter is kept, so
+        # that such a step fails the comparison below instead of writing to memory of something else.
+        held.append(params[2].detach())
         REPLACEMENTS[what](optimizer, params[2])
     set_grads(params)
     reference_step(expected, params, {})
@@ -62,7 +65,7 @@ def test_moments_replaced_through_an_old_reference_are_noticed(backend, device):
 
 
 def test_parameters_exchanged_in_their_group_are_noticed(backend, device):
-    """As FSDP and accelerate do: placeholders at construction, the real parameters later."""
+    """FSDP and accelerate do so: the optimizer is made with placeholders and gets the real parameters later."""
     optimizer = AdamW([torch.nn.Parameter(torch.zeros(1, device=device)) for _ in FEW_SHAPES], backend=backend)
     optimizer.load_state_dict(optimizer.state_dict())
     params = make_params(FEW_SHAPES, device)
@@ -75,7 +78,7 @@ def test_parameters_exchanged_in_their_group_are_noticed(backend, device):
     assert_matches_reference(optimizer, params, expected)
 
 
-def test_a_parameter_exchanged_after_steps_starts_anew(backend, device):
+def test_a_parameter_exchanged_after_steps_starts_without_state(backend, device):
     params = make_params(FEW_SHAPES, device)
     optimizer = AdamW(params, backend=backend)
     for _ in range(2):
@@ -120,7 +123,7 @@ def test_width_multipliers_added_between_steps_take_effect(backend, device):
 def test_a_width_multiplier_that_takes_the_place_of_another_key_takes_effect(backend, device):
     params = make_params(FEW_SHAPES, device)
     optimizer = AdamW(params, backend=backend)
-    optimizer.param_groups[0]["note"] = "as many keys before as after"
+    optimizer.param_groups[0]["note"] = "replaced by another key, so that the number of keys stays the same"
     set_grads(params)
     optimizer.step()
     before = [p.detach().clone() for p in params]
@@ -130,7 +133,7 @@ def test_a_width_multiplier_that_takes_the_place_of_another_key_takes_effect(bac
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
-def test_copies_in_the_place_of_groups_are_followed(backend, device):
+def test_copies_that_replace_the_groups_are_followed(backend, device):
     ours, theirs, a, b = make_twins(backend, device)
     for lr in (1e-3, 1e-1):
         a.param_groups = [dict(group, params=list(group["params"]), lr=lr) for group in a.param_groups]
@@ -158,7 +161,7 @@ def test_a_number_that_replaces_a_tensor_is_followed(backend, device):
         assert_equal(ours, theirs)
 
 
-def test_amsgrad_switched_on_later_starts_its_maximum_then(device):
+def test_amsgrad_that_is_switched_on_later_starts_its_maximum_at_that_step(device):
     params = make_params([(40,)], device)
     optimizer = AdamW(params, backend="triton")
     for amsgrad in (False, True):
@@ -192,7 +195,9 @@ def test_parameters_moved_to_another_group_follow_it(backend, device):
     for optimizer, params in ((mine, ours), (torchs, theirs)):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, device=device))], "lr": 0.1})
         params.append(optimizer.param_groups[1]["params"][0])
-    for move in (None, (-1, 0), (0, 1)):  # the last to the front, then the first to the end: their order stays
+    # From the first group, the last parameter moves to the front of the second group: the order of all parameters stays.
+    # Then the first parameter moves to the end of the second group: the order changes.
+    for move in (None, (-1, 0), (0, 1)):
         if move is not None:
             for optimizer in (mine, torchs):
                 source, target = (group["params"] for group in optimizer.param_groups)
@@ -204,7 +209,7 @@ def test_parameters_moved_to_another_group_follow_it(backend, device):
 
 
 def test_a_parameter_that_grew_under_its_state_is_refused(backend, device):
-    """The kernels that trust sizes would write past the end of the moments."""
+    """The kernels trust the parameter's size. They would write past the end of the moments."""
     p = torch.nn.Parameter(torch.ones(5, device=device))
     optimizer = AdamW([p], backend=backend)
     set_grads([p])

@@ -1,25 +1,25 @@
-"""A step is two launches without clipping and four with it, however many groups; steady tables are left alone."""
+"""A step takes two launches, or four with clipping, for any number of groups. Tables without changes are not sent again."""
 
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
 from lwadamw import AdamW, kernels
-from lwadamw.kernels import layout
-from lwadamw.tables import plan
+from lwadamw.tables import launch as launch_module
+from lwadamw.tables import upload
 from lwadamw.tables.launch import Launch
 from tests.cases import make_params, set_grads
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the kernels launched so far."""
+    """The names of the kernels launched so far."""
     launched = []
 
     original = Launch.__call__
 
     def counted(self):
-        launched.append(self._kernel.fn.__name__)
+        launched.append(self.kernel_name)
         original(self)
 
     monkeypatch.setattr(Launch, "__call__", counted)
@@ -28,10 +28,10 @@ def launches(monkeypatch):
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """How often the dynamic table was sent."""
+    """One entry for each time that the dynamic table was sent."""
     sent = []
-    original = plan.Upload.send
-    monkeypatch.setattr(plan.Upload, "send", lambda self: (sent.append(1), original(self))[1])
+    original = upload.Upload.send
+    monkeypatch.setattr(upload.Upload, "send", lambda self: (sent.append(1), original(self))[1])
     return sent
 
 
@@ -78,7 +78,11 @@ def test_the_table_is_sent_only_when_something_changed(uploads, device):
 
 @pytest.mark.parametrize("replaced", ["lr", "weight_decay", "both"])
 def test_a_step_never_reads_the_device(replaced, monkeypatch, device):
-    """No .item() or comparison of a tensor, with clipping and a loss scale, as tensors replace equal numbers."""
+    """The step calls nothing that waits for the device, such as `item()`.
+
+    The case has clipping and a loss scale, and between two steps tensors replace numbers of the same value. Comparing the
+    old number with the new tensor would read the tensor.
+    """
     params, optimizer = _optimizer(3, device, max_grad_norm=1.0)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0, device=device), torch.tensor(0.0, device=device)
     set_grads(params)
@@ -86,23 +90,13 @@ def test_a_step_never_reads_the_device(replaced, monkeypatch, device):
     for group in optimizer.param_groups:
         for key in ("lr", "weight_decay") if replaced == "both" else (replaced,):
             group[key] = torch.tensor(group[key], dtype=torch.float64, device=device)
-    # Interpreted kernels do read their arguments; what counts is what happens before them.
+    # Interpreted kernels read their arguments on the host, so no kernel runs here. The test is about the host code.
     monkeypatch.setattr(Launch, "__call__", lambda self: None)
     for name in ("item", "cpu", "tolist", "numpy", "__float__", "__bool__", "__int__", "__radd__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, name=name: pytest.fail(f"step() called {name}"))
     for _ in range(2):
         set_grads(params)
         optimizer.step()
-
-
-def test_chunks_fill_the_device_or_are_as_long_as_they_get():
-    """Whole blocks always; no more chunks than asked for, unless they are at their longest."""
-    for elements in (0, 1, 10**5, 10**6, 3 * 10**7, 10**9, 2**33):
-        length = plan.chunk_length(elements)
-        assert length % layout.MIN_CHUNK == 0
-        assert layout.MIN_CHUNK <= length <= layout.MAX_CHUNK < 2**layout.COUNT_BITS
-        assert length == layout.MIN_CHUNK or elements / length >= layout.TARGET_CHUNKS
-        assert length == layout.MAX_CHUNK or elements / (length + layout.MIN_CHUNK) <= layout.TARGET_CHUNKS
 
 
 class _Compiled:
@@ -114,7 +108,7 @@ class _Compiled:
 
 
 class _Kernel:
-    """As triton.jit makes them: specialises at each call and returns what it compiled."""
+    """Stands for a `triton.jit` function, which specialises at each call and returns the compiled kernel."""
 
     arg_names = ("table", "n", "SECOND", "FIRST")
 
@@ -133,7 +127,7 @@ def test_only_the_first_launch_specialises(monkeypatch):
     direct = []
     kernel, table = _Kernel(_Compiled(direct)), torch.zeros(3)
     launch = Launch(kernel, 7, (table, 5), {"FIRST": 1, "SECOND": 2}, {"num_warps": 8})
-    monkeypatch.setattr(launch_module, "_TAKES_CONSTANTS", True)
+    monkeypatch.setattr(launch_module, "TAKES_CONSTANTS", True)
     for _ in range(3):
         launch()
     assert kernel.calls == [((7, 1, 1), (table, 5), {"FIRST": 1, "SECOND": 2, "num_warps": 8})]
@@ -143,13 +137,13 @@ def test_only_the_first_launch_specialises(monkeypatch):
 def test_before_triton_3_3_compiled_kernels_take_no_constants(monkeypatch):
     direct = []
     launch = Launch(_Kernel(_Compiled(direct)), 7, (torch.zeros(3), 5), {"FIRST": 1, "SECOND": 2}, {})
-    monkeypatch.setattr(launch_module, "_TAKES_CONSTANTS", False)
+    monkeypatch.setattr(launch_module, "TAKES_CONSTANTS", False)
     launch()
     launch()
     assert [len(values) for _, values in direct] == [2]
 
 
-def test_an_interpreted_launch_stays_as_it_is_and_an_empty_one_does_nothing():
+def test_an_interpreted_launch_is_repeated_and_an_empty_one_does_nothing():
     interpreted, empty = _Kernel(None), _Kernel(None)
     for kernel, programs in ((interpreted, 7), (empty, 0)):
         launch = Launch(kernel, programs, (torch.zeros(3), 5), {"FIRST": 1, "SECOND": 2}, {})

@@ -1,4 +1,4 @@
-"""param_groups: width ratios, multipliers, grouping, and the errors that keep a wrong group from being made."""
+"""param_groups: width ratios, multipliers and groups, and the errors that prevent wrong groups."""
 
 import copy
 import logging
@@ -13,12 +13,12 @@ from tests.cases import set_grads
 
 
 def _multipliers(groups):
-    """{name: (lr, wd, eps)} of every parameter."""
+    """Return {name: (lr, wd, eps)} for every parameter."""
     keys = ("width_lr_mult", "width_wd_mult", "width_eps_mult")
     return {name: tuple(g[k] for k in keys) for g in groups for name, _ in g["params"]}
 
 
-def test_every_parameter_once_and_fresh_dicts_each_time():
+def test_every_parameter_is_in_one_group_and_each_call_makes_new_dicts():
     model = zoo.Llama(128)
     one, two = param_groups(model, 32), param_groups(model, 32)
     names = [name for g in one for name, _ in g["params"]]
@@ -38,7 +38,7 @@ def test_groups_are_merged_by_equal_multipliers():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_multipliers_are_the_rules_powers_of_m(rule):
+def test_multipliers_are_powers_of_m_with_the_exponents_of_the_rule(rule):
     found = _multipliers(param_groups(zoo.Llama(128, 1), 32, rule))
     scale = RULES[rule]
     assert found["layers.0.wq.weight"] == (4.0**scale.matrix.lr, 4.0**scale.matrix.wd, 1.0)
@@ -47,7 +47,7 @@ def test_multipliers_are_the_rules_powers_of_m(rule):
 
 
 def test_published_exponents():
-    """Fan et al. 2510.15262 and Kosson et al. 2510.19093, and what `balanced` is defined by."""
+    """The exponents of Fan et al. 2510.15262 and Kosson et al. 2510.19093. Two equations define those of `balanced`."""
     lr_wd = {name: (rule.matrix.lr, rule.matrix.wd) for name, rule in RULES.items()}
     assert lr_wd == {
         "standard": (0.0, 0.0),
@@ -61,14 +61,14 @@ def test_published_exponents():
     assert (a - b) / 2 + 0.75 == 0, "top singular value"
 
 
-def test_every_rule_at_the_base_width_is_one():
+def test_every_multiplier_at_the_base_width_is_one():
     for rule in RULES:
         for name, (lr, wd, eps) in _multipliers(param_groups(zoo.Llama(32), 32, rule)).items():
             assert (lr, eps) == (1.0, 1.0), name
             assert wd in (0.0, 1.0), name
 
 
-def test_a_rule_of_ones_own_scales_eps_and_vectors():
+def test_a_rule_of_the_user_scales_eps_and_vectors():
     rule = Rule("mine", matrix=Scale(lr=-1, wd=0.25, eps=-1), vector=Scale(lr=-0.5, wd=0.0))
     groups = param_groups(zoo.Llama(128, 1), 32, rule)
     found = _multipliers(groups)
@@ -92,13 +92,13 @@ def _on_meta(width, layers):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_every_way_to_say_the_base_width_agrees(base):
+def test_every_form_of_base_width_gives_the_same_multipliers(base):
     model = zoo.Llama(128, 2)
     assert _multipliers(param_groups(model, BASES[base]())) == _multipliers(param_groups(model, 32))
 
 
-def test_ratios_follow_each_fan_in():
-    """A proxy whose feed-forward width does not scale with the model's."""
+def test_the_ratio_is_the_ratio_of_fan_ins_and_not_of_widths():
+    """The feed-forward width of this proxy is the feed-forward width of the model."""
     base = {"*.down_proj.weight": 384, "*": 32}
     found = _multipliers(param_groups(zoo.Llama(128, 1), base))
     assert found["layers.0.down_proj.weight"][0] == 1.0
@@ -112,10 +112,10 @@ def test_a_width_that_does_not_divide_is_refused_with_two_ways_out():
     ) as error:
         param_groups(model, 16)
     assert 'torch.device("meta")' in str(error.value)
-    assert 'base_width={"*.weight"' in str(error.value)
+    assert 'base_width={"2.weight": <its fan_in at the proxy>, "*": 16}' in str(error.value)
 
 
-def test_width_comes_from_the_config_the_embedding_or_the_user():
+def test_the_width_comes_from_the_config_the_embedding_or_the_user():
     class Configured(nn.Module):
         def __init__(self):
             super().__init__()
@@ -123,6 +123,8 @@ def test_width_comes_from_the_config_the_embedding_or_the_user():
             self.up = nn.Linear(64, 128)
 
     assert _multipliers(param_groups(Configured(), 16))["up.weight"][0] == 0.25
+    embedded = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64))
+    assert _multipliers(param_groups(embedded, 16))["1.weight"][0] == 0.25
     with pytest.raises(ValueError, match="cannot tell the model's width"):
         param_groups(nn.Linear(64, 64), 16)
     assert _multipliers(param_groups(nn.Linear(64, 64), 16, width=64))["weight"][0] == 0.25
@@ -131,14 +133,14 @@ def test_width_comes_from_the_config_the_embedding_or_the_user():
 @pytest.mark.parametrize(
     ("base", "error", "message"),
     [
-        (0, ValueError, "base_width=0 is not a positive width"),
+        (0, ValueError, "base_width=0 is not a positive width. Give the width of the proxy"),
         ("256", TypeError, "base_width is str"),
         ({"*.wq.weight": 32}, ValueError, "no base_width pattern matches 'layers.0.wk.weight'"),
         ({"*.nope": 32, "*": 32}, ValueError, r"base_width pattern '\*.nope' matches no parameter"),
         ({"*": -1}, ValueError, "is not a positive fan_in"),
     ],
 )
-def test_bad_base_widths(base, error, message):
+def test_a_bad_base_width_is_refused(base, error, message):
     with pytest.raises(error, match=message):
         param_groups(zoo.Llama(128, 1), base)
 
@@ -148,30 +150,31 @@ def test_a_base_model_of_another_class_is_refused():
         param_groups(zoo.Llama(128, 1), zoo.GPT2(32))
 
 
-def test_undecided_parameters_are_all_listed_with_the_remedy():
+def test_the_error_lists_all_undecided_parameters_with_the_remedy():
     with pytest.raises(ValueError, match="cannot decide a role for") as error:
         param_groups(zoo.ViT(64), 16, width=64)
     text = str(error.value)
     assert "'cls_token' (1, 1, 64): Parameter on ViT, not a known module" in text
     assert "'pos_embed' (1, 17, 64)" in text
-    assert 'roles={"cls_token": "vector"}' in text
+    assert 'roles={"cls_token": <role>, "pos_embed": <role>}' in text
+    assert '"vector"  ' in text
     param_groups(zoo.ViT(64), 16, width=64, roles={"cls_token": "vector", "pos_embed": "vector"})
 
 
-def test_lora_is_undecided_unless_told():
+def test_lora_is_undecided_unless_the_user_decides_it():
     with pytest.raises(ValueError, match="LoRA: no width rule is settled"):
         param_groups(zoo.LoRALinear(64), 16, width=64)
     groups = param_groups(zoo.LoRALinear(64), 64, width=64, roles={"lora_*": "vector"})
     assert [name for g in groups for name, _ in g["params"]] == ["lora_A.weight", "lora_B.weight"]
 
 
-def test_not_strict_warns_and_keeps_the_decay():
+def test_without_strict_an_undecided_parameter_warns_and_keeps_its_decay():
     with pytest.warns(UserWarning, match="taken as matrices.*\n.*'experts.gate_up'"):
         groups = param_groups(zoo.MoE(64), 16, width=64, strict=False)
     assert _multipliers(groups)["experts.gate_up"] == (0.25, 2.0, 1.0)
 
 
-def test_a_pattern_without_a_match_names_the_closest():
+def test_the_error_of_a_pattern_without_a_match_names_the_closest_pattern():
     with pytest.raises(
         ValueError, match=r"roles pattern '\*.wqq.weight' matches no parameter. Closest: 'layers.\*.wq.weight'"
     ):
@@ -212,7 +215,7 @@ def test_overrides_win_over_the_rule():
     assert (group["lr"], group["width_lr_mult"], group["width_wd_mult"]) == (1e-5, 1.0, 2.0)
 
 
-def test_segments_split_the_norms():
+def test_each_segment_has_norms_of_its_own():
     model = zoo.MoE(16)
     roles = {"experts.*": Matrix(fan_in=-1)}
     groups = param_groups(model, 16, width=16, roles=roles, segments={"experts.*": 4, "gate.weight": (1, 3)})
@@ -230,7 +233,7 @@ def test_segments_split_the_norms():
         param_groups(model, 16, width=16, roles=roles, segments={"gate.weight": (1, 1)})
 
 
-def test_fold_gives_other_optimizers_the_same_run():
+def test_folded_groups_train_the_same_with_another_optimizer():
     model = zoo.Llama(64, 1)
     twin = copy.deepcopy(model)
     ours = AdamW(param_groups(model, 16), lr=1e-2, weight_decay=0.1)
@@ -246,7 +249,31 @@ def test_fold_gives_other_optimizers_the_same_run():
         param_groups(model, 16, fold=True)
 
 
-def test_the_proxy_is_announced(caplog):
+def test_a_model_of_the_base_width_is_logged_as_the_proxy(caplog):
     with caplog.at_level(logging.INFO, logger="lwadamw"):
         param_groups(zoo.Llama(32), 32)
     assert "width == base_width == 32" in caplog.text
+
+
+def test_a_width_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="width=0 is not a positive width. Give the width of this model"):
+        param_groups(zoo.Llama(32), 32, width=0)
+
+
+def test_a_shallower_base_model_whose_layers_differ_is_refused():
+    def build(*widths):
+        return nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(d, 32) for d in widths)})
+
+    with pytest.raises(
+        ValueError, match=r"'layers.\*.weight' have the fan_ins \[16, 32\]. Build the base model with as many"
+    ):
+        param_groups(build(64, 128, 256), build(16, 32))
+    groups = param_groups(build(64, 128, 256), build(16, 32, 32))
+    assert [_multipliers(groups)[f"layers.{i}.weight"][0] for i in range(3)] == [0.25, 0.25, 0.125]
+
+
+def test_a_single_number_cannot_be_a_matrix():
+    with pytest.raises(
+        ValueError, match="'temperature' matrix, but it is a single number without a fan_in. Give \"vector\""
+    ):
+        param_groups(zoo.ViT(64), 16, width=64, roles={"temperature": "matrix"})

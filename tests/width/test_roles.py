@@ -1,4 +1,4 @@
-"""Promise 4: a role is certain, given by the user, or an error that names the parameter and the fix."""
+"""Promise 4: a role is certain, or given by the user, or an error that names the parameter and the remedy."""
 
 import pytest
 import torch
@@ -6,14 +6,15 @@ from torch import nn
 
 from lwadamw import Matrix, Output, param_groups, register_role
 from lwadamw.width import roles
+from lwadamw.width.sites import sites
 from tests import zoo
 
 
 def _decided(model, given=None):
-    """{name: (role, fan_in)} of every distinct parameter; None where nothing decided it."""
+    """Return {name: (role, fan_in)} for every distinct parameter. Both are None where nothing decided the role."""
     return {
         places[0].name: (d.role, d.fan_in)
-        for p, places in roles.sites(model)
+        for p, places in sites(model)
         for d in [roles.decide(p, places, model, given or {})]
     }
 
@@ -104,12 +105,12 @@ def test_a_role_does_not_depend_on_the_width(name, width):
     assert {k: v[0] for k, v in decided.items()} == {k: v[0] for k, v in GOLDEN[name].items()}
 
 
-def test_fusing_projections_changes_no_role_and_no_fan_in():
+def test_a_fused_projection_has_the_role_and_the_fan_in_of_its_parts():
     fused, split = nn.Linear(64, 192), nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
     assert set(_decided(fused).values()) == set(_decided(split).values())
 
 
-def test_patterns_win_and_the_first_match_counts():
+def test_patterns_win_over_evidence_and_the_first_match_counts():
     given = {"*.wq.weight": "vector", "re:w[qk]\\.weight$": Output(fan_in=0), "lm_head.weight": "vector"}
     decided = _decided(zoo.Llama(64, 1), given)
     assert decided["layers.0.wq.weight"] == V
@@ -117,14 +118,14 @@ def test_patterns_win_and_the_first_match_counts():
     assert decided["lm_head.weight"] == V
 
 
-def test_packed_experts_take_their_declared_layout():
+def test_packed_experts_have_the_fan_in_of_the_declared_dimension():
     given = {"experts.gate_up": Matrix(fan_in=-1), "experts.down": Matrix(fan_in=2)}
     decided = _decided(zoo.MoE(64), given)
     assert decided["experts.gate_up"] == ("matrix", 64)
     assert decided["experts.down"] == ("matrix", 128)
 
 
-def test_matrix_without_a_layout_needs_two_dimensions():
+def test_the_role_matrix_without_a_dimension_needs_two_dimensions():
     with pytest.raises(ValueError, match=r"calls 'experts.gate_up' \(4, 256, 64\) 'matrix'.*Matrix\(fan_in=-1\)"):
         _decided(zoo.MoE(64), {"experts.*": "matrix"})
     with pytest.raises(ValueError, match="gives dimension 3 of 'experts.gate_up'"):
@@ -141,7 +142,7 @@ def test_registered_modules_decide_their_parameters(monkeypatch):
         register_role(zoo.Experts, {"down": "tensor"})
 
 
-def test_a_head_is_found_by_method_name_or_shape():
+def test_a_head_is_found_by_get_output_embeddings_or_by_its_shape():
     class ByMethod(nn.Module):
         def __init__(self):
             super().__init__()
@@ -157,7 +158,7 @@ def test_a_head_is_found_by_method_name_or_shape():
         assert decided["body.weight"] == ("matrix", 8)
 
 
-def test_a_layer_named_output_inside_a_stack_is_no_head():
+def test_a_module_named_output_inside_numbered_layers_is_no_head():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"output": nn.Linear(8, 8)})])})
     assert _decided(model)["layers.0.output.weight"] == ("matrix", 8)
 

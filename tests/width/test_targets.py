@@ -1,9 +1,8 @@
-"""What `rule` says to type at another width is what the optimizer uses there."""
+"""The command `rule` prints the values that the optimizer then uses at another width."""
 
 import inspect
 import json
 import math
-import random
 import re
 
 import pytest
@@ -21,12 +20,13 @@ INVARIANT = {"fan2025": ["top"], "kosson2025": ["tau", "update"], "balanced": ["
 
 
 def random_base(width=256):
-    return Base(width, lr=10 ** random.uniform(-4, -2), weight_decay=10 ** random.uniform(-2, 0))
+    lr, weight_decay = torch.rand(2, dtype=torch.float64).tolist()
+    return Base(width, lr=10 ** (2 * lr - 4), weight_decay=10 ** (2 * weight_decay - 2))
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("width", [16, 256, 300, 4096])
-def test_values_and_predictions_of_a_rule(rule, width):
+def test_values_and_ratios_follow_the_exponents_of_the_rule(rule, width):
     base = random_base()
     target, m, (a, b) = Target(RULES[rule], base, width), width / 256, EXPONENTS[rule]
     lr, wd = base.lr * m**a, base.weight_decay * m**b
@@ -45,7 +45,7 @@ def test_values_and_predictions_of_a_rule(rule, width):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_holds_what_it_says_and_nothing_else(rule):
+def test_a_rule_holds_the_quantities_it_names_and_no_other(rule):
     target = Target(RULES[rule], random_base(), 2048)
     ratios = {"tau": target.tau_ratio, "rms": target.rms_ratio, "update": target.update_ratio, "top": target.top_ratio}
     held = [name for name, ratio in ratios.items() if ratio == pytest.approx(1)]
@@ -66,7 +66,7 @@ def test_the_optimizer_uses_the_planned_values(rule):
     assert set(seen) == {"matrix", "vector", "output"}
 
 
-def test_decay_per_step_is_what_a_step_of_torchs_adamw_takes_off():
+def test_a_step_of_torchs_adamw_takes_decay_per_step_off_the_weights():
     planned = Target(RULES["fan2025"], random_base(), 1024).values("matrix")
     p = torch.nn.Parameter(torch.randn(50, dtype=torch.float64))
     before, p.grad = p.detach().clone(), torch.zeros_like(p)
@@ -75,7 +75,7 @@ def test_decay_per_step_is_what_a_step_of_torchs_adamw_takes_off():
 
 
 @pytest.mark.parametrize(("steps", "reached"), [(2999, False), (3000, True)])
-def test_three_tau_are_a_steady_state(steps, reached):
+def test_a_run_of_three_tau_reaches_the_steady_state(steps, reached):
     horizon = Horizon(steps)
     assert horizon.reaches(1000.0) is reached
     assert horizon.share(1000.0) == pytest.approx(1000 / steps)
@@ -108,7 +108,7 @@ def test_three_tau_are_a_steady_state(steps, reached):
         ),
     ],
 )
-def test_values_without_a_plan_are_refused(make, message):
+def test_values_that_give_no_plan_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -123,7 +123,7 @@ def printed(capsys, *arguments):
 
 
 def rows(text):
-    """Lines as cells, by their first cell."""
+    """Return the cells of every line, by the first cell of the line."""
     found = {}
     for line in text.splitlines():
         name, *cells = re.split(r"\s{2,}", line.strip())
@@ -145,7 +145,7 @@ def test_rule_prints_the_target_of_fan2025(capsys):
     assert found["top singular value, ~ weight RMS * width^0.75 (4)"] == ["1"]
 
 
-def test_rule_prints_what_the_other_rules_say(capsys):
+def test_rule_prints_a_table_of_all_rules(capsys):
     found = rows(printed(capsys, "fan2025", *RUN))
     columns = ["lr", "wd", "lr*wd", "tau", "tau/run", "RMS", "update", "top"]
     assert found["rule"] == columns
@@ -159,9 +159,9 @@ def test_rule_prints_what_the_other_rules_say(capsys):
     assert {name: [float(c.replace(",", "")) for c in found[name]] for name in expected} == expected
 
 
-def test_rule_says_what_it_does_not_cover_and_whose_its_remarks_are(capsys):
+def test_rule_prints_its_limits_and_the_sources_of_its_remarks(capsys):
     text = " ".join(printed(capsys, *RUN).split())
-    assert text.startswith("rule fan2025 ")  # the default
+    assert text.startswith("rule fan2025 ")  # fan2025 is the default.
     assert "Only the width is scaled here: depth, batch size and tokens" in text
     assert "2512.05620" in text
     assert "2505.13738" in text
@@ -170,12 +170,12 @@ def test_rule_says_what_it_does_not_cover_and_whose_its_remarks_are(capsys):
         "From one rule to another: lr x16, weight decay x16, tau x16, relative update x4, top singular value x16"
         in text
     )
-    assert "2505.13738" not in printed(capsys)  # says nothing without a run
+    assert "2505.13738" not in printed(capsys)  # This remark needs the length of the run.
 
 
 @pytest.mark.parametrize("output", ["output", "vector"])
 @pytest.mark.parametrize("which", [*([rule] for rule in RULES), ["--exponents", "lr=-0.3,wd=0.4,eps=-1"]], ids=str)
-def test_what_rule_prints_runs_and_agrees(which, output, capsys):
+def test_the_code_that_rule_prints_runs_and_gives_the_same_values(which, output, capsys):
     text = printed(capsys, *which, "--output", output, "--betas", "0.8", "0.9", "--eps", "1e-12")
     with torch.device("meta"):
         model = zoo.Llama(4096, 1)
@@ -217,13 +217,13 @@ def test_rule_as_json_has_the_numbers_of_every_rule(which, capsys):
     assert "run" not in json.loads(printed(capsys, "--json"))
 
 
-def test_all_prints_the_page_of_every_rule(capsys):
+def test_rule_all_prints_the_page_of_every_rule(capsys):
     titles = re.findall(r"^rule (\w+)   width", printed(capsys, "--all"), re.MULTILINE)
     assert titles == list(RULES)
     assert re.findall(r"^rule (\w+)   width", printed(capsys, "mup"), re.MULTILINE) == ["mup"]
 
 
-def test_eps_is_printed_where_the_rule_scales_it(capsys):
+def test_rule_prints_eps_only_if_the_rule_scales_it(capsys):
     assert rows(printed(capsys, "--exponents", "lr=-1,wd=1,eps=-1"))["matrix"][-1] == "6.25e-10 = base * m^-1"
     assert not re.search(r"\beps\b", printed(capsys, "--exponents", "lr=-1,wd=1"))
 
@@ -233,9 +233,9 @@ def test_eps_is_printed_where_the_rule_scales_it(capsys):
     [
         (["fan2026"], "invalid choice: 'fan2026'"),
         (["mup", "--exponents", "lr=-1"], "--exponents: they are in place of a rule. Leave out 'mup'"),
-        (["--exponents", "lr=-1,lr=0"], "'lr=-1,lr=0' is not exponents"),
-        (["--exponents", "momentum=1"], "'momentum=1' is not exponents"),
-        (["--exponents", "lr=x"], "'lr=x' is not exponents"),
+        (["--exponents", "lr=-1,lr=0"], "'lr=-1,lr=0' is not a list of exponents"),
+        (["--exponents", "momentum=1"], "'momentum=1' is not a list of exponents"),
+        (["--exponents", "lr=x"], "'lr=x' is not a list of exponents"),
         (["--exponents", "wd=inf"], "exponent wd=inf is not finite"),
         (["--exponents", "lr=900"], "leaves the range of a float"),
         (["--batch-tokens", "1000"], "--batch-tokens: it needs --steps"),

@@ -1,4 +1,4 @@
-"""The rows of a monitor's readings: where each segment stands, and how far it is from its steady state."""
+"""What a monitor knows about every segment from one reading to the next: where it started, and whether it is steady."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from ..step.optimizer import AdamW
 from ..width.steady_state import STEADY_TAUS, Elapsed, earliest_steady_step, relative_update_of, weight_rms_of
 from .spectrum import matrix_view
 
-TOLERANCE: Final = 0.1  # of RMS that counts as steady
-_OF_DECAY: Final = (
+# A segment counts as steady while expected_rms and steady_rms differ by at most this share of steady_rms.
+STEADY_TOLERANCE: Final = 0.1
+
+# These columns mean nothing without weight decay. They are NaN for a segment whose weight decay is 0.
+_NEED_DECAY: Final = (
     "steady_rms",
     "expected_rms",
     "rms_ratio",
@@ -30,21 +33,41 @@ _OF_DECAY: Final = (
     "taus",
 )
 
-_STATE: Final = ("_start", "_steady_from", "_steady_to", "_was_close", "_step", "_taus", "_rate", "_earliest")
+# What a checkpoint holds: key in the file -> attribute of the tracker, and dtype of its array.
+_SAVED: Final[Mapping[str, tuple[str, type[np.generic]]]] = {
+    "group": ("group", np.int64),
+    "decays": ("_decays", np.bool_),
+    "start": ("_start", np.float64),
+    "steady_from": ("_steady_from", np.float64),
+    "steady_to": ("_steady_to", np.float64),
+    "was_close": ("_was_close", np.bool_),
+    "step": ("_step", np.float64),
+    "taus": ("_taus", np.float64),
+    "rate": ("_rate", np.float64),
+    "earliest": ("_earliest", np.float64),
+}
+# A new tracker finds these two in the optimizer. It takes all other arrays over from the earlier tracker.
+_FOUND_ANEW: Final = ("group", "decays")
 
 
-class Rows:
-    """What is known of every segment from one reading to the next, by arrays of float64[len(names)].
+class SegmentTracker:
+    """Follows every segment from reading to reading and judges whether it has reached its steady state.
 
-    A segment starts at its first reading, and again where it has moved to another group.
+    A segment starts at its first reading. It starts again when its parameter has moved to another group.
 
     Args:
-        names: of the optimizer's norms.
-        optimizer: that has them.
-        earlier: rows to take over what has started.
+        names: names of the segments, in the order of the optimizer's norms.
+        optimizer: the optimizer that has these segments.
+        earlier: the tracker that was used until now. Segments with the same name and group go on from it.
+
+    Attributes:
+        names: names of the segments.
+        group: index of the parameter group of every segment, int64[len(names)].
+        roles: role of every segment.
+        m: width ratio of every segment, float64[len(names)]. It is NaN where the rule does not use a width ratio.
     """
 
-    def __init__(self, names: Sequence[str], optimizer: AdamW, earlier: Rows | None = None) -> None:
+    def __init__(self, names: Sequence[str], optimizer: AdamW, earlier: SegmentTracker | None = None) -> None:
         self.names = tuple(names)
         self._params = [list(group["params"]) for group in optimizer.param_groups]
         places: dict[str, tuple[int, str, float, int]] = {}
@@ -52,7 +75,7 @@ class Rows:
             found = optimizer.evidence.get(member.name)
             role = found.role if found else keys.ROLE.of(member.group)
             m = found.m if found and found.m is not None else math.nan
-            # The torch backend has no norms of segments, and one row for the whole.
+            # The torch backend has no norms of segments. It has one entry for the whole parameter.
             sizes = {
                 member.name: member.param.numel(),
                 **dict(zip(member.segment_names(), member.segments, strict=False)),
@@ -63,51 +86,73 @@ class Rows:
         self.roles = tuple(str(place[1]) for place in found_places)
         self.m = np.array([place[2] for place in found_places], dtype=np.float64)
         self._root_numel = np.sqrt([place[3] for place in found_places])
-        n = len(self.names)
-        # At the start of each: its mean square, and what its group had elapsed; since then: when it got and left steady, the
-        # taus and the rate lr wd of the last reading, and what of the next step is known.
-        self._start = np.full((n, 4), np.nan)
-        self._steady_from, self._steady_to, self._was_close = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, bool)
-        self._step, self._taus, self._rate = np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
-        self._earliest, self._decays = np.full(n, np.nan), np.zeros(n, bool)
+        self._reset()
         if earlier is not None:
             self._take_over(earlier)
 
+    def _reset(self) -> None:
+        """Make the arrays of segments that have had no reading yet. NaN means: not known, or has not happened."""
+        n = len(self.names)
+        # At the first reading of a segment: its mean square, then log_kept, grown and taus of its group.
+        self._start = np.full((n, 4), np.nan)
+        # The steps at which a segment became steady and at which it left the steady state.
+        self._steady_from, self._steady_to = np.full(n, np.nan), np.full(n, np.nan)
+        # Whether expected_rms has been close to steady_rms at some reading after 3 tau.
+        self._was_close = np.zeros(n, bool)
+        # From the last reading: the step, the tau that had passed, and lr * weight_decay per step.
+        self._step, self._taus, self._rate = np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
+        # The earliest step at which a segment can be steady, and whether it has weight decay at all.
+        self._earliest, self._decays = np.full(n, np.nan), np.zeros(n, bool)
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, from which `from_state` makes rows to take over from."""
-        arrays = {field: getattr(self, field).tolist() for field in ("group", "_decays", *_STATE)}
+        """Return the names and arrays as lists of plain numbers, for `from_state`."""
+        arrays = {key: getattr(self, attribute).tolist() for key, (attribute, _) in _SAVED.items()}
         return {"names": list(self.names), **arrays}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Rows:
-        """Rows of names that no optimizer has been asked about yet, so that the next reading replaces them."""
-        rows = cls.__new__(cls)
-        rows.names, rows._params = tuple(state["names"]), []
-        rows.group = np.array(state["group"], dtype=np.int64)
-        for field in ("_decays", *_STATE):
-            kind = bool if field in ("_decays", "_was_close") else np.float64
-            setattr(rows, field, np.array(state[field], dtype=kind))
-        rows._start = rows._start.reshape(-1, 4)
-        return rows
+    def from_state(cls, state: Mapping[str, Any]) -> SegmentTracker:
+        """Make a tracker from a saved state.
 
-    def _take_over(self, earlier: Rows) -> None:
+        The result has no roles and no parameters. So the next reading replaces it by a complete tracker, which takes the
+        saved arrays over.
+
+        Args:
+            state: what `state_dict` returned. Older states have an underscore in front of every key but `names` and `group`.
+                They are read too.
+        """
+        tracker = cls.__new__(cls)
+        tracker.names, tracker._params = tuple(state["names"]), []
+        for key, (attribute, dtype) in _SAVED.items():
+            values = state[key] if key in state else state[f"_{key}"]
+            setattr(tracker, attribute, np.array(values, dtype=dtype))
+        tracker._start = tracker._start.reshape(-1, 4)
+        return tracker
+
+    def _take_over(self, earlier: SegmentTracker) -> None:
+        """Copy the arrays of every segment whose name and group are the same in the earlier tracker."""
         place = {name: i for i, name in enumerate(earlier.names)}
         pairs = [(i, place[name]) for i, name in enumerate(self.names) if name in place]
         kept = [(i, j) for i, j in pairs if self.group[i] == earlier.group[j]]
         new, old = np.array(kept, dtype=np.int64).reshape(-1, 2).T
-        for field in _STATE:
-            getattr(self, field)[new] = getattr(earlier, field)[old]
+        for key, (attribute, _) in _SAVED.items():
+            if key not in _FOUND_ANEW:
+                getattr(self, attribute)[new] = getattr(earlier, attribute)[old]
 
     def is_stale(self, optimizer: AdamW) -> bool:
-        """Whether parameters have come, gone or changed their group."""
+        """Return whether parameters were added, removed or moved to another group since this tracker was made."""
         return not same([group["params"] for group in optimizer.param_groups], self._params)
 
     def columns(self, norms: Norms, step: int, hyper: Array, elapsed: Sequence[Elapsed]) -> dict[str, Array]:
-        """Statistics at this step, from its norms; see `Monitor`.
+        """Compute the columns of a reading that need no spectrum and no probe, and judge every segment by them.
 
         Args:
-            hyper: effective lr, weight decay, beta1, float64[len(names), 3].
-            elapsed: of every group.
+            norms: norms of the last step.
+            step: the step of the reading.
+            hyper: effective lr, effective weight decay and beta1 of every segment, float64[len(names), 3].
+            elapsed: what the steps so far have done to the weights of each parameter group.
+
+        Returns:
+            The columns by name, float64[len(names)] each. `lwadamw.Monitor` describes them.
         """
         lr, wd, beta1 = hyper.T
         moved = norms.update > 0
@@ -133,7 +178,7 @@ class Rows:
                 "rotation_ratio": np.where(moved, norms.angle / steady_update, np.nan),
                 "taus": now[:, 2] - taus,
             }
-        for name in _OF_DECAY:
+        for name in _NEED_DECAY:
             columns[name][~self._decays] = np.nan
         for values in columns.values():
             values[~np.isfinite(values)] = np.nan
@@ -141,13 +186,13 @@ class Rows:
         return columns
 
     def _judge(self, step: int, taus: Array, rate: Array, expected: Array, steady: Array) -> None:
-        """Note who has become steady, who has left, and when the others can be so at the earliest."""
+        """Note which segments became steady, which left the steady state, and when the others can be steady at the earliest."""
         with np.errstate(all="ignore"):
             crossed = self._step + np.ceil((STEADY_TAUS - self._taus) / (taus - self._taus) * (step - self._step))
             slope = (rate - self._rate) / (step - self._step)
-            # Of the schedule nothing is known yet at the first reading.
+            # At the first reading the slope of the schedule is not known yet. The next step is a safe lower bound.
             self._earliest = np.where(np.isnan(slope), step + 1, earliest_steady_step(step, taus, rate, slope))
-            close = np.abs(expected / steady - 1) <= TOLERANCE
+            close = np.abs(expected / steady - 1) <= STEADY_TOLERANCE
         reached = taus >= STEADY_TAUS
         new = reached & np.isnan(self._steady_from)
         self._steady_from[new] = crossed[new]
@@ -158,7 +203,11 @@ class Rows:
         self._step[:], self._taus, self._rate = step, taus, rate
 
     def verdicts(self, steps: int | None) -> list[str]:
-        """Of every segment at its last reading; see `Monitor.verdicts`."""
+        """Return the verdict on every segment at its last reading. `Monitor.verdicts` explains the texts.
+
+        Args:
+            steps: length of the run in steps. None means that the length is not known.
+        """
         return [self._verdict(i, steps) for i in range(len(self.names))]
 
     def _verdict(self, i: int, steps: int | None) -> str:
@@ -172,7 +221,7 @@ class Rows:
         return f"not before step {self._earliest[i]:.0f}"
 
     def matrices(self, optimizer: AdamW) -> dict[str, Tensor]:
-        """The rows that are matrices, by name: views of their parameters."""
+        """Return the segments that are matrices, by name, in the order of `names`. They are views of their parameters."""
         out: dict[str, Tensor] = {}
         wanted = {name for name, role in zip(self.names, self.roles, strict=True) if role != "vector"}
         for member in members_of(optimizer.param_groups):

@@ -1,0 +1,96 @@
+"""Checks of what a monitor is given: its numbers, its optimizer, its probe, and the columns of the probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..state.arrays import Array
+from ..state.members import is_sharded
+from ..step.optimizer import AdamW
+
+
+def check_number(name: str, value: object, least: int) -> None:
+    """Raise a ValueError if an argument of `Monitor` is not a whole number of at least `least`.
+
+    Args:
+        name: name of the argument.
+        value: what the user gave.
+        least: the smallest value that is allowed.
+    """
+    if not (isinstance(value, int) and value >= least):
+        raise ValueError(f"Monitor: {name}={value!r} is not a whole number >= {least}.")
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Check that a monitor can read the norms of an optimizer.
+
+    Args:
+        optimizer: what the user gave.
+
+    Raises:
+        TypeError: it is not an `lwadamw.AdamW`.
+        RuntimeError: it was built with norms=False, or this process holds only a shard of some parameter.
+    """
+    if not isinstance(optimizer, AdamW):
+        raise TypeError(
+            f"Monitor: a {type(optimizer).__module__}.{type(optimizer).__qualname__} does not measure its steps. Use "
+            "lwadamw.AdamW, which takes the arguments of torch.optim.AdamW. If this object wraps an lwadamw.AdamW, give the "
+            "wrapped optimizer."
+        )
+    if not optimizer.options.norms:
+        raise RuntimeError("Monitor: this AdamW was built with norms=False. Build it with norms=True.")
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if is_sharded(p):
+                raise RuntimeError(
+                    f"Monitor: a parameter {tuple(p.shape)} is sharded over processes, and the norm of a shard is not the norm "
+                    "of the matrix. Add optimizer.norm_sums() up over the processes, then Norms.from_sums(names, sums)."
+                )
+
+
+def probe_of(probe: Any, optimizer: AdamW, model: nn.Module | None, spectrum_every: int) -> Any:
+    """Return the probe, or make a probe from a batch.
+
+    Args:
+        probe: a `Probe`, any other object with `before_step` and `after_step`, or the batch for a new probe.
+        optimizer: the optimizer whose steps the new probe measures.
+        model: the model that the new probe runs on the batch.
+        spectrum_every: steps from one question to the probe to the next.
+
+    Raises:
+        ValueError: spectrum_every is 0, or `probe` is a batch and there is no model.
+    """
+    if not spectrum_every:
+        raise ValueError(
+            "Monitor: a probe with spectrum_every=0 is never asked. Give another spectrum_every, for instance 500."
+        )
+    if hasattr(probe, "before_step") and hasattr(probe, "after_step"):
+        return probe
+    if model is None:
+        raise ValueError("Monitor: a probe batch needs the model it is for. Give model=..., or a Probe.")
+    from .probe import Probe
+
+    return Probe(optimizer, model, probe)
+
+
+def probe_columns(columns: Mapping[str, Array], count: int) -> dict[str, Array]:
+    """Return what a probe measured, as columns of a reading.
+
+    Args:
+        columns: what `probe.after_step()` returned, by statistic.
+        count: the number of segments.
+
+    Raises:
+        ValueError: the shape of some column is not (count,).
+    """
+    for name, values in columns.items():
+        if np.shape(values) != (count,):
+            raise ValueError(
+                f"Monitor: the probe's {name!r} has shape {np.shape(values)}, {count} segments need ({count},). Return "
+                "one value per name of optimizer.norm_names()."
+            )
+    return dict(columns)

@@ -1,0 +1,114 @@
+"""Creation: the state of a parameter is created, laid out in memory, and converted to other storage types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import decay, keys
+from .members import local
+from .packing import read_moment, read_weight, write_moment, write_weight
+from .storage import (
+    ARRAYS,
+    CODES,
+    MOMENTS,
+    QUANT,
+    SCALES,
+    STATE,
+    kept_weight,
+    scale_shape,
+    wanted_companion,
+    wanted_dtype,
+)
+
+
+@torch.no_grad()
+def create_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], segments: Sequence[int] = ()) -> None:
+    """Add the tensors that a group asks for and that a parameter's state does not have yet.
+
+    New arrays are laid out in memory as the parameter is. A companion that exists already is kept: a state with a master
+    weight gets no compensation, and a state with a compensation gets no master weight.
+
+    Args:
+        state: the state of the parameter, changed in place. `step` is neither read nor written.
+        p: the parameter.
+        group: its group; `amsgrad`, the storage options and the decay law are read.
+        segments: the number of elements of each segment; () for one segment. Blocks of 8-bit codes may not cross segments.
+    """
+    if decay.is_huber(group) and decay.THRESHOLD not in state:
+        weight = read_weight(p, state, kept_weight(p, {}, state))
+        state[decay.THRESHOLD] = decay.threshold_of(weight, keys.HUBER_SCALE.of(group))
+    for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
+        if key not in state:
+            is_max = key == "max_exp_avg_sq"
+            dtype = state["exp_avg_sq"].dtype if is_max else wanted_dtype(p, group, key, segments)
+            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if key in SCALES and state[key].dtype in CODES and SCALES[key] not in state:
+            state[SCALES[key]] = _zero_scales(p)
+    companion = wanted_companion(p, group)
+    if companion is None or "master_param" in state or "kahan_comp" in state:
+        return
+    if companion == "kahan_comp":
+        state[companion] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    elif keys.MASTER_WEIGHTS.of(group) == "remainder":
+        state[companion] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+    else:
+        state[companion] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+
+@torch.no_grad()
+def lay_out(state: dict[str, Any], p: Tensor) -> None:
+    """Give every array of a parameter's state the memory layout of the parameter.
+
+    The blocks of 8-bit codes follow memory order, so codes in another layout are decoded, and encoded again to nearest.
+
+    Args:
+        state: the state of the parameter, changed in place.
+        p: the parameter.
+    """
+    stride = torch.empty_like(local(p), device="meta").stride()
+    for key in ARRAYS:
+        if key not in state or local(state[key]).stride() == stride:
+            continue
+        old, state[key] = state[key], torch.empty_like(p, dtype=state[key].dtype)
+        if old.dtype in CODES:
+            values = read_moment({**state, key: old}, key)
+            write_moment(state, key, torch.empty_like(local(p), dtype=torch.float32).copy_(values))
+        else:
+            local(state[key]).copy_(local(old))
+
+
+def _zero_scales(p: Tensor) -> Tensor:
+    """Return zeros for the scales of an 8-bit moment; of a DTensor, a DTensor with the same placements."""
+    mesh = getattr(p, "device_mesh", None)
+    if mesh is None:
+        return torch.zeros(scale_shape(p), dtype=torch.float32, device=p.device)
+    from torch.distributed.tensor import zeros
+
+    shape = (*p.shape[:-1], p.shape[-1] // QUANT)
+    return zeros(shape, dtype=torch.float32, device_mesh=mesh, placements=p.placements)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def convert_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], segments: Sequence[int] = ()) -> None:
+    """Convert a parameter's state to the storage types that its group asks for. Each value is rounded once, to nearest.
+
+    Args:
+        state: the state of the parameter, changed in place.
+        p: the parameter. It is written too if its weight is kept in two arrays.
+        group: its group, with the storage options to convert to.
+        segments: the number of elements of each segment; () for one segment.
+    """
+    kept = kept_weight(p, group, state)
+    weight = read_weight(p, state, kept) if kept in ("master", "remainder", "kahan") else None
+    moments = {key: read_moment(state, key) for key in MOMENTS if key in state}
+    for key in STATE:
+        state.pop(key, None)
+    create_state(state, p, {**group, "amsgrad": "max_exp_avg_sq" in moments}, segments)
+    for key, values in moments.items():
+        write_moment(state, key, values)
+    if weight is not None:
+        write_weight(p, state, kept_weight(p, {}, state), weight)

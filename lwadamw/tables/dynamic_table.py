@@ -1,0 +1,87 @@
+"""Dynamic table: the numbers that may differ at every step, sent to the device in one copy and only if they do differ."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels import layout
+from .request import Header
+from .upload import Upload
+
+
+class DynamicTable:
+    """The header of a step, the gradient address of each row, and the hyperparameters of each group.
+
+    kernels/layout.py says which word of the table holds which number.
+
+    Args:
+        n_rows: number of rows of the plan.
+        n_groups: number of the optimizer's groups.
+        device: where the kernels read the table.
+    """
+
+    def __init__(self, n_rows: int, n_groups: int, device: torch.device) -> None:
+        self._upload = Upload(layout.HEADER + n_rows + n_groups * layout.GROUP, device)
+        self._first_group = layout.HEADER + n_rows
+        self._gradients: list[int] = []
+        self._header = Header()
+        self._sent = False  # whether the device has the hyperparameters that the host has
+
+    @property
+    def words(self) -> Tensor:
+        """int64[HEADER + n_rows + n_groups*GROUP] on the device: the whole table."""
+        return self._upload.table
+
+    @property
+    def gradients(self) -> Tensor:
+        """int64[n_rows + n_groups*GROUP] on the device: the table from the first gradient address on."""
+        return self._upload.table[layout.HEADER :]
+
+    def set_groups(self, words: NDArray[np.int64]) -> None:
+        """Replace the hyperparameters of every group on the host. The next `stage` sends them to the device.
+
+        Args:
+            words: int64[n_groups, GROUP].
+        """
+        self._upload.words[self._first_group :] = words.reshape(-1)
+        self._sent = False
+
+    def stage(self, gradients: list[int], header: Header) -> None:
+        """Make the device see the numbers of the next step. If nothing has changed since the last step, send nothing.
+
+        Args:
+            gradients: address of each row's gradient, 0 if the row has no gradient.
+            header: the numbers that belong to no row and no group.
+        """
+        if self._sent and gradients == self._gradients and header == self._header:
+            return
+        upload = self._upload
+        upload.words[layout.HEADER : self._first_group] = gradients
+        self._write_header(header)
+        upload.send()
+        self._gradients, self._sent = gradients, True
+
+    def stage_row(self, row: int, gradient: int) -> None:
+        """Make the device see the numbers for a step of one row alone, which knows no clipping and no loss scale.
+
+        Args:
+            row: index of the row.
+            gradient: address of the row's gradient.
+        """
+        upload, place = self._upload, layout.HEADER + row
+        upload.words[place] = gradient
+        if self._sent and self._header == Header():
+            upload.send(place, place + 1)
+        else:
+            self._write_header(Header())
+            upload.send()
+        # No list equals the empty list here, so the next `stage` sends all addresses again.
+        self._gradients, self._sent = [], True
+
+    def _write_header(self, header: Header) -> None:
+        self._upload.floats[0] = header.max_grad_norm
+        self._upload.words[1:4] = header.grad_scale, header.found_inf, header.regardless
+        self._header = header

@@ -1,0 +1,98 @@
+"""Gradients: where the gradients of a plan's parameters are at this step.
+
+A training loop usually makes new gradient tensors at every step, so their addresses are read at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from ..state.checks import check_gradient
+from ..state.members import Member, gradients_of, local
+from ..state.storage import FLOATS
+
+_data_ptr = Tensor.data_ptr
+_is_contiguous = Tensor.is_contiguous
+_dtype = attrgetter("dtype")
+
+# Stands for the address of a gradient without elements. Its own address would be 0, which means "no gradient".
+_EMPTY = 16
+
+
+class Gradients:
+    """The gradients of the parameters of one plan.
+
+    Args:
+        members: the parameters of the plan.
+        attribute: the attribute of a parameter that holds its gradient, such as "grad".
+        dtype: the dtype in which the kernels read every gradient.
+    """
+
+    def __init__(self, members: Sequence[Member], attribute: str, dtype: torch.dtype) -> None:
+        self._members, self._attribute, self._dtype = members, attribute, dtype
+        self._params = [m.param for m in members]
+        params = [local(p) for p in self._params]
+        plain = all(p is held for p, held in zip(self._params, params, strict=True))
+        self._contiguous = plain and all(map(_is_contiguous, params))
+        # Torch itself makes sure that a parameter and its `grad` have the same dtype, unless `grad_dtype` allows another.
+        self._any_dtype = attribute != "grad" or any(getattr(p, "grad_dtype", p.dtype) != p.dtype for p in self._params)
+        self._empty = [i for i, p in enumerate(params) if p.numel() == 0]
+        self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
+
+    def addresses(self) -> list[int] | None:
+        """Return where the kernels read each gradient at this step.
+
+        A gradient is copied if its dtype, its device or its memory order is one that the kernels cannot read.
+
+        Returns:
+            One address for each parameter, 0 if it has no gradient; None if a gradient has a float dtype that belongs to
+            another plan.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        grads = gradients_of(self._params, self._attribute)
+        if self._contiguous:
+            try:
+                addresses = list(map(_data_ptr, grads))
+                if all(map(_is_contiguous, grads)) and (
+                    not self._any_dtype or set(map(_dtype, grads)) == {self._dtype}
+                ):
+                    for i in self._empty:
+                        addresses[i] = _EMPTY
+                    return addresses
+            except (TypeError, RuntimeError):
+                pass  # a gradient is missing or sparse
+        return self._checked(grads)
+
+    def address(self, row: int) -> int | None:
+        """Return where the kernels read the gradient of one parameter at this step, as `addresses` does.
+
+        Args:
+            row: index of the parameter.
+        """
+        addresses = self._checked(gradients_of(self._params[row : row + 1], self._attribute), row)
+        return None if addresses is None else addresses[0]
+
+    @torch.no_grad()
+    def _checked(self, grads: Sequence[Tensor | None], first: int = 0) -> list[int] | None:
+        """Look at each gradient by itself. `first` is the index of the parameter of the first gradient."""
+        self._copies = []
+        addresses = []
+        for member, grad in zip(self._members[first : first + len(grads)], grads, strict=True):
+            if grad is None:
+                addresses.append(0)
+                continue
+            check_gradient(member, grad)
+            p, g = local(member.param), local(grad)
+            if g.dtype != self._dtype and g.dtype in FLOATS:
+                return None
+            if g.dtype != self._dtype or g.device != p.device or g.stride() != p.stride():
+                g = torch.empty_like(p, dtype=self._dtype).copy_(g)
+                self._copies.append(g)
+            addresses.append(g.data_ptr() if g.numel() else _EMPTY)
+        return addresses

@@ -1,0 +1,88 @@
+"""Grouping: which parameters get a row, and which parameters share a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..state import keys
+from ..state.creation import create_state, lay_out
+from ..state.decay import is_huber
+from ..state.members import Member, local
+from ..state.storage import FLOATS, Storage, storage_of
+
+
+class PlanKey(NamedTuple):
+    """What all parameters of one plan have in common.
+
+    Args:
+        device: where the parameter is.
+        attribute: the attribute of the parameter that holds its gradient, such as "grad".
+        storage: how the parameter is stored.
+        huber: whether the parameter decays by Huber's law.
+    """
+
+    device: torch.device
+    attribute: str
+    storage: Storage
+    huber: bool
+
+
+def split_idle(members: Sequence[Member], state: Any) -> tuple[list[Member], dict[str, list[Tensor]]]:
+    """Separate the parameters to update from the idle ones, which have neither a gradient nor state.
+
+    Args:
+        members: parameters.
+        state: state of each parameter, by parameter.
+
+    Returns:
+        The members to update, and the idle parameters by the attribute that would hold their gradient.
+    """
+    busy: list[Member] = []
+    idle: dict[str, list[Tensor]] = {}
+    for m in members:
+        if m.gradient is None and not state.get(m.param):
+            idle.setdefault(keys.GRAD_ATTRIBUTE.of(m.group), []).append(m.param)
+        else:
+            busy.append(m)
+    return busy, idle
+
+
+def complete_state(state: dict[str, Any], member: Member) -> None:
+    """Create the state that a parameter lacks, and lay its arrays out in memory in the same order as the parameter.
+
+    Args:
+        state: state of the parameter; changed in place.
+        member: the parameter.
+    """
+    state.setdefault("step", 0.0)
+    create_state(state, member.param, member.group, member.segments)
+    lay_out(state, member.param)
+
+
+def group_by_plan(members: Sequence[Member], state: Any) -> dict[PlanKey, list[Member]]:
+    """Collect the parameters of each plan.
+
+    Args:
+        members: parameters with complete state.
+        state: state of each parameter, by parameter.
+
+    Returns:
+        Members by what they have in common. The plans are sorted by this key, because the global norm is added up in
+        the order of plans, and moving parameters between groups must not change this order.
+    """
+    plans: dict[PlanKey, list[Member]] = {}
+    for m in members:
+        storage = _kernel_storage(m, state[m.param])
+        key = PlanKey(local(m.param).device, keys.GRAD_ATTRIBUTE.of(m.group), storage, is_huber(m.group))
+        plans.setdefault(key, []).append(m)
+    return {key: plans[key] for key in sorted(plans, key=str)}
+
+
+def _kernel_storage(member: Member, state: Mapping[str, Any]) -> Storage:
+    """Return the storage that the kernels see. A gradient they cannot read is copied to the parameter's dtype first."""
+    storage = storage_of(member.param, member.gradient, member.group, state)
+    return storage if storage.grad in FLOATS else storage._replace(grad=storage.param)

@@ -1,0 +1,192 @@
+"""The columns of a reading: they hold what float64 finds from the weights, for every segment and every kind of step."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lwadamw
+from lwadamw import AdamW, Monitor, param_groups
+from tests.cases import make_params, set_grads, train_on_noise
+
+SHAPES = [(30, 20), (12,), (5, 40)]
+
+
+def _rms(p):
+    """Return the RMS of a tensor in float64."""
+    return p.detach().double().square().mean().sqrt().item()
+
+
+def test_columns_equal_what_float64_computes_from_the_weights(backend, device):
+    params = make_params(SHAPES, device)
+    settings = [
+        {"params": [("a", params[0]), ("b", params[1])], "lr": 3e-2, "weight_decay": 0.5, "betas": (0.8, 0.9)},
+        {"params": [("c", params[2])], "lr": 1e-2, "weight_decay": 2.0, "width_lr_mult": 0.5, "width_wd_mult": 0.25},
+    ]
+    optimizer = AdamW(settings, backend=backend)
+    monitor = Monitor(optimizer, every=3)
+    squares, taus = [], np.zeros(3)
+    for step in range(1, 7):
+        before = [p.detach().double().clone() for p in params]
+        set_grads(params)
+        optimizer.step()
+        squares = squares or [_rms(p) ** 2 for p in params]
+        if step not in (1, 3, 6):
+            continue
+        reading = monitor.latest
+        assert (reading.step, reading.names) == (step, ("a", "b", "c"))
+        np.testing.assert_array_equal(reading.lr, [3e-2, 3e-2, 5e-3])
+        np.testing.assert_array_equal(reading.weight_decay, [0.5, 0.5, 0.5])
+        lr, wd, beta1 = reading.lr, reading.weight_decay, np.array([0.8, 0.8, 0.9])
+        after = [p.detach().double() for p in params]
+        rms = np.array([_rms(p) for p in params])
+        update = np.array([((p - b).norm() / p.norm()).item() for p, b in zip(after, before, strict=True)])
+        angle = np.array(
+            [
+                math.acos(torch.cosine_similarity(p.flatten(), b.flatten(), dim=0))
+                for p, b in zip(after, before, strict=True)
+            ]
+        )
+        steady_update = np.sqrt(2 * lr * wd * (1 - beta1) / (1 + beta1))
+        taus = (step - 1) * lr * wd
+        expected = {
+            "weight_rms": rms,
+            "steady_rms": np.sqrt(lr / (2 * wd)),
+            "rms_ratio": rms / np.sqrt(lr / (2 * wd)),
+            "relative_update": update,
+            "steady_update": steady_update,
+            "update_ratio": update / steady_update,
+            "rotation": angle,
+            "rotation_ratio": angle / steady_update,
+            "taus": taus,
+        }
+        for name, values in expected.items():
+            np.testing.assert_allclose(reading.columns[name], values, rtol=1e-3, err_msg=name)
+    assert len(monitor.readings) == 3
+
+
+def test_carried_singular_values_are_exact_if_only_the_norm_changes(backend, device):
+    (p,) = make_params([(30, 20)], device)
+    optimizer = AdamW([("p", p)], lr=0.0, weight_decay=0.1, backend=backend)
+    monitor = Monitor(optimizer, every=1, spectrum_every=100)
+    train_on_noise(optimizer, 4)
+    exact = torch.linalg.svdvals(p.detach().double())[:2].cpu().numpy()
+    with torch.no_grad():
+        p.mul_(3)
+    train_on_noise(optimizer, 1)
+    columns = monitor.latest.columns
+    assert columns["calibrated_at"] == [4]
+    # The error of the power iteration itself is below a thousandth here.
+    assert [columns["top"][0], columns["second"][0]] == pytest.approx(3 * exact, rel=1e-3)
+    assert columns["top"] == pytest.approx(3 * monitor.readings[-2].columns["top"], rel=1e-6)
+    assert columns["bulk"] == pytest.approx(3 * monitor.readings[-2].columns["bulk"], rel=1e-6)
+
+
+def test_a_forgotten_spectrum_is_measured_at_the_next_reading():
+    (p,) = make_params([(6, 5)])
+    optimizer = AdamW([p])
+    monitor = Monitor(optimizer, every=1, spectrum_every=100)
+    train_on_noise(optimizer, 5)
+    assert monitor.latest.columns["calibrated_at"] == [4]
+    monitor.forget_spectrum()
+    train_on_noise(optimizer, 1)
+    assert monitor.latest.columns["calibrated_at"] == [6]
+
+
+def test_spectra_are_measured_often_at_the_start():
+    (p,) = make_params([(6, 5)])
+    optimizer = AdamW([p])
+    monitor = Monitor(optimizer, every=5, spectrum_every=40)
+    train_on_noise(optimizer, 95)
+    measured = dict.fromkeys(int(r.columns["calibrated_at"][0]) for r in monitor.readings)
+    assert list(measured) == [1, 5, 10, 20, 40, 80]
+    assert [r.step for r in monitor.readings] == [1, *range(5, 96, 5)]
+
+
+def test_every_segment_has_its_own_values(device):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24, bias=False)
+            self.experts = nn.Parameter(torch.randn(3, 10, 8))
+
+    model = Model().to(device)
+    groups = param_groups(
+        model, 4, width=8, roles={"experts": lwadamw.Matrix()}, segments={"qkv.weight": 3, "experts": 3}
+    )
+    optimizer = AdamW(groups, lr=1e-3, weight_decay=0.1, backend="triton")
+    monitor = Monitor(optimizer, every=2)
+    train_on_noise(optimizer, 2)
+    reading = monitor.latest
+    parts = {f"experts[{i}]": model.experts[i] for i in range(3)}
+    parts |= {f"qkv.weight[{i}]": part for i, part in enumerate(model.qkv.weight.split(8))}
+    assert set(reading.names) == set(parts)
+    for i, name in enumerate(reading.names):
+        part = parts[name].detach()
+        assert reading.columns["weight_rms"][i] == pytest.approx(_rms(part), rel=1e-5)
+        assert reading.columns["top"][i] == pytest.approx(torch.linalg.matrix_norm(part, ord=2).item(), rel=0.01)
+    assert reading.roles == ("matrix",) * 6
+    assert reading.m.tolist() == [2.0] * 6
+
+
+def test_the_torch_backend_has_one_entry_for_all_segments():
+    model = nn.Linear(8, 24, bias=False)
+    groups = param_groups(model, 4, width=8, roles={"weight": "matrix"}, segments={"weight": 3})
+    optimizer = AdamW(groups, weight_decay=0.1, backend="torch")
+    with Monitor(optimizer) as monitor:
+        train_on_noise(optimizer, 1)
+    assert monitor.latest.names == ("weight",)
+    assert monitor.latest.columns["weight_rms"][0] == pytest.approx(_rms(model.weight), rel=1e-5)
+    top = torch.linalg.matrix_norm(model.weight.detach(), ord=2).item()
+    assert monitor.latest.columns["top"][0] == pytest.approx(top, rel=0.01)
+
+
+def test_a_learning_rate_in_a_tensor_is_followed(backend, device):
+    lr = torch.tensor(0.02, device=device)
+    (p,) = make_params([(6, 5)], device)
+    optimizer = AdamW([p], lr=lr, weight_decay=1.0, backend=backend)
+    monitor = Monitor(optimizer, every=5, spectrum_every=0)
+    train_on_noise(optimizer, 5)
+    lr.fill_(0.01)
+    train_on_noise(optimizer, 5)
+    assert monitor.latest.lr == pytest.approx([0.01])
+    # The tensor is read at steps 1, 5 and 10. A new value counts from the next reading on.
+    assert monitor.latest.columns["taus"] == pytest.approx([4 * 0.02 + 4 * 0.02 + 0.01])
+
+
+def test_skipped_steps_do_not_count_as_tau(backend, device):
+    (p,) = make_params([(6, 5)], device)
+    optimizer = AdamW([p], lr=0.02, weight_decay=1.0, max_grad_norm=1.0, backend=backend)
+    monitor = Monitor(optimizer, every=5, spectrum_every=0)
+    train_on_noise(optimizer, 1)
+    for step in range(2, 11):
+        set_grads([p])
+        if step in (3, 7, 8, 10):
+            p.grad[0, 0] = math.nan
+        optimizer.step()
+    assert monitor.readings[1].columns["taus"] == pytest.approx([3 * 0.02])
+    assert monitor.latest.columns["taus"] == pytest.approx([5 * 0.02])
+    assert monitor.step == 10
+    assert np.isnan(monitor.latest.columns["update_ratio"]), "the last step was skipped"
+    assert not np.isnan(monitor.latest.columns["rms_ratio"])
+
+
+def test_a_parameter_starts_with_its_first_gradient():
+    """One parameter gets its first gradient later, and one is added to the optimizer later."""
+    params = make_params([(6, 5), (5, 6), (4, 4)])
+    optimizer = AdamW(params[:2], lr=0.1, weight_decay=1.0)
+    monitor = Monitor(optimizer, every=1, spectrum_every=0)
+    params[0].grad = torch.randn(6, 5)
+    for _ in range(5):
+        optimizer.step()
+    train_on_noise(optimizer, 3)
+    assert monitor.latest.names == ("0.0", "0.1")
+    assert monitor.latest.columns["taus"] == pytest.approx([0.7, 0.2])
+    optimizer.add_param_group({"params": [params[2]], "lr": 0.3})
+    train_on_noise(optimizer, 2)
+    assert monitor.latest.columns["taus"] == pytest.approx([0.9, 0.4, 0.3])
+    params[0].grad = None
+    optimizer.step()
+    assert np.isnan(monitor.latest.columns["update_ratio"]).tolist() == [True, False, False]

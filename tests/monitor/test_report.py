@@ -1,0 +1,91 @@
+"""What people and loggers get of a reading: the report, flat numbers, medians by role, and a profile file."""
+
+import math
+import re
+
+import numpy as np
+from torch import nn
+
+from lwadamw import AdamW, Monitor, param_groups
+from tests.cases import train_on_noise
+
+
+def _model_with_roles():
+    """Make an optimizer with matrices and vectors, and its monitor."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+            self.norm = nn.LayerNorm(8)
+
+    model = Model()
+    optimizer = AdamW(param_groups(model, 4, rule="fan2025"), lr=1e-2, weight_decay=1.0)
+    return optimizer, Monitor(optimizer, every=5, steps=1000)
+
+
+def test_as_dict_and_by_role_hold_the_latest_reading():
+    optimizer, monitor = _model_with_roles()
+    assert (monitor.latest, monitor.as_dict(), monitor.by_role()) == (None, {}, {})
+    train_on_noise(optimizer, 5)
+    columns, names = monitor.latest.columns, monitor.latest.names
+    flat = monitor.as_dict("lw/")
+    assert flat["lw/rms_ratio/layers.1.weight"] == columns["rms_ratio"][names.index("layers.1.weight")]
+    matrices = [i for i, role in enumerate(monitor.latest.roles) if role == "matrix"]
+    assert len(matrices) == 3
+    median = np.median(columns["top"][matrices])
+    assert flat["lw/role/matrix/top"] == monitor.by_role()["matrix"]["top"] == median
+    assert set(monitor.by_role()) == {"matrix", "vector"}
+    assert "rms_ratio" not in monitor.by_role()["vector"]
+    assert "lw/rms_ratio/embed.weight" not in flat
+    assert all(type(value) is float and math.isfinite(value) for value in flat.values())
+
+
+def test_the_report_has_a_line_per_role_and_type_of_layer():
+    optimizer, monitor = _model_with_roles()
+    assert monitor.report() == "no reading yet: the first is after step 1"
+    train_on_noise(optimizer, 10)
+    lines = monitor.report().splitlines()
+    assert lines[0].startswith("step 10 of 1000   median")
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[2:]] == [
+        "role vector x3",
+        "role matrix x3",
+        "embed.weight",
+        "norm.weight",
+        "norm.bias",
+        "layers.*.weight x3",
+    ]
+    ratios = monitor.latest.columns["rms_ratio"]
+    shown = f"{np.nanmedian(ratios):.3g} ({np.nanmin(ratios):.3g} to {np.nanmax(ratios):.3g})"
+    assert shown in lines[3]
+    assert lines[3].endswith("  " + monitor.verdicts["layers.0.weight"])
+    assert lines[2].endswith("  no decay")
+
+
+def test_save_writes_a_profile(tmp_path):
+    optimizer, monitor = _model_with_roles()
+    train_on_noise(optimizer, 5)
+    monitor.save(tmp_path / "proxy.json", batch=7)
+    assert (tmp_path / "proxy.json").read_text().count("layers.1.weight") == 1
+
+
+class _FeedForward(nn.Module):
+    """The feed-forward layer of LLaMA, with the names of its reference code."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+        self.w2 = nn.Linear(12, 8, bias=False)
+
+
+def test_the_report_has_its_own_line_for_each_of_w1_w2_and_w3():
+    """Layer numbers are replaced by `*`. Digits inside a name are not."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(_FeedForward() for _ in range(2))
+    optimizer = AdamW(param_groups(model, {"*": 4}, roles={"*.weight": "matrix"}), lr=1e-2, weight_decay=1.0)
+    monitor = Monitor(optimizer, every=1)
+    train_on_noise(optimizer, 1)
+    titles = [re.split(r"\s{2,}", line)[0] for line in monitor.report().splitlines()[2:]]
+    assert titles[0] == "role matrix x6"
+    assert sorted(titles[1:]) == [f"layers.*.{name}.weight x2" for name in ("w1", "w2", "w3")]

@@ -1,0 +1,58 @@
+"""A resumed run continues the monitor of its first part."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lwadamw import AdamW, Monitor
+from tests.cases import make_params
+
+
+def test_a_resumed_run_is_monitored_as_one_that_never_stopped(backend, device):
+    """The learning rate warms up. The state of the monitor goes through JSON."""
+    weights = [p.detach().clone() for p in make_params([(30, 20), (5, 40)], device)]
+    grads = [[torch.randn_like(w) for w in weights] for _ in range(15)]
+
+    def begin(values):
+        params = [nn.Parameter(v.clone()) for v in values]
+        groups = [{"params": [("a", params[0])]}, {"params": [("b", params[1])], "weight_decay": 0.0}]
+        optimizer = AdamW(groups, lr=0.35, weight_decay=1.0, backend=backend)
+        return params, optimizer
+
+    def watch(optimizer):
+        return Monitor(optimizer, every=3, spectrum_every=6, steps=15)
+
+    def train(params, optimizer, steps):
+        for step in steps:
+            optimizer.param_groups[0]["lr"] = 0.35 * min(1.0, (step + 1) / 6)
+            for p, g in zip(params, grads[step], strict=True):
+                p.grad = g
+            optimizer.step()
+
+    params, optimizer = begin(weights)
+    whole = watch(optimizer)
+    train(params, optimizer, range(8))
+    saved, state = copy.deepcopy(optimizer.state_dict()), json.loads(json.dumps(whole.state_dict()))
+    values = [p.detach().clone() for p in params]
+    train(params, optimizer, range(8, 15))
+
+    params, optimizer = begin(values)
+    with pytest.raises(ValueError, match="the state is of step 8, and the optimizer has taken 0"):
+        watch(optimizer).load_state_dict(state)
+    optimizer.load_state_dict(saved)
+    resumed = watch(optimizer)
+    resumed.load_state_dict(state)
+    train(params, optimizer, range(8, 15))
+    assert [reading.step for reading in resumed.readings] == [9, 12, 15]
+    assert resumed.verdicts == whole.verdicts
+    assert "steady from step" in resumed.verdicts["a"]
+    for ours, theirs in zip(resumed.readings, list(whole.readings)[-3:], strict=True):
+        for column, expected in theirs.columns.items():
+            if column in ("top", "second", "bulk", "calibrated_at"):
+                continue
+            np.testing.assert_allclose(ours.columns[column], expected, rtol=1e-5, err_msg=column)
+    assert np.isfinite(resumed.readings[0].columns["top"][0])
