@@ -101,8 +101,8 @@ HEADER = 4
 # Then one word for each row: the address of its gradient, 0 where there is none. Then GROUP words for each group:
 #   words 0 to 4: the base values below, float64
 GROUP_LR, GROUP_BETA1, GROUP_BETA2, GROUP_EPS, GROUP_WEIGHT_DECAY = range(5)
-#   words 5 to 7: the width multipliers of lr, weight_decay and eps, float64. For the decay laws "independent" and
-# "corrected",   the multiplier of weight_decay is already divided by peak_lr.
+#   words 5 to 7: the width multipliers of lr, weight_decay and eps, float64. For the decay laws "independent"
+#   and "corrected", the multiplier of weight_decay is already divided by peak_lr.
 GROUP_MULTIPLIERS = 5
 #   word 8: the sign of the gradient, float64: 1, or -1 to maximize
 GROUP_SIGN = 8

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Reports of all variants. They come from another process, because this one may have imported the kernels to interpret them."""
+    """Reports of all variants, from another process. This process may have imported the kernels to interpret them."""
     path = tmp_path_factory.mktemp("codegen") / "reports.json"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "bench.codegen", "--json", str(path)]
