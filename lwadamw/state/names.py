@@ -11,7 +11,8 @@ def names_of(group: Mapping[str, Any], index: int) -> list[str]:
     """Return the names of a group's parameters, in the order of `group["params"]`.
 
     A group that was built without names has no `param_names`. The name of each of its parameters is then the index of the
-    group, a dot, and the position of the parameter in the group.
+    group, a dot, and the position of the parameter in the group. The same holds if the numbers of names and parameters
+    differ, because somebody has replaced `group["params"]`: nobody can tell which name belongs to which parameter.
 
     Args:
         group: one of an optimizer's `param_groups`.
@@ -23,7 +24,8 @@ def names_of(group: Mapping[str, Any], index: int) -> list[str]:
         >>> names_of({"params": ["p"], "param_names": ["w"]}, 2)
         ['w']
     """
-    return list(group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))])
+    names, count = group.get("param_names") or (), len(group["params"])
+    return list(names) if len(names) == count else [f"{index}.{i}" for i in range(count)]
 
 
 def layer_type(name: str) -> str:
