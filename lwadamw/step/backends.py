@@ -1,4 +1,4 @@
-"""Which backend updates a parameter, and the effective hyperparameters both of them use."""
+"""Backend choice: whether the Triton backend or the torch backend updates a parameter."""
 
 from __future__ import annotations
 
@@ -15,16 +15,29 @@ from ..state.storage import CODES, FLOATS, MOMENTS
 
 
 def has_triton() -> bool:
+    """Return whether the package triton is installed. It is not imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run on CPU tensors; Triton reads this once, as the kernels are first imported."""
+    """Return whether Triton kernels run on CPU tensors, in Triton's interpreter.
+
+    Triton reads the environment variable TRITON_INTERPRET only once, when the kernels are imported for the first time.
+    """
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
 def triton_refusal(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
-    """Why the Triton backend cannot update `p`, or None if it can."""
+    """Say why the Triton backend cannot update a parameter.
+
+    Args:
+        p: the parameter.
+        group: its parameter group.
+        state: its optimizer state; may be empty.
+
+    Returns:
+        The reason and a remedy, as the end of an error message. None if the Triton backend can update the parameter.
+    """
     if not has_triton():
         return "triton is not installed. Install it, or use backend='torch'"
     if group["differentiable"]:
@@ -50,16 +63,25 @@ def triton_refusal(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 
 
 def wants_torch(group: Mapping[str, Any]) -> bool:
-    """Whether a group asks for one of torch's own implementations by its flags."""
+    """Return whether the flags of a group ask for one of torch's own implementations.
+
+    Args:
+        group: parameter group. Its keys `differentiable`, `foreach` and `fused` are read.
+    """
     asks_for_loop = group["fused"] is None and group["foreach"] is not None
     return bool(group["differentiable"] or group["foreach"] or group["fused"] is False or asks_for_loop)
 
 
 def use_triton(member: Member, state: Mapping[str, Any], backend: str | None) -> bool:
-    """Whether the Triton backend updates this parameter.
+    """Decide whether the Triton backend updates a parameter. Otherwise the torch backend updates it.
+
+    Args:
+        member: the parameter.
+        state: its optimizer state; may be empty.
+        backend: the optimizer's argument: None, "triton" or "torch".
 
     Raises:
-        RuntimeError: backend is "triton" and it cannot.
+        RuntimeError: `backend` is "triton" and the Triton backend cannot update this parameter.
     """
     p = member.param
     if backend == "torch" or (backend is None and (wants_torch(member.group) or local(p).device.type == "cpu")):

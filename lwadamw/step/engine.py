@@ -1,7 +1,7 @@
-"""Engine: one step, from an optimizer's groups to the backends that update them, and what the step measured.
+"""Engine: takes one step. It gives every parameter of an optimizer to a backend and collects what the step measured.
 
-Holds nothing that cannot be rebuilt from groups and state, so an optimizer can be copied, pickled or rearranged by a
-framework at any time.
+Everything the engine holds can be rebuilt from the groups and the state. So a framework may copy, pickle or rearrange an
+optimizer at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..state.identity import same
 from ..state.members import Member, ParamGroups, is_sharded, members_of
 from ..tables.request import Request
 from .backends import use_triton
-from .nonfinite import Watch
+from .nonfinite import DelayedNormCheck
 from .torch_backend import TorchBackend
 
 if TYPE_CHECKING:
@@ -29,54 +29,75 @@ State = Mapping[Any, dict[str, Any]]
 
 
 class Engine:
+    """The backends of one optimizer, and the step over all of them.
+
+    Args:
+        backend: the optimizer's argument `backend`: None, "triton" or "torch".
+    """
+
     def __init__(self, backend: str | None) -> None:
         self._backend = backend
-        self._skipped: Tensor | None = None  # by backends that are not there any more, or by torch's
-        self._watch = Watch()
+        # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
+        self._skipped: Tensor | None = None
+        self._norm_check = DelayedNormCheck()
         self._forget()
 
     def _forget(self) -> None:
-        self._params: list[list[Tensor]] | None = None  # of each group
-        self._referents: list[Any] = []  # every object in every parameter's state
+        """Drop all that depends on the parameters and the state that were there when `_sort` ran."""
+        self._params: list[list[Tensor]] | None = None  # the parameters of each group
+        self._referents: list[Any] = []  # every object in the state of every parameter
         self._triton: TritonBackend | None = None
         self._torch = TorchBackend()
         self._torch_members: list[Member] = []
-        self._torch_by_id: dict[int, Member] = {}
-        self._alone: dict[int, tuple[Member, TorchBackend]] = {}  # of the parameters that have taken a step alone
+        self._torch_members_by_id: dict[int, Member] = {}  # by id() of the parameter
+        # Gradient release: parameters of the torch backend that take their steps one by one, each with a backend of its
+        # own. By id() of the parameter.
+        self._released: dict[int, tuple[Member, TorchBackend]] = {}
         self.grad_norm: Tensor | None = None
 
     def uses_triton(self, groups: ParamGroups) -> bool:
-        """Whether any parameter is the Triton backend's."""
+        """Return whether the Triton backend updates any parameter of the groups."""
         return any(use_triton(m, {}, self._backend) for m in members_of(groups))
 
     @property
     def skipped(self) -> Tensor | None:
-        """int64[], steps that no parameter took; None: none that could have been skipped has been asked for."""
+        """Number of skipped steps, int64[] on the device. None if no step so far could have been skipped."""
         counter = None if self._triton is None else self._triton.skipped
         return self._skipped if counter is None else counter
 
     def step(self, groups: ParamGroups, state: State, request: Request, *, verify_state: bool) -> None:
-        """Take one step. What is wrong with parameters, gradients or state is raised before anything is written.
+        """Update all parameters once. All checks come before the first write.
 
-        verify_state: somebody else has had access to `state` and may have replaced or moved any tensor in it
+        Args:
+            groups: the optimizer's parameter groups.
+            state: the optimizer's state by parameter. Missing state is created.
+            request: clipping, norms and loss scaling of this step.
+            verify_state: check whether any state tensor was replaced or moved. Set this if a caller outside the optimizer
+                has had access to `state`.
+
+        Raises:
+            RuntimeError: a parameter, a gradient or state cannot be used. Nothing has been written then. With
+                nonfinite="raise" also: the global gradient norm of this or of an earlier step was not finite.
         """
         if capturing():
             check_capturable(groups)
         else:
-            self._watch.check()
-        # State made in inference mode could not be updated outside of it.
+            self._norm_check.raise_if_arrived()
+        # State that is created in inference mode could not be updated outside of it.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._prepare(groups, state, request, verify_state)
+            self._released.clear()  # their norms are those of an earlier step
             if request.max_grad_norm is None:
                 self._run(request)
             else:
                 self._run_clipped(request)
-            # A scaler that has found it first has its own way with it.
-            watched = request.nonfinite == "raise" and request.max_grad_norm is not None
-            if watched and request.found_inf is None and self.grad_norm is not None and not capturing():
-                self._watch.look(self.grad_norm)
+            # If a GradScaler has set found_inf, the scaler deals with the non-finite gradients.
+            checked = request.nonfinite == "raise" and request.max_grad_norm is not None and request.found_inf is None
+            if checked and self.grad_norm is not None and not capturing():
+                self._norm_check.submit(self.grad_norm)
 
     def _run(self, request: Request) -> None:
+        """Run the backends without clipping."""
         if self._triton is not None:
             self._triton.run(clip=False, norms=request.norms)
         if self._torch.buckets:
@@ -84,9 +105,10 @@ class Engine:
                 factor=None, grad_scale=request.grad_scale, found_inf=request.found_inf, norms=request.norms
             )
             if self._triton is None and request.found_inf is not None:
-                self._count(request.found_inf)
+                self._count_skipped(request.found_inf)
 
     def _run_clipped(self, request: Request) -> None:
+        """Run the backends with gradients clipped by the norm over both backends."""
         triton_backend, torch_backend = self._triton, self._torch
         torch_totals = torch_backend.sum_gradients()
         totals = ([] if triton_backend is None else triton_backend.sum_gradients()) + torch_totals
@@ -100,31 +122,44 @@ class Engine:
             if triton_backend is None:
                 self.grad_norm = norm
                 if stop is not None:
-                    self._count(stop)
+                    self._count_skipped(stop)
 
-    def _count(self, stop: Tensor) -> None:
+    def _count_skipped(self, stop: Tensor) -> None:
+        """Count a step as skipped if `stop` is not zero, without waiting for the device."""
         if self._skipped is None:
             self._skipped = torch.zeros((), dtype=torch.int64, device=stop.device)
         self._skipped += (stop.reshape(()) != 0).to(self._skipped.device)
 
-    def step_alone(self, groups: ParamGroups, state: State, p: Tensor, *, verify_state: bool, norms: bool) -> None:
-        """Take the step of one parameter, whose gradient is complete while others' are not."""
+    def step_released(self, groups: ParamGroups, state: State, p: Tensor, *, verify_state: bool, norms: bool) -> None:
+        """Gradient release: update one parameter. Its gradient is complete, those of other parameters may not be.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            state: the optimizer's state by parameter. Missing state is created.
+            p: the parameter to update.
+            verify_state: as in `step`.
+            norms: measure the norms of this parameter.
+
+        Raises:
+            RuntimeError: parameters or state change while backward() runs.
+        """
         if not same([group["params"] for group in groups], self._params):
             self._sort(groups, state, idle=False)
-        member = self._torch_by_id.get(id(p))
+        member = self._torch_members_by_id.get(id(p))
         if member is None:
             for _ in range(2):
                 if self._triton is not None and self._triton.run_one(groups, p, norms, verify_state):
                     return
                 self._sort(groups, state, idle=False)
             raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while backward() runs.")
-        _, alone = self._alone.setdefault(id(p), (member, TorchBackend()))
-        alone.prepare([member], groups, state, fresh=False)
-        alone.run(factor=None, grad_scale=None, found_inf=None, norms=norms)
+        _, torch_backend = self._released.setdefault(id(p), (member, TorchBackend()))
+        torch_backend.prepare([member], groups, state, fresh=False)
+        torch_backend.run(factor=None, grad_scale=None, found_inf=None, norms=norms)
         if norms:
-            alone.measure()
+            torch_backend.measure()
 
     def _prepare(self, groups: ParamGroups, state: State, request: Request, verify_state: bool) -> None:
+        """Make both backends ready for this step. Sort the parameters again if any of them or any state is new."""
         fresh = same([group["params"] for group in groups], self._params) and (
             not verify_state or same(gc.get_referents(*state.values()), self._referents)
         )
@@ -140,7 +175,13 @@ class Engine:
             self._referents = gc.get_referents(*state.values())
 
     def _sort(self, groups: ParamGroups, state: State, idle: bool = True) -> None:
-        """Give every parameter to a backend; `idle`: leave those out that have neither gradient nor state yet."""
+        """Give every parameter to a backend.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            state: the optimizer's state by parameter.
+            idle: leave out parameters of the Triton backend that have neither a gradient nor state.
+        """
         if capturing():
             raise RuntimeError(
                 "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
@@ -152,7 +193,7 @@ class Engine:
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
         chosen = {id(m.param) for m in for_triton}
         self._torch_members = [m for m in members if id(m.param) not in chosen]
-        self._torch_by_id = {id(m.param): m for m in self._torch_members}
+        self._torch_members_by_id = {id(m.param): m for m in self._torch_members}
         if for_triton:
             from ..tables.triton_backend import TritonBackend
 
@@ -160,14 +201,26 @@ class Engine:
         self._params = [list(group["params"]) for group in groups]
 
     def norm_names(self, state: State) -> list[str]:
-        """The names that `norm_sums` has, without the sums."""
+        """Return the names that `norm_sums` returns, without computing any sum.
+
+        Args:
+            state: the optimizer's state by parameter.
+        """
         rows = [] if self._triton is None else [(m.order, m.segment_names()) for m in self._triton.members]
         rows += [(m.order, [m.name]) for m in self._torch_members if state.get(m.param)]
         return [name for _, names in sorted(rows, key=lambda row: row[0]) for name in names]
 
     def norm_sums(self, state: State) -> tuple[list[str], Tensor]:
-        """Names of all segments that have been updated, and their sums, float64[n, 4] on the first one's device."""
-        pieces: list[tuple[int, str, Tensor]] = []
+        """Return the sums of the last step for all segments that have taken a step.
+
+        Args:
+            state: the optimizer's state by parameter.
+
+        Returns:
+            The names of the n segments, and their sums, float64[n, 4] on the device of the first segment. The columns are
+            those of `AdamW.norm_sums`.
+        """
+        pieces: list[tuple[int, str, Tensor]] = []  # order of the parameter, name, float64[4]
         tables = [] if self._triton is None else self._triton.norm_sums()
         if len(tables) == 1 and not self._torch_members:
             ((members, sums),) = tables
@@ -175,9 +228,11 @@ class Engine:
         for members, sums in tables:
             rows = iter(sums.unbind())
             pieces += [(m.order, name, next(rows)) for m in members for name in m.segment_names()]
-        by_torch = [self._torch.norm_sums([m for m in self._torch_members if id(m.param) not in self._alone], state)]
-        by_torch += [alone.norm_sums([m], state) for m, alone in self._alone.values()]
-        pieces += [(m.order, m.name, sums) for found in by_torch for m, sums in found]
+        stepped_together = [m for m in self._torch_members if id(m.param) not in self._released]
+        torch_sums = self._torch.norm_sums(stepped_together, state)
+        for member, torch_backend in self._released.values():
+            torch_sums += torch_backend.norm_sums([member], state)
+        pieces += [(m.order, m.name, sums) for m, sums in torch_sums]
         if not pieces:
             return [], torch.empty(0, 4, dtype=torch.float64)
         pieces.sort(key=lambda piece: piece[0])
@@ -185,14 +240,23 @@ class Engine:
         return [name for _, name, _ in pieces], torch.stack([t.to(device, non_blocking=True) for _, _, t in pieces])
 
     def sharded_member(self) -> Member | None:
-        """Some parameter of which this process holds a part only, if there is one."""
+        """Return the first parameter found of which this process holds only a shard, or None."""
         if self._triton is not None and self._triton.sharded is not None:
             return self._triton.sharded
         return next((m for m in self._torch_members if is_sharded(m.param)), None)
 
 
 def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(global norm, factor of the gradients, 1 if the step must not happen), all on the device of the last total."""
+    """Return what the torch backend needs for clipping, computed on the device of the last total.
+
+    Args:
+        totals: sums of squares of all gradients before unscaling, one element each. Their sum is the squared global norm.
+        request: the clipping norm and the loss scale of this step.
+
+    Returns:
+        The global norm after unscaling, float32[]; the factor that unscales and clips the gradients, float64[]; and a
+        float32[] that is not zero if the step must change nothing (None: the step always happens).
+    """
     device = totals[-1].device
     squares = torch.stack([t.to(device, non_blocking=True).reshape(()) for t in totals]).sum()
     grad_scale, found_inf = request.grad_scale, request.found_inf

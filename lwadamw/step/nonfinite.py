@@ -1,4 +1,4 @@
-"""Watch: raises on the host for a norm that was not finite on the device, without waiting for it."""
+"""nonfinite="raise": raise an error on the host for a bad gradient norm on the device, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 
-class Watch:
-    """Norms on their way to the host."""
+class DelayedNormCheck:
+    """Checks global gradient norms on the host as soon as they have arrived there.
+
+    On a GPU, `submit` starts an asynchronous copy of the norm to the host. A later call of `raise_if_arrived` checks it.
+    """
 
     def __init__(self) -> None:
-        self._coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        # Norms on their way to the host, oldest first. The event says when the copy has finished.
+        self._copies: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
-    def look(self, norm: Tensor) -> None:
-        """Send for a norm, float32[]. On the CPU it is there already.
+    def submit(self, norm: Tensor) -> None:
+        """Check a norm on the CPU now, or start the copy of a norm on a GPU.
+
+        Args:
+            norm: global gradient norm of the last step, float32[].
 
         Raises:
-            RuntimeError: it is not finite.
+            RuntimeError: the norm is on the CPU and is not finite.
         """
         if norm.device.type == "cpu":
             _check(float(norm))
@@ -28,21 +35,21 @@ class Watch:
         pinned.copy_(norm, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        self._coming.append((pinned, event))
+        self._copies.append((pinned, event))
 
-    def check(self) -> None:
-        """Look at the norms that have arrived.
+    def raise_if_arrived(self) -> None:
+        """Check the norms whose copies have finished. Do not wait for the others.
 
         Raises:
-            RuntimeError: one of them is not finite.
+            RuntimeError: one of these norms is not finite.
         """
-        while self._coming and self._coming[0][1].query():  # type: ignore[no-untyped-call]
-            _check(float(self._coming.popleft()[0]))
+        while self._copies and self._copies[0][1].query():  # type: ignore[no-untyped-call]
+            _check(float(self._copies.popleft()[0]))
 
 
 def _check(norm: float) -> None:
     if not math.isfinite(norm):
         raise RuntimeError(
-            f"nonfinite='raise': the global gradient norm of a step was {norm}. That step changed nothing. Look for the "
-            "parameter in norms() of the step before, or let such steps pass by with nonfinite='skip'."
+            f"nonfinite='raise': the global gradient norm of a step was {norm}. That step changed nothing. To find the "
+            "parameter, read norms() after the step before. To skip steps like this one, use nonfinite='skip'."
         )

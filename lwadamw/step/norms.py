@@ -1,4 +1,4 @@
-"""Norms: what the step measured of every parameter, as the user reads it."""
+"""Norms: what a step measured of every segment, in the form that the user reads."""
 
 from __future__ import annotations
 
@@ -14,28 +14,45 @@ from ..state.arrays import Array
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """Frobenius norms of the last step, one entry per segment, in the optimizer's order.
+    """Frobenius norms of the last step: one entry per segment, in the order of the optimizer's parameters.
 
-    A segment is a parameter, or one part of a parameter that `param_groups(segments=...)` split; its parts are named
-    `name[0]`, `name[1]`, ...
+    A segment is a whole parameter, or one part of a parameter that `param_groups(segments=...)` has split. The parts of
+    the parameter `name` are called `name[0]`, `name[1]`, ...
 
-    All arrays are float64[len(names)]. A parameter without a gradient in the last step, or any parameter of a step
-    that was skipped for a non-finite gradient, has update, grad and angle 0. NaN: not known. Angles smaller than about
-    1e-3 update/weight, of updates that hardly do anything but change the length, are not resolved.
+    A parameter that had no gradient in the last step has update, grad and angle 0. So has every parameter if the last
+    step was skipped because of a non-finite gradient. NaN means that a value is not known.
+
+    The angle has a limit of resolution. If the update hardly does more than change the length of the weight, angles
+    below about 1e-3 update/weight are not accurate.
+
+    Args:
+        names: name of each segment.
+        weight: norm of the weight after the step, float64[len(names)].
+        update: norm of (weight after - weight before), float64[len(names)]. Both weights are taken as they are stored.
+            So the update contains weight decay, and it does not contain what rounding lost.
+        grad: norm of the gradient that the update used, float64[len(names)]. This gradient is unscaled and clipped.
+        angle: angle between the weight before and the weight after, in radians, float64[len(names)].
     """
 
     names: tuple[str, ...]
-    weight: Array  # after the step
-    update: Array  # of weight after minus weight before as kept, weight decay included, lost in rounding not
-    grad: Array  # as the update saw it: unscaled and clipped
-    angle: Array  # radians between the weight before and after
+    weight: Array
+    update: Array
+    grad: Array
+    angle: Array
 
     @classmethod
     def from_sums(cls, names: Sequence[str], sums: ArrayLike) -> Norms:
-        """From `AdamW.norm_sums()`, float64[len(names), 4]; sums of several shards are added before this.
+        """Compute norms from the sums that `AdamW.norm_sums()` returns.
+
+        If several processes hold shards of a parameter, add up the sums of all shards first.
+
+        Args:
+            names: name of each segment, from `AdamW.norm_names()`.
+            sums: float64[len(names), 4]. The columns are the square sum of the weight after the step, of the update and
+                of the gradient, and the inner product of the weight before the step with the update.
 
         Raises:
-            ValueError: the shape does not match the names.
+            ValueError: the shape of `sums` does not match `names`.
         """
         table = np.asarray(sums, dtype=np.float64)
         if table.shape != (len(names), 4):
@@ -43,8 +60,8 @@ class Norms:
                 f"Norms.from_sums: sums have shape {table.shape}, {len(names)} names need ({len(names)}, 4)."
             )
         weight, update, grad, dot = table.T
-        # With b the weight before and d the change: |b|^2 from |b + d|^2, and the angle from its sine |b x d|, which
-        # keeps its digits for small angles where the cosine has none.
+        # Let b be the weight before and d the update. |b|^2 follows from |b + d|^2. The angle follows from its sine,
+        # |b x d|: for a small angle the sine keeps its digits, and the cosine does not.
         before = np.maximum(weight - 2 * dot - update, 0.0)
         sine = np.sqrt(np.maximum(before * update - dot**2, 0.0))
         return cls(tuple(names), np.sqrt(weight), np.sqrt(update), np.sqrt(grad), np.arctan2(sine, before + dot))
@@ -56,10 +73,17 @@ class Norms:
         return iter(self.names)
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
-        """Flat floats for a logger: `{prefix}{statistic}/{name}`; values that are not known are left out.
+        """Return all norms as floats in one flat dict, for a logger.
 
-        >>> Norms.from_sums(["w"], [[4.0, 0.0, 9.0, 0.0]]).as_dict("norm/")
-        {'norm/weight/w': 2.0, 'norm/update/w': 0.0, 'norm/grad/w': 3.0, 'norm/angle/w': 0.0}
+        Args:
+            prefix: text that every key starts with.
+
+        Returns:
+            The values by `{prefix}{statistic}/{name}`. Values that are not known (NaN) are left out.
+
+        Example:
+            >>> Norms.from_sums(["w"], [[4.0, 0.0, 9.0, 0.0]]).as_dict("norm/")
+            {'norm/weight/w': 2.0, 'norm/update/w': 0.0, 'norm/grad/w': 3.0, 'norm/angle/w': 0.0}
         """
         columns = {"weight": self.weight, "update": self.update, "grad": self.grad, "angle": self.angle}
         return {

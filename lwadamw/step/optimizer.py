@@ -1,4 +1,4 @@
-"""AdamW: torch.optim.AdamW's interface over one fused, width-aware step that measures itself."""
+"""AdamW: torch.optim.AdamW's interface over one width-aware Triton step that measures its own norms."""
 
 from __future__ import annotations
 
@@ -11,79 +11,104 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..state import keys
-from ..state.decay import law_of
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
-from ..state.storage import check_options
 from ..tables.request import Request
 from .engine import Engine
-from .gradient_release import GradientRelease
+from .gradient_release import GradientRelease, check_releasable
 from .norms import Norms
 from .options import Options
 
 
 class AdamW(StateExchange):
-    r"""AdamW for every parameter group in one fused step, with width scaling, clipping and norms inside it.
+    r"""AdamW that updates all parameter groups in one Triton step, with width scaling, clipping and norms inside it.
 
-    Without the last three arguments and without width multipliers in its groups this is `torch.optim.AdamW`: same
-    arguments, same update, same state, checkpoints that load both ways. Per element, with t the parameter's own step
-    and effective eta, lambda, epsilon = base value x width multiplier:
+    If you use torch's arguments only and no group has a width multiplier, this class is a drop-in `torch.optim.AdamW`:
+    it has the same arguments in the same order, the same update and the same state. Checkpoints load both ways.
+
+    The update of one element is written below. t is the parameter's own step. eta, lambda and epsilon are the effective
+    learning rate, weight decay and eps. Each of them is a base value times a width multiplier.
 
         m <- beta1 m + (1 - beta1) g                 v <- beta2 v + (1 - beta2) g^2
         p <- p - eta lambda p - eta (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 
-    As in torch, the decay is multiplied by the learning rate; Loshchilov & Hutter's original is not. `decay` knows others.
+    The decay term is multiplied by the learning rate, as in torch. In the paper of Loshchilov & Hutter (1711.05101) it is
+    not. The argument `decay` selects other laws.
 
-    `group["lr"]`, `group["weight_decay"]` and `group["eps"]` stay the base values tuned at the proxy width.
-    The step multiplies them by `group["width_lr_mult"]`, `group["width_wd_mult"]` and `group["width_eps_mult"]`
-    (`lwadamw.param_groups` sets these), so no scheduler and no loop that assigns `group["lr"]` can undo a rule.
+    `group["lr"]`, `group["weight_decay"]` and `group["eps"]` hold the base values: the values that were tuned at the
+    proxy width. The step multiplies them by `group["width_lr_mult"]`, `group["width_wd_mult"]` and
+    `group["width_eps_mult"]`, which `lwadamw.param_groups` sets. It never writes the product back to the group. So no
+    scheduler, and no loop that assigns `group["lr"]`, can undo a rule.
 
     Args:
-        params: parameters, (name, parameter) pairs, or dicts of groups; `lwadamw.param_groups(...)` makes the latter.
-        lr: base learning rate, a float or a one-element tensor. A float32 or float64 tensor on the parameters' device
-            is read there at every step, without a synchronisation.
-        betas: decay rates of the first and second moment, floats or one-element tensors, in [0, 1).
-        eps: base value of the term added to the denominator.
-        weight_decay: base weight decay.
+        params: parameters, (name, parameter) pairs, or group dicts. `lwadamw.param_groups(...)` makes group dicts.
+        lr: base learning rate. A float or a one-element tensor. A float32 or float64 tensor on the parameters' device is
+            read there in every step, without a synchronisation.
+        betas: decay rates of the first and second moment. Floats or one-element tensors in [0, 1).
+        eps: base value of the term that is added to the denominator.
+        weight_decay: base weight decay, per step and per unit of learning rate.
         amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
-        maximize: ascend instead of descend.
-        foreach, fused: as in torch. `fused=False`, or `foreach` given without `fused=True`, asks for torch's own
-            implementation and so for the torch backend. Not asked for anything, that one takes torch's fused kernel on
-            the CPU, where torch itself would loop over a dozen operators.
-        capturable: allow the step to be captured in a CUDA graph. Take one step before, keep gradients where they are
-            with `zero_grad(set_to_none=False)`, and make hyperparameters that change between replays device tensors.
-        differentiable: let autograd run through the step; torch backend only.
-        max_grad_norm: clip by the global norm inside the step, as `torch.nn.utils.clip_grad_norm_` before it would,
-            but without rewriting gradients. None: no clipping.
-        nonfinite: what becomes of a step whose norm to clip by is not finite. "skip": it does not happen, and
-            `skipped_steps` counts it. "raise": nor does it happen, and a RuntimeError follows as soon as the host gets to
-            know without waiting, on a GPU at a later step. "pass": it happens, as after `clip_grad_norm_`.
-        norms: measure the norms that `norms()` returns, with no pass over memory of their own. False: leave them out.
-        backend: None takes the Triton kernels for parameters they can update and torch for the rest; "triton" insists
-            on them (on CPU tensors with TRITON_INTERPRET=1 set); "torch" never uses them.
-        exp_avg_dtype, exp_avg_sq_dtype: in which types the moments are created: torch.float32, torch.bfloat16, or 8 bits,
-            torch.int8 and torch.uint8 in turn. None: float32 with master weights, else the parameter's, as in torch.
-        master_weights: for bfloat16 and float16 parameters, keep the weight in float32: torch.float32 as a copy of 4 bytes
-            per element, "remainder" as the 2 bytes that a bfloat16 parameter lacks. Both are exact.
-        rounding: how such parameters are rounded without master weights. "nearest"; "stochastic", unbiased, bfloat16 only;
-            "kahan", what rounding loses is kept in a second array of the parameter's type (`kahan_comp`).
-        rounding_seed: of the random bits of stochastic rounding and 8-bit moments. They follow from it, the parameter's
-            name, its step and the element, so they are the same however parameters are grouped or sharded.
-        grad_attribute: where gradients are: "grad", or "main_grad" or "decoupled_grad" of frameworks that put them there.
-        decay: what weight_decay takes from a weight: "coupled", as in torch; "independent" of the peak learning rate
-            (Wortsman et al. 2309.14322); "corrected" for schedules (AdamC, Defazio 2506.02285); "huber" (Guo & Fan
-            2511.14721). May differ by group. docs/decay.md has the formulas.
-        peak_lr: highest base learning rate of the schedule, which "independent" and "corrected" divide by. None: a group's
-            `lr`, or its `initial_lr`, as it is added. To be given where a scheduler has a peak of its own, as OneCycleLR has.
-        huber_scale: threshold of "huber" over the mean of |w|.
+        maximize: maximize the objective instead of minimizing it.
+        foreach: as in torch. If it is given and `fused` is not True, torch's own implementation takes the step, on the
+            torch backend.
+        capturable: allow the step to be captured in a CUDA graph. Take one step before the capture. Keep the gradients at
+            their addresses with `zero_grad(set_to_none=False)`. A hyperparameter that changes between replays has to be a
+            tensor on the device.
+        differentiable: let autograd run through the step. This uses the torch backend.
+        fused: as in torch: True asks for torch's fused kernel where the torch backend updates a parameter. False asks for
+            torch's own loop over operators and so for the torch backend. None: the torch backend chooses. On the CPU it
+            then takes torch's fused kernel, where torch.optim.AdamW would loop over a dozen operators.
+        max_grad_norm: clip the gradients by their global norm inside the step. The result is that of
+            `torch.nn.utils.clip_grad_norm_` before the step, but the gradients are not rewritten. None: no clipping.
+        nonfinite: what happens to a step whose global gradient norm is not finite, if `max_grad_norm` is set. "skip": the
+            step changes nothing, and `skipped_steps` counts it. "raise": the step changes nothing, and a RuntimeError
+            follows as soon as the host knows the norm without waiting for the device; on a GPU that is in a later step.
+            "pass": the step happens, as it would after `clip_grad_norm_`.
+        norms: measure the norms that `norms()` returns. They are computed in the pass over memory that the update makes
+            anyway. False: do not measure them.
+        backend: which backend updates the parameters. None: the Triton backend updates all parameters on a GPU that it
+            can update, and the torch backend the others. "triton": the Triton backend updates all parameters, or `step()`
+            raises an error. On CPU tensors this needs TRITON_INTERPRET=1 in the environment. "torch": the torch backend
+            updates all parameters.
+        exp_avg_dtype: dtype in which the first moment is created: torch.float32, torch.bfloat16 or torch.int8 (8-bit
+            codes). None: float32 with master weights, otherwise the parameter's dtype, as in torch.
+        exp_avg_sq_dtype: dtype in which the second moment is created: torch.float32, torch.bfloat16 or torch.uint8 (8-bit
+            codes). None: as for `exp_avg_dtype`.
+        master_weights: keep the weight of a bfloat16 or float16 parameter exactly in float32. torch.float32: as a float32
+            copy, 4 bytes per element. "remainder": as the lower 2 bytes, which a bfloat16 parameter lacks; 2 bytes per
+            element. None: no master weights.
+        rounding: how a bfloat16 or float16 parameter without master weights is rounded after the update. "nearest": to
+            the nearest value. "stochastic": up or down at random, without bias; bfloat16 only. "kahan": to the nearest
+            value, and a second array of the parameter's dtype (`kahan_comp`) keeps what rounding lost.
+        rounding_seed: seed of the random bits for stochastic rounding and 8-bit moments, an int from 0 to 2**63 - 1. The
+            bits depend on this seed, the parameter's name, its step and the element's index. So they do not depend on how
+            parameters are grouped or sharded.
+        grad_attribute: attribute of a parameter that holds its gradient: "grad", or "main_grad" or "decoupled_grad" for
+            frameworks that put gradients there.
+        decay: how much `weight_decay` takes from a weight. "coupled": as in torch. "independent": independent of the peak
+            learning rate (Wortsman et al. 2309.14322). "corrected": corrected for the schedule (AdamC, Defazio
+            2506.02285). "huber": bounded for large weights (Guo & Fan 2511.14721). docs/decay.md has the formulas.
+        peak_lr: highest base learning rate of the schedule. "independent" and "corrected" divide by it. None: the value of
+            `initial_lr`, or else of `lr`, that the group has when it is added. Give `peak_lr` if a scheduler has a peak of
+            its own, as OneCycleLR has.
+        huber_scale: threshold of "huber", as a multiple of the mean of |w|.
 
-    The storage options, from `exp_avg_dtype` to `grad_attribute`, may differ by group. They hold for state that is created;
-    state that is there decides itself, until `convert_state()`. docs/storage.md has the table of what each costs.
+    The group keys `exp_avg_dtype`, `exp_avg_sq_dtype`, `master_weights`, `rounding`, `rounding_seed`, `grad_attribute`,
+    `decay`, `peak_lr` and `huber_scale` may differ by group. The arguments above apply to groups that lack the key.
+    `exp_avg_dtype`, `exp_avg_sq_dtype`, `master_weights` and rounding="kahan" are read when state is created. State that
+    exists keeps its types until `convert_state()` is called. docs/storage.md has a table of what each combination costs.
+
+    Attributes:
+        options: `Options`, frozen. The arguments that no group holds: `backend`, `nonfinite`, `norms`, and in `group` the
+            keys that each new group gets. Deepcopies and pickles keep it.
+        evidence: dict from parameter name to what `lwadamw.param_groups` found out about the parameter: its role, its
+            width ratio m and why. Empty if the groups do not come from `param_groups`. Deepcopies and pickles keep it.
 
     Raises:
-        ValueError, TypeError: an argument or a group is not valid.
-        RuntimeError: by `step()`, if backend="triton" cannot update some parameter, a gradient is sparse, or state
-            does not fit its parameter. Nothing has been written then.
+        ValueError: an argument or a group is not valid.
+        TypeError: an argument or a group has the wrong type.
+        RuntimeError: raised by `step()` before it writes anything: backend="triton" cannot update some parameter, a
+            gradient is sparse, or state does not fit its parameter.
 
     Example:
         >>> model = torch.nn.Linear(4, 4)
@@ -122,28 +147,28 @@ class AdamW(StateExchange):
         peak_lr: float | None = None,
         huber_scale: float = 1.0,
     ) -> None:
-        own = {
-            "exp_avg_dtype": exp_avg_dtype,
-            "exp_avg_sq_dtype": exp_avg_sq_dtype,
-            "master_weights": master_weights,
-            "rounding": rounding,
-            "rounding_seed": rounding_seed,
-            "grad_attribute": grad_attribute,
-            "decay": decay,
-            "peak_lr": peak_lr,
-            "huber_scale": huber_scale,
-        }
-        self.options = Options(backend, nonfinite, bool(norms), keys.given((*keys.STORAGE, *keys.LAW), own))
-        if backend == "triton" and (foreach or differentiable or fused is False):
-            asked = "foreach=True" if foreach else "differentiable=True" if differentiable else "fused=False"
-            raise ValueError(
-                f"backend='triton' excludes {asked}, which asks for torch's implementation. Drop one of them."
-            )
-        check_options({**own, "foreach": foreach, "differentiable": differentiable, "amsgrad": amsgrad}, "")
-        law_of(own)
+        self.options = Options.from_arguments(
+            backend=backend,
+            nonfinite=nonfinite,
+            norms=norms,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            group={
+                "exp_avg_dtype": exp_avg_dtype,
+                "exp_avg_sq_dtype": exp_avg_sq_dtype,
+                "master_weights": master_weights,
+                "rounding": rounding,
+                "rounding_seed": rounding_seed,
+                "grad_attribute": grad_attribute,
+                "decay": decay,
+                "peak_lr": peak_lr,
+                "huber_scale": huber_scale,
+            },
+        )
         self.max_grad_norm = max_grad_norm
         self._engine = Engine(backend)
-        # What param_groups found out about each parameter, by name.
         self.evidence: dict[str, Any] = dict(getattr(params, "evidence", {}))
         super().__init__(
             params,
@@ -163,10 +188,10 @@ class AdamW(StateExchange):
 
     @property
     def state(self) -> Any:
-        """Optimizer state by parameter, as in torch: `step`, `exp_avg`, `exp_avg_sq` and, with amsgrad, `max_exp_avg_sq`.
+        """Optimizer state by parameter, with torch's keys: `step`, `exp_avg`, `exp_avg_sq`, and `max_exp_avg_sq` if amsgrad.
 
-        Whoever has had hold of it may replace or move a tensor at any time, so from then on every step looks whether
-        somebody did.
+        A caller who has once read this property may replace or move a tensor at any time. So from then on every step
+        checks whether a state tensor has changed.
         """
         self._state_was_shared = True
         return self.__dict__["state"]
@@ -178,7 +203,12 @@ class AdamW(StateExchange):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """Global norm above which gradients are scaled down; None: no clipping. May be changed at any time."""
+        """Global gradient norm above which gradients are scaled down. None: no clipping. It may be changed between steps.
+
+        Raises:
+            ValueError: by assignment, if the value is not positive.
+            RuntimeError: by assignment, while gradients are released. The global norm would be known too late.
+        """
         return self._max_grad_norm
 
     @max_grad_norm.setter
@@ -194,15 +224,15 @@ class AdamW(StateExchange):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global gradient norm of the last step before clipping, float32[] on the device; None without max_grad_norm.
+        """Global gradient norm of the last step before clipping, float32[] on the device. None without max_grad_norm.
 
-        It is overwritten by the next step. Reading its value on the host waits for the device.
+        The next step overwrites this tensor. Reading its value on the host waits for the device.
         """
         return self._engine.grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps did not happen because of a norm or a `found_inf`, int64[] on the device.
+        """Number of steps that changed nothing because of a non-finite norm or a `found_inf`, int64[] on the device.
 
         Reading its value on the host waits for the device.
         """
@@ -210,11 +240,16 @@ class AdamW(StateExchange):
         return torch.zeros((), dtype=torch.int64) if counter is None else counter.clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; width multipliers left out of a group that has one of them count as 1.
+        """Add a group of parameters, as in torch. If the group is not valid, the optimizer stays as it was.
+
+        If the group has one or two of the three width multipliers, the missing ones become 1.
+
+        Args:
+            param_group: dict with `params` and any group keys.
 
         Raises:
-            ValueError: a width multiplier is not a finite number >= 0, a decay law is not known or lacks a peak_lr, or segments
-                do not fit their parameter.
+            ValueError: a width multiplier is not a finite number >= 0, a decay law is unknown or needs a `peak_lr`, a
+                storage option is not valid, or segments do not fit their parameter.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -229,16 +264,21 @@ class AdamW(StateExchange):
         if released is not None:
             released.add(group["params"])
 
-    # A compiled training step calls this as it is. Not torch.compiler.disable, which would load the compiler on import.
+    # torch.compile calls step() as it is. torch.compiler.disable would do the same, but loads the compiler on import.
     @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step.
+        """Update all parameters once.
 
         Args:
-            closure: re-evaluates the model with gradients enabled and returns the loss.
+            closure: evaluates the model again, with gradients enabled, and returns the loss.
 
         Returns:
-            The closure's loss, or None.
+            The loss that the closure returned, or None.
+
+        Raises:
+            RuntimeError: backend="triton" cannot update some parameter, a gradient is sparse, or state does not fit its
+                parameter. Nothing has been written then. With nonfinite="raise" also: the global gradient norm of this
+                or of an earlier step was not finite.
         """
         loss = None
         if closure is not None:
@@ -256,32 +296,43 @@ class AdamW(StateExchange):
         return loss
 
     def norms(self) -> Norms:
-        """Norms of the last step by parameter name: one copy from the device, which waits for it.
+        """Return the norms of the last step by parameter name.
 
-        On the torch backend they are computed now, from weights, state and gradients as they are: read them before
-        gradients are cleared.
+        This makes one copy from the device and waits for it. The torch backend computes its norms here, from the weights,
+        state and gradients of this moment. So read norms before you clear the gradients.
 
         Raises:
-            RuntimeError: the optimizer was built with norms=False, or holds only shards of some parameter.
+            RuntimeError: the optimizer was built with norms=False, or this process holds only a shard of some parameter.
         """
         names, sums = self._sums()
         sharded = self._engine.sharded_member()
         if sharded is not None:
             raise RuntimeError(
                 f"norms(): {sharded.name!r} {tuple(sharded.param.shape)} is sharded over processes, and the norm of a shard "
-                "is not the norm of the matrix. Add norm_sums() up over the processes, then Norms.from_sums(names, sums)."
+                "is not the norm of the matrix. Add norm_sums() up over the processes, then call "
+                "Norms.from_sums(optimizer.norm_names(), sums)."
             )
         return Norms.from_sums(names, sums.cpu().numpy())
 
     def norm_sums(self) -> Tensor:
-        """Sums behind `norms()`, float64[n, 4] on the device: weight, update, gradient squared, <weight before, update>.
+        """Return the sums from which `norms()` is computed. Sums of several shards can be added up.
 
-        For those who hold shards: rows follow `norm_names()`, and the sums of several shards add up.
+        Returns:
+            float64[n, 4] on the device, one row per name of `norm_names()`. The columns are the square sum of the weight
+            after the step, of the update and of the gradient, and the inner product of the weight before the step with
+            the update.
+
+        Raises:
+            RuntimeError: the optimizer was built with norms=False.
         """
         return self._sums()[1]
 
     def norm_names(self) -> list[str]:
-        """Names of the rows of `norm_sums()`: every segment that has taken a step."""
+        """Return the names of the rows of `norm_sums()`: every segment that has taken a step. Nothing is computed.
+
+        Raises:
+            RuntimeError: the optimizer was built with norms=False.
+        """
         self._check_norms()
         return self._engine.norm_names(self.__dict__["state"])
 
@@ -291,15 +342,22 @@ class AdamW(StateExchange):
 
     def _check_norms(self) -> None:
         if not self.options.norms:
-            raise RuntimeError("this AdamW was built with norms=False. Build it with norms=True to read norms.")
+            raise RuntimeError("This AdamW was built with norms=False. Build it with norms=True to read norms.")
 
     def steps_taken(self) -> int:
-        """Return the largest number of steps that any parameter has taken. Waits for the device."""
+        """Return the largest number of steps that any parameter has taken, 0 before the first step.
+
+        Steps that were skipped do not count. The call reads the step counters and so waits for the device.
+        """
         states = self.__dict__["state"].values()
         return max((int(state["step"]) for state in states if "step" in state), default=0)
 
     def effective(self) -> list[dict[str, float | Tensor]]:
-        """Per group, the lr, weight_decay and eps the step uses, see `lwadamw.effective`."""
+        """Return what the next step uses of each group: width multipliers and the decay law are applied.
+
+        Returns:
+            One dict per group with the keys `lr`, `weight_decay` and `eps`. `lwadamw.effective` explains the values.
+        """
         return [effective(group)._asdict() for group in self.param_groups]
 
     @property
@@ -313,29 +371,19 @@ class AdamW(StateExchange):
         pass  # torch's constructor assigns it
 
     def release_gradients(self) -> GradientRelease:
-        """From now on each parameter takes its step inside backward and drops its gradient, so that few exist at a time.
+        """Let every parameter take its step inside backward and drop its gradient, so that few gradients exist at a time.
 
-        `step()` then only calls its closure, and step hooks do not see the steps. The step of a parameter comes with its
-        gradient's accumulation: one backward is one step. Norms are measured as always.
+        A parameter takes its step when backward has accumulated its gradient. So one backward is one step. `step()` then
+        only calls its closure, and step hooks do not see these steps. Norms are measured as always.
 
         Returns:
-            A handle; `remove()` ends it. Also a context manager.
+            A handle. `remove()` ends gradient release. The handle is also a context manager.
 
         Raises:
-            RuntimeError: max_grad_norm is set, whose norm would be known too late, gradients are not kept in `grad`, or
-                they are released already.
+            RuntimeError: `max_grad_norm` is set, whose global norm would be known too late; or a group has another
+                `grad_attribute` than "grad"; or gradients are released already.
         """
-        if self._max_grad_norm is not None:
-            raise RuntimeError(
-                f"release_gradients() with max_grad_norm={self._max_grad_norm}: the global norm is known only when all "
-                "gradients are. Set optimizer.max_grad_norm = None."
-            )
-        for i, group in enumerate(self.param_groups):
-            if keys.GRAD_ATTRIBUTE.of(group) != keys.GRAD_ATTRIBUTE.default:
-                raise RuntimeError(
-                    f"release_gradients(): group {i} has grad_attribute={keys.GRAD_ATTRIBUTE.of(group)!r}, which "
-                    "autograd does not write. Leave it out."
-                )
+        check_releasable(self.param_groups, self._max_grad_norm)
         if self._released is not None:
             raise RuntimeError(
                 "release_gradients(): gradients are released already. Call remove() on the first handle."
@@ -345,11 +393,12 @@ class AdamW(StateExchange):
             self._released = None
 
         params = [p for group in self.param_groups for p in group["params"]]
-        self._released = GradientRelease(params, self._step_alone, done)
+        self._released = GradientRelease(params, self._step_released, done)
         return self._released
 
-    def _step_alone(self, p: Tensor) -> None:
-        self._engine.step_alone(
+    def _step_released(self, p: Tensor) -> None:
+        """Take the step of one parameter whose gradient is complete."""
+        self._engine.step_released(
             self.param_groups,
             self.__dict__["state"],
             p,
@@ -358,7 +407,14 @@ class AdamW(StateExchange):
         )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; also clears `decoupled_grad` where groups take gradients from there. `main_grad` is its framework's."""
+        """Clear gradients, as in torch.
+
+        `decoupled_grad` is cleared too, in groups whose `grad_attribute` names it. `main_grad` is not: the framework that
+        creates it clears it.
+
+        Args:
+            set_to_none: drop the gradients instead of filling them with zeros.
+        """
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             if keys.GRAD_ATTRIBUTE.of(group) == "decoupled_grad":
@@ -374,7 +430,7 @@ class AdamW(StateExchange):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Not torch.optim.AdamW's, which fails on state that has no step yet.
+        # torch.optim.AdamW.__setstate__ fails on state that has no step yet. So call its base class instead.
         Optimizer.__setstate__(self, state)
         self.__dict__.setdefault("options", Options())
         self.__dict__.setdefault("_max_grad_norm", None)

@@ -1,7 +1,12 @@
-"""torch's fused CPU kernel, where nobody asked for it: one pass over memory instead of a loop over a dozen operators.
+"""torch's fused CPU kernel, used where a group leaves the implementation open.
 
-The kernel takes all tensors for contiguous without looking, rounds 16-bit values otherwise than the loop, and writes
-behind autograd's back. So it serves contiguous float32 and float64 parameters, and who calls it advances their versions.
+The kernel makes one pass over memory, where torch.optim.AdamW would loop over a dozen operators. It has three limits:
+
+- It takes every tensor for contiguous and does not check.
+- It rounds 16-bit values in another way than the loop over operators does.
+- It does not tell autograd that it has written.
+
+So it is used for contiguous float32 and float64 parameters only, and the caller increments the versions of the parameters.
 """
 
 from __future__ import annotations
@@ -15,44 +20,63 @@ from torch import Tensor
 from ..state.members import local
 from ..state.storage import MOMENTS
 
-PIECE = 2**17  # elements that are worked on at a time where they are read more than once, to stay in a CPU's cache
+# Number of elements that are processed at a time where they are read more than once, so that they stay in the CPU's cache.
+PIECE = 2**17
 _DTYPES = (torch.float32, torch.float64)
 _OPTIONS = ("lr", "beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")
 
 
 def serves_group(group: Mapping[str, Any]) -> bool:
-    """Whether a group leaves the choice of implementation open, and has only numbers for hyperparameters."""
+    """Return whether the kernel may be used for a group: no flag asks for another implementation, no value is a tensor.
+
+    Args:
+        group: parameter group.
+    """
     if group["fused"] is not None or group["foreach"] is not None or group["differentiable"] or group["capturable"]:
         return False
     return takes_numbers({**group, "beta1": group["betas"][0], "beta2": group["betas"][1]})
 
 
 def takes_numbers(options: Mapping[str, Any]) -> bool:
-    """Whether no hyperparameter is a tensor."""
+    """Return whether no hyperparameter is a tensor.
+
+    Args:
+        options: keyword arguments of torch's functional `adamw`.
+    """
     return not any(isinstance(options[name], Tensor) for name in _OPTIONS)
 
 
 def serves(p: Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether a parameter with its state may take the kernel, as long as `is_plain` says so too."""
+    """Return whether the kernel can update a parameter with this state, if `is_plain` is true in the step as well.
+
+    Args:
+        p: the parameter.
+        state: its optimizer state; may be empty.
+    """
     if p.device.type != "cpu" or p.dtype not in _DTYPES or local(p) is not p:
         return False
     return all(state[key].dtype == p.dtype and state[key].is_contiguous() for key in MOMENTS if key in state)
 
 
 def is_plain(p: Tensor, grad: Tensor) -> bool:
-    """Whether a parameter and its gradient, which may change at every step, are as the kernel takes them to be."""
+    """Return whether a parameter and its gradient are contiguous and have the same dtype. This may change in every step.
+
+    Args:
+        p: the parameter.
+        grad: its gradient.
+    """
     return p.dtype == grad.dtype and p.is_contiguous() and grad.is_contiguous()
 
 
 @torch.no_grad()
 def step(columns: list[list[Tensor]], steps: list[Tensor], factor: Tensor | None, options: Mapping[str, Any]) -> None:
-    """Advance the steps and take one.
+    """Increment the step counters and update the parameters.
 
     Args:
-        columns: parameters, gradients, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
-        steps: float32[] each.
-        factor: multiplies the gradients, which stay as they are.
-        options: effective hyperparameters, amsgrad and maximize; anything else in it is ignored.
+        columns: lists of equal length: parameters, gradients, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
+        steps: step counter of each parameter, float32[].
+        factor: multiplies the gradients, one element. The gradients themselves are not changed. None: 1.
+        options: effective hyperparameters, `amsgrad` and `maximize`. Other keys are ignored.
     """
     chosen = {name: options[name] for name in _OPTIONS}
 
@@ -65,14 +89,17 @@ def step(columns: list[list[Tensor]], steps: list[Tensor], factor: Tensor | None
         update(columns, steps)
         return
     factor = factor.to(columns[0][0].device)
-    # A piece at a time, so that scaled gradients need no memory of their own.
+    # One piece at a time, so that scaled copies of the gradients never need much memory.
     for batch in _batches(zip(steps, *columns, strict=True)):
         some_steps, p, g, *moments = map(list, zip(*batch, strict=True))
         update([p, list(torch._foreach_mul(g, factor)), *moments], some_steps)
 
 
 def _batches(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Rows of (step, tensors of one shape...), long tensors cut into pieces and short ones put together to be as long."""
+    """Yield batches of about PIECE elements.
+
+    A row is (step, tensors of one shape...). Long tensors are cut into pieces. Short tensors share a batch.
+    """
     batch: list[tuple[Tensor, ...]] = []
     size = 0
     for step_, *tensors in rows:

@@ -1,6 +1,7 @@
-"""Norms of the torch backend, found out after the step: from weights, moments and gradients as they are.
+"""Norms of the torch backend: statistics of a step, computed after it from weights, moments and gradients.
 
-Each function gives the float64[4] of one parameter that `Norms.from_sums` takes.
+Statistics of one parameter are a float64[4], one row of the table that `Norms.from_sums` takes: the square sum of the weight
+after the step, of the update and of the gradient, and the inner product of the weight before the step with the update.
 """
 
 from __future__ import annotations
@@ -14,11 +15,38 @@ from torch import Tensor
 from ..state import decay, packing
 from ..state.members import Member, local
 from ..state.storage import kept_weight
-from . import torch_fused_cpu as cpu
+from . import torch_fused_cpu as fused_cpu
+from .buckets import Bucket, Entry
+
+
+def sums_of(bucket: Bucket, entry: Entry) -> Tensor:
+    """Return the statistics of the last step of one parameter.
+
+    Args:
+        bucket: the bucket that the last step updated.
+        entry: a parameter of that bucket.
+
+    Returns:
+        float64[4], see the top of this file.
+    """
+    if entry.sums is not None and not bucket.skipped:
+        return entry.sums
+    if bucket.packed:
+        return resting_sums(entry.member, entry.state)
+    huber = None if bucket.huber_decay is None or entry.threshold is None else (entry.threshold, bucket.huber_decay)
+    return step_sums(entry.member, entry.state, bucket.options, bucket.factor, bucket.skipped, huber)
 
 
 def resting_sums(member: Member, state: Mapping[str, Any]) -> Tensor:
-    """Statistics of a parameter that has not moved."""
+    """Return the statistics of a parameter that did not move in the last step.
+
+    Args:
+        member: the parameter.
+        state: its optimizer state.
+
+    Returns:
+        float64[4]: the square sum of the weight, and three zeros.
+    """
     p = member.param
     kept = kept_weight(p, member.group, state)
     whole = p if kept in ("plain", "stochastic") else packing.read_weight(p, state, kept)
@@ -34,12 +62,18 @@ def step_sums(
     skipped: Tensor | bool,
     huber: tuple[Tensor, float | Tensor] | None = None,
 ) -> Tensor:
-    """Statistics of the last step, from what it left.
+    """Compute the statistics of the last step from the weight, the moments and the gradient after it.
 
-    options: effective hyperparameters the step used
-    factor: what it multiplied the gradient with
-    skipped: nonzero: it left the parameter alone
-    huber: (threshold, lr wd) of the huber decay that came after it
+    Args:
+        member: the parameter. Its gradient may have been cleared; the third value is NaN then.
+        state: its optimizer state after the step.
+        options: effective hyperparameters that the step used.
+        factor: what the step multiplied the gradient by, one element. None: 1.
+        skipped: not zero if the step changed nothing.
+        huber: (threshold, lr times weight_decay) of the huber decay that followed the update. None: another decay law.
+
+    Returns:
+        float64[4], see the top of this file.
     """
     param, grad = member.param, member.gradient
     lr, beta1, beta2 = (_scalar(options[name], param) for name in ("lr", "beta1", "beta2"))
@@ -66,13 +100,13 @@ def step_sums(
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same elements of every tensor, float64[n], a piece at a time: on a CPU as much as stays in its cache."""
+    """Yield the same elements of every tensor as float64[n], on a CPU one piece at a time so that pieces stay in its cache."""
     flat = []
     for tensor in tensors:
         held = local(tensor.detach())
-        # By logical order, whatever that in memory.
+        # reshape follows the logical order of elements. So tensors with different memory layouts match.
         flat.append((torch.view_as_real(held) if held.is_complex() else held).reshape(-1))
-    size = cpu.PIECE if flat[0].device.type == "cpu" else max(flat[0].numel(), 1)
+    size = fused_cpu.PIECE if flat[0].device.type == "cpu" else max(flat[0].numel(), 1)
     for pieces in zip(*(torch.split(t, size) for t in flat), strict=True):
         yield tuple([piece.double() for piece in pieces])
 

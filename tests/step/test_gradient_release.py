@@ -63,8 +63,11 @@ def test_few_gradients_are_alive_at_a_time(backend, device):
     model = _model(device, depth=12)
     optimizer = AdamW(model.parameters(), backend=backend)
     alive = []
-    original = optimizer._step_alone
-    optimizer._step_alone = lambda p: (alive.append(sum(q.grad is not None for q in model.parameters())), original(p))
+    original = optimizer._step_released
+    optimizer._step_released = lambda p: (
+        alive.append(sum(q.grad is not None for q in model.parameters())),
+        original(p),
+    )
     optimizer.release_gradients()
     _train(model, optimizer, device)
     assert len(alive) == 3 * 24
@@ -117,6 +120,21 @@ def test_removing_the_handle_ends_it(backend, device):
     optimizer.step()
     assert not any(map(torch.equal, model.parameters(), before))
     assert {float(s["step"]) for s in optimizer.state.values()} == {2}
+
+
+def test_norms_after_the_handle_is_removed_are_those_of_the_last_step(backend, device):
+    one, two = _model(device), _model(device)
+    ours, theirs = (AdamW(m.named_parameters(), lr=1e-2, backend=backend) for m in (one, two))
+    with ours.release_gradients():
+        _train(one, ours, device, 1)
+    _train(two, theirs, device, 1, released=False)
+    for model, optimizer in ((one, ours), (two, theirs)):
+        torch.manual_seed(1)
+        model(torch.randn(8, 24, device=device)).square().sum().backward()
+        optimizer.step()
+    assert_same_bits(ours, theirs)
+    for column in ("weight", "update", "grad", "angle"):
+        assert getattr(ours.norms(), column) == pytest.approx(getattr(theirs.norms(), column), rel=1e-6)
 
 
 def test_what_needs_all_gradients_at_once_is_refused(device):

@@ -1,0 +1,186 @@
+"""Buckets of the torch backend: which parameters share one call of torch's AdamW.
+
+Parameters share a call if their effective hyperparameters and flags agree, however many groups they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..state import decay, keys
+from ..state.checks import check_gradient
+from ..state.groups import effective
+from ..state.members import Member, any_gradient, gradient_of, gradients_of
+from ..state.storage import storage_of
+from . import torch_fused_cpu as fused_cpu
+
+_FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
+_ARGUMENTS = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
+
+
+@dataclass(slots=True)
+class Entry:
+    """A parameter of the torch backend and its state.
+
+    Args:
+        member: the parameter.
+        state: its optimizer state, the dict that the optimizer holds.
+        address: data_ptr() of the parameter, if torch's fused CPU kernel can update it at this address as far as the
+            parameter and its state are concerned. None: it cannot. The group and the gradient are checked elsewhere.
+        completed_for: what the state was completed for: (amsgrad, step on the parameter's device, huber decay). None: not
+            yet.
+        kept: how the weight is kept: "plain", "master", "remainder", "kahan" or "stochastic". See state/storage.py.
+        sums: statistics of the last step, float64[4], if the step itself measured them. None: they are computed when norms
+            are read.
+        threshold: huber threshold that the last step used, float32[].
+    """
+
+    member: Member
+    state: dict[str, Any]
+    address: int | None
+    completed_for: tuple[bool, bool, bool] | None = None
+    kept: str = "plain"
+    sums: Tensor | None = None
+    threshold: Tensor | None = None
+
+
+@dataclass
+class Bucket:
+    """Parameters that one call of torch's AdamW updates.
+
+    Args:
+        options: keyword arguments of torch's functional `adamw`: effective hyperparameters and flags.
+        attribute: attribute of a parameter that holds its gradient.
+        implicit_fused: torch's fused CPU kernel updates these parameters, although their group leaves `fused` open.
+        packed: torch's implementations cannot update these parameters as they are stored. See packed_step.py.
+        huber_decay: decay of one step, lr times weight_decay, of a group with decay="huber". None: another decay law; the
+            decay is part of torch's update.
+        entries: the parameters.
+        grads: gradients of this step, one per entry. Empty after the step, so that no gradient is kept alive.
+        factor: what the last step multiplied the gradients by, one element. None: 1.
+        skipped: not zero if the last step changed nothing.
+    """
+
+    options: dict[str, Any]
+    attribute: str
+    implicit_fused: bool
+    packed: bool
+    huber_decay: float | Tensor | None
+    entries: list[Entry] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    factor: Tensor | None = None
+    skipped: Tensor | bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether the group asks for torch's fused kernel and the kernel can update the parameters as they are stored."""
+        return bool(self.options["fused"]) and not self.packed
+
+    def params(self) -> list[Tensor]:
+        """Return the parameters."""
+        return [entry.member.param for entry in self.entries]
+
+    def column(self, key: str) -> list[Tensor]:
+        """Return the state tensors of one state key, one per entry."""
+        return [entry.state[key] for entry in self.entries]
+
+
+def fill_buckets(
+    members: Iterable[Member], groups: Sequence[dict[str, Any]], state: Any, entries: dict[int, Entry]
+) -> tuple[list[Bucket], dict[str, list[Tensor]]]:
+    """Sort the parameters that have a gradient into buckets.
+
+    Args:
+        members: parameters of the torch backend.
+        groups: the optimizer's parameter groups.
+        state: the optimizer's state by parameter.
+        entries: entries of earlier steps, by the parameter's order. Entries of new parameters are added.
+
+    Returns:
+        The buckets, and the parameters that have no gradient, by the attribute that would hold it.
+
+    Raises:
+        RuntimeError: a gradient is sparse.
+    """
+    without_gradient: dict[str, list[Tensor]] = {}
+    buckets: dict[tuple[Any, ...], Bucket] = {}  # by everything that one call must agree in
+    by_group: dict[tuple[int, bool, bool], Bucket] = {}  # so that hyperparameters are computed once per group
+    implicit_groups: dict[int, bool] = {}
+    for m in members:
+        # A framework may have replaced the group dict by a copy. So do not use the member's own group.
+        p, group = m.param, groups[m.group_index]
+        if m.group is not group:
+            m = m._replace(group=group)
+        attribute = keys.GRAD_ATTRIBUTE.of(group)
+        grad = gradient_of(p, attribute)
+        if grad is None:
+            without_gradient.setdefault(attribute, []).append(p)
+            continue
+        if grad.layout != torch.strided:
+            check_gradient(m, grad)
+        entry = entries.get(m.order)
+        if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
+            entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if fused_cpu.serves(p, state[p]) else None)
+        entry.member = m
+        storage = storage_of(p, grad, group, entry.state, m.segments)
+        # A 16-bit parameter with huber decay counts as packed. Otherwise torch's step and the decay would round it twice.
+        packed = not storage.plain or (decay.is_huber(group) and p.dtype.itemsize < 4)
+        entry.kept = storage.weight
+        implicit = implicit_groups.get(m.group_index)
+        if implicit is None:
+            implicit = implicit_groups[m.group_index] = fused_cpu.serves_group(group)
+        if implicit:
+            implicit = not packed and entry.address is not None and fused_cpu.is_plain(p, grad)
+        place = (m.group_index, implicit, packed)
+        bucket = by_group.get(place)
+        if bucket is None:
+            bucket = by_group[place] = _bucket_for(group, attribute, implicit, packed, buckets)
+        bucket.entries.append(entry)
+        bucket.grads.append(grad)
+    return list(buckets.values()), without_gradient
+
+
+def _bucket_for(
+    group: Mapping[str, Any], attribute: str, implicit_fused: bool, packed: bool, buckets: dict[tuple[Any, ...], Bucket]
+) -> Bucket:
+    """Return the bucket whose values agree with those of a group. Create it if there is none."""
+    used, huber_decay = effective(group), None
+    if decay.is_huber(group):
+        huber_decay, used = used.lr * used.weight_decay, used._replace(weight_decay=0.0)
+    values = (*used, *group["betas"], *(group[flag] for flag in _FLAGS))
+    new = Bucket(dict(zip(_ARGUMENTS, values, strict=True)), attribute, implicit_fused, packed, huber_decay)
+    return buckets.setdefault((attribute, implicit_fused, packed, huber_decay, *values), new)
+
+
+def refill_buckets(buckets: Sequence[Bucket], without_gradient: Mapping[str, Sequence[Tensor]]) -> bool:
+    """Give the buckets of the last step the gradients of this step, if torch's fused CPU kernel can take all of them again.
+
+    This is the fast path of a step in which nothing has changed but the gradients.
+
+    Args:
+        buckets: the buckets of the last step, from `fill_buckets`.
+        without_gradient: parameters that had no gradient in the last step, from `fill_buckets`.
+
+    Returns:
+        False if the buckets have to be filled again. Nothing has been changed then.
+    """
+    if not all(bucket.implicit_fused for bucket in buckets) or any_gradient(without_gradient):
+        return False
+    grads: list[list[Any]] = []
+    for bucket in buckets:
+        params = bucket.params()
+        grads.append(gradients_of(params, bucket.attribute))
+        try:
+            moved = list(map(Tensor.data_ptr, params)) != [entry.address for entry in bucket.entries]
+            if moved or not all(map(fused_cpu.is_plain, params, grads[-1])):
+                return False
+        except (AttributeError, RuntimeError):
+            return False  # a gradient is missing or sparse
+    for bucket, new in zip(buckets, grads, strict=True):
+        bucket.grads, bucket.skipped = new, False
+    return True
