@@ -82,6 +82,6 @@ class DynamicTable:
         self._gradients, self._sent = [], True
 
     def _write_header(self, header: Header) -> None:
-        self._upload.floats[0] = header.max_grad_norm
-        self._upload.words[1:4] = header.grad_scale, header.found_inf, header.regardless
+        self._upload.floats[layout.HEADER_MAX_NORM] = header.max_grad_norm
+        self._upload.words[layout.HEADER_GRAD_SCALE : layout.HEADER] = header.grad_scale, header.found_inf, header.regardless
         self._header = header

@@ -20,7 +20,7 @@ class Thresholds:
         factors: for each row, the number that turns its sum of |w| into the threshold for weights that do not change:
             huber_scale / number of elements.
         addresses: int64[n_rows], address of each row's threshold, a float32[].
-        coefficients: float32[n_rows, COEFFICIENTS]; the last column says which rows took the step.
+        coefficients: float32[n_rows, COEFFICIENTS]; the column ACTIVE says which rows took the step.
         chunk_row: int32[n_chunks], the row of each chunk.
         options: options of Triton's compiler.
     """
