@@ -67,7 +67,7 @@ def build_static_tables(
         addresses[: len(tensors), i] = [0 if t is None else t.data_ptr() for t in tensors]
     drawn = [row.rounding for row in rows] if storage.draws else []
     rounding = np.array(drawn, np.int64).reshape(-1, layout.ROUNDING)
-    run, stride = rounding[:, 3], rounding[:, 4]
+    run, stride = rounding[:, layout.ROUNDING_RUN], rounding[:, layout.ROUNDING_STRIDE]
     return StaticTables(
         on_device(chunks.chunk_row),
         on_device(chunks.chunk_span),
