@@ -1,11 +1,11 @@
-"""Fixtures of every test: kernels on CPU tensors where there is no GPU, poisoned memory, a fresh seed."""
+"""Fixtures of every test: kernels run on CPU tensors if there is no GPU, memory is poisoned, the seed is fresh."""
 
 import os
 import sys
 
 import torch
 
-# Triton decides as the kernels are first imported whether to interpret them.
+# Triton decides whether to interpret kernels when they are imported for the first time.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -16,8 +16,8 @@ from tests.interpreter import patch_language_once_per_launch
 if os.environ.get("TRITON_INTERPRET") == "1":
     patch_language_once_per_launch()
 
-# torch.device("meta") remembers at its first use which functions it redirects: that has to be torch.empty itself, not
-# what a fixture puts in its place.
+# torch.device("meta") remembers at its first use which functions it redirects. It has to see the real torch.empty, not the
+# function that a fixture puts in its place.
 with torch.device("meta"):
     torch.empty(0)
 
@@ -31,7 +31,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill with NaN whatever the package allocates without initialising it, so that an unwritten output shows."""
+    """Fill memory that the package allocates without initialising it with NaN, so that a test sees an unwritten output."""
 
     def poisoned(original):
         def allocate(*args, **kwargs):
@@ -48,9 +48,11 @@ def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
+    """Run the test once with each backend."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
+    """The device that tests run on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -83,5 +83,9 @@ class DynamicTable:
 
     def _write_header(self, header: Header) -> None:
         self._upload.floats[layout.HEADER_MAX_NORM] = header.max_grad_norm
-        self._upload.words[layout.HEADER_GRAD_SCALE : layout.HEADER] = header.grad_scale, header.found_inf, header.regardless
+        self._upload.words[layout.HEADER_GRAD_SCALE : layout.HEADER] = (
+            header.grad_scale,
+            header.found_inf,
+            header.regardless,
+        )
         self._header = header

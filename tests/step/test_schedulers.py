@@ -1,4 +1,4 @@
-"""Promise 3: any torch scheduler, any loop that assigns `lr`, any group surgery keeps the width ratios."""
+"""Promise 3: every torch scheduler, a loop that assigns `lr`, and changes of the groups keep the width ratios."""
 
 import inspect
 import warnings
@@ -14,14 +14,14 @@ MATRIX_TO_VECTOR = 0.25 / 1.0  # fan2025 at m = 4
 
 
 def _model():
-    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+    return torch.nn.Linear(8, 8)
 
 
 def _optimizer(backend="torch"):
-    return AdamW(param_groups(_model(), base_width=16, width=64), lr=1e-2, weight_decay=0.1, backend=backend)
+    return AdamW(param_groups(_model(), base_width=2, width=8), lr=1e-2, weight_decay=0.1, backend=backend)
 
 
-# Every scheduler class with arguments that make it bite within 12 steps.
+# Every scheduler class, with arguments that change lr within 6 steps.
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
@@ -61,18 +61,18 @@ def test_scheduler_keeps_the_ratio(name, backend):
     optimizer = _optimizer(backend)
     scheduler = SCHEDULERS[name](optimizer)
     seen = set()
-    for _ in range(12):
+    for _ in range(6):
         lr = optimizer.param_groups[0]["lr"]
         seen.add(float(lr))
         assert matrix_over_vector(optimizer) == pytest.approx(MATRIX_TO_VECTOR, rel=1e-5)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, about epochs
+            warnings.simplefilter("ignore")  # torch warns about the argument epoch
             scheduler.step(1.0) if name == "ReduceLROnPlateau" else scheduler.step()
     assert len(seen) > 1, "the scheduler did nothing"
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_absolute_set_loop_keeps_the_ratio(backend):
+def test_a_loop_that_assigns_lr_keeps_the_ratio(backend):
     optimizer = _optimizer(backend)
     for step in range(5):
         for group in optimizer.param_groups:
@@ -81,9 +81,9 @@ def test_absolute_set_loop_keeps_the_ratio(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_tensor_lr_filled_in_place_keeps_the_ratio(backend):
+def test_a_tensor_lr_that_is_filled_in_place_keeps_the_ratio(backend):
     lr = torch.tensor(1e-2)
-    optimizer = AdamW(param_groups(_model(), 16, width=64), lr=lr, weight_decay=0.1, backend=backend)
+    optimizer = AdamW(param_groups(_model(), 2, width=8), lr=lr, weight_decay=0.1, backend=backend)
     moved = []
     for value in (1e-2, 1e-3, 5e-2):
         lr.fill_(value)
@@ -92,7 +92,7 @@ def test_tensor_lr_filled_in_place_keeps_the_ratio(backend):
     assert moved[2] > 10 * moved[1]
 
 
-def test_a_tensor_that_replaces_an_equal_number_is_followed():
+def test_a_tensor_lr_that_replaces_an_equal_float_is_followed():
     optimizer = _optimizer("triton")
     matrix_over_vector(optimizer)
     for group in optimizer.param_groups:
@@ -106,7 +106,7 @@ def test_a_tensor_that_replaces_an_equal_number_is_followed():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_group_surgery_keeps_the_ratio(backend):
+def test_replaced_and_added_groups_keep_the_ratio(backend):
     optimizer = _optimizer(backend)
     matrix_over_vector(optimizer)
     optimizer.param_groups = [dict(group) for group in reversed(optimizer.param_groups)]

@@ -1,4 +1,4 @@
-"""On noise gradients the weights settle where each rule says: RMS sqrt(lr/2wd), so width exponents of the norm follow."""
+"""With noise as gradients, weights reach the RMS sqrt(lr/2wd). So each rule's exponents show in the weight norms."""
 
 import math
 
@@ -8,12 +8,12 @@ import torch
 
 from lwadamw import RULES, AdamW, param_groups
 
-WIDTHS = (64, 128, 256)
-LR, WEIGHT_DECAY = 4e-3, 1.0
+WIDTHS = (32, 64, 128)
+LR, WEIGHT_DECAY = 1e-2, 1.0
 
 
 def _settled(rule: str, width: int) -> tuple[float, float]:
-    """(Frobenius norm, predicted one) of a square matrix after six tau of pure noise gradients."""
+    """Return the measured and the predicted Frobenius norm of a square matrix after six tau of noise gradients."""
     torch.manual_seed(width)
     model = torch.nn.Linear(width, width, bias=False)
     groups = param_groups(model, WIDTHS[0], rule, width=width, roles={"weight": "matrix"})
@@ -24,7 +24,7 @@ def _settled(rule: str, width: int) -> tuple[float, float]:
     for step in range(int(6 * tau)):
         model.weight.grad = torch.randn_like(model.weight)
         optimizer.step()
-        if step > 4 * tau and step % 50 == 0:
+        if step > 4 * tau and step % 20 == 0:
             norms.append(float(optimizer.norms().weight[0]))
     return float(np.mean(norms)), width * math.sqrt(lr / (2 * wd))
 

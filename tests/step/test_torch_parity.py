@@ -1,4 +1,4 @@
-"""Promise 1: for every option torch tests its own AdamW with, each step is torch.optim.AdamW's within torch's tolerances."""
+"""Promise 1: every step equals that of torch.optim.AdamW within torch's tolerances, for all options torch tests its own with."""
 
 import copy
 
@@ -11,37 +11,50 @@ from tests.cases import make_params, set_grads
 pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
 from torch.testing._internal.common_optimizers import optim_inputs_func_adamw
 
-SHAPES = [(10, 5), (5,), (1,), (), (3, 400), (1030,), (0,)]
+SHAPES = [(10, 5), (5,), (1,), (), (3, 100), (1030,), (0,)]
 
 
 def _inputs():
-    """torch's inputs for the CPU, and those for CUDA without `capturable`, which torch refuses on CPU tensors."""
+    """Return torch's inputs for the CPU and for CUDA, without `capturable`, which torch refuses on CPU tensors.
+
+    Many inputs for CUDA equal one for the CPU then. They are left out.
+    """
     plain = {i.desc: i.kwargs for i in optim_inputs_func_adamw("cpu", torch.float32)}
+    known = {_text(kwargs) for kwargs in plain.values()}
     for i in optim_inputs_func_adamw("cuda", torch.float32):
         kwargs = {k: v for k, v in i.kwargs.items() if k != "capturable"}
-        plain.setdefault(f"{i.desc}, uncaptured", kwargs)
+        if _text(kwargs) not in known:
+            known.add(_text(kwargs))
+            plain[f"{i.desc}, uncaptured"] = kwargs
     return plain
+
+
+def _text(kwargs):
+    return repr(sorted(kwargs.items()))
 
 
 INPUTS = _inputs()
 
 
 @pytest.mark.parametrize("desc", INPUTS)
-def test_twenty_steps_equal_torch(desc, backend, device):
-    """Missing gradients at step 2, a frozen parameter from 8 to 12; compared and resynchronised after every step."""
+def test_ten_steps_equal_torch(desc, backend, device):
+    """All gradients are missing in step 2. A parameter is frozen in steps 4 and 5. State is compared after every step.
+
+    After the comparison our values are set to torch's, so that a difference does not grow.
+    """
     kwargs = copy.deepcopy(INPUTS[desc])
     ours = make_params(SHAPES, device)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     a = lwadamw.AdamW(ours, **kwargs, backend=backend)
     b = torch.optim.AdamW(theirs, **copy.deepcopy(kwargs), foreach=False)
-    for step in range(20):
+    for step in range(10):
         set_grads(ours, theirs)
         if step == 2:
             for p in (*ours, *theirs):
                 p.grad = None
         for frozen in (ours[4], theirs[4]):
-            frozen.requires_grad_(not 8 <= step < 12)
-            if 8 <= step < 12:
+            frozen.requires_grad_(not 4 <= step < 6)
+            if 4 <= step < 6:
                 frozen.grad = None
         a.step()
         b.step()
@@ -57,10 +70,10 @@ def test_twenty_steps_equal_torch(desc, backend, device):
 
 
 @pytest.mark.parametrize("flags", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"fused": True}, {}])
-def test_flags_are_torchs_own_bits_on_the_cpu(flags):
+def test_torch_backend_has_torchs_bits_on_the_cpu_with_the_same_flags(flags):
     ours = make_params(SHAPES)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    # Not asked for anything, torch loops over operators here, and this takes torch's fused kernel.
+    # Without flags torch.optim.AdamW loops over operators on the CPU. Our torch backend takes torch's fused kernel.
     a, b = lwadamw.AdamW(ours, **flags), torch.optim.AdamW(theirs, **(flags or {"fused": True}))
     for _ in range(3):
         set_grads(ours, theirs)
@@ -85,12 +98,12 @@ def test_differentiable_step_lets_gradients_through():
         assert torch.equal(ours, theirs)
 
 
-def _error(params, device, run):
-    """Root mean square distance of fp32 weights from a float64 run over the same gradients."""
+def _error(params, device, steps, run):
+    """Return the distance (2-norm) of fp32 weights from those of a float64 run over the same gradients."""
     exact = [torch.nn.Parameter(p.detach().double()) for p in params]
     optimizer, reference = run(params), torch.optim.AdamW(exact, lr=1e-3, weight_decay=0.1, foreach=False)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(1000):
+    for _ in range(steps):
         for p, q in zip(params, exact, strict=True):
             grad = torch.randn(p.shape, generator=generator).to(device)
             p.grad, q.grad = grad, grad.double()
@@ -99,9 +112,10 @@ def _error(params, device, run):
     return sum((p.double() - q).square().sum() for p, q in zip(params, exact, strict=True)).sqrt().item()
 
 
-def test_thousand_steps_drift_no_further_from_float64_than_torch_fused(device):
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_steps_drift_no_further_from_float64_than_torch_fused(steps, device):
     start = make_params([(300,)], device)
     copies = [[torch.nn.Parameter(p.detach().clone()) for p in start] for _ in range(2)]
-    ours = _error(copies[0], device, lambda ps: lwadamw.AdamW(ps, lr=1e-3, weight_decay=0.1, backend="triton"))
-    fused = _error(copies[1], device, lambda ps: torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.1, fused=True))
+    ours = _error(copies[0], device, steps, lambda ps: lwadamw.AdamW(ps, lr=1e-3, weight_decay=0.1, backend="triton"))
+    fused = _error(copies[1], device, steps, lambda ps: torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.1, fused=True))
     assert ours <= fused
