@@ -67,9 +67,9 @@ class AdamW(StateExchange):
         norms: measure the norms that `norms()` returns. They are computed in the pass over memory that the update makes
             anyway. False: do not measure them.
         backend: which backend updates the parameters. None: the Triton backend updates the parameters on a GPU that it can
-            update, unless a flag of their group asks for torch's implementation. The torch backend updates all others. "triton": the Triton backend updates all parameters, or `step()`
-            raises an error. On CPU tensors this needs TRITON_INTERPRET=1 in the environment. "torch": the torch backend
-            updates all parameters.
+            update, unless a flag of their group asks for torch's implementation; the torch backend updates all others.
+            "triton": the Triton backend updates all parameters, or `step()` raises an error. On CPU tensors this needs
+            TRITON_INTERPRET=1 in the environment. "torch": the torch backend updates all parameters.
         exp_avg_dtype: dtype in which the first moment is created: torch.float32, torch.bfloat16 or torch.int8 (8-bit
             codes). None: float32 with master weights, otherwise the parameter's dtype, as in torch.
         exp_avg_sq_dtype: dtype in which the second moment is created: torch.float32, torch.bfloat16 or torch.uint8 (8-bit
