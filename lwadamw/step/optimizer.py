@@ -46,7 +46,7 @@ class AdamW(StateExchange):
             read there in every step, without a synchronisation.
         betas: decay rates of the first and second moment. Floats or one-element tensors in [0, 1).
         eps: base value of the term that is added to the denominator.
-        weight_decay: base weight decay, per step and per unit of learning rate.
+        weight_decay: base weight decay. With decay="coupled" one step takes lr times weight_decay of the weight.
         amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
         maximize: maximize the objective instead of minimizing it.
         foreach: as in torch. If it is given and `fused` is not True, torch's own implementation takes the step, on the
@@ -56,7 +56,7 @@ class AdamW(StateExchange):
             tensor on the device.
         differentiable: let autograd run through the step. This uses the torch backend.
         fused: as in torch: True asks for torch's fused kernel where the torch backend updates a parameter. False asks for
-            torch's own loop over operators and so for the torch backend. None: the torch backend chooses. On the CPU it
+            another implementation of torch's and so for the torch backend. None: the torch backend chooses. On the CPU it
             then takes torch's fused kernel, where torch.optim.AdamW would loop over a dozen operators.
         max_grad_norm: clip the gradients by their global norm inside the step. The result is that of
             `torch.nn.utils.clip_grad_norm_` before the step, but the gradients are not rewritten. None: no clipping.
@@ -66,10 +66,10 @@ class AdamW(StateExchange):
             "pass": the step happens, as it would after `clip_grad_norm_`.
         norms: measure the norms that `norms()` returns. They are computed in the pass over memory that the update makes
             anyway. False: do not measure them.
-        backend: which backend updates the parameters. None: the Triton backend updates all parameters on a GPU that it
-            can update, and the torch backend the others. "triton": the Triton backend updates all parameters, or `step()`
-            raises an error. On CPU tensors this needs TRITON_INTERPRET=1 in the environment. "torch": the torch backend
-            updates all parameters.
+        backend: which backend updates the parameters. None: the Triton backend updates the parameters on a GPU that it can
+            update, unless a flag of their group asks for torch's implementation; the torch backend updates all others.
+            "triton": the Triton backend updates all parameters, or `step()` raises an error. On CPU tensors this needs
+            TRITON_INTERPRET=1 in the environment. "torch": the torch backend updates all parameters.
         exp_avg_dtype: dtype in which the first moment is created: torch.float32, torch.bfloat16 or torch.int8 (8-bit
             codes). None: float32 with master weights, otherwise the parameter's dtype, as in torch.
         exp_avg_sq_dtype: dtype in which the second moment is created: torch.float32, torch.bfloat16 or torch.uint8 (8-bit

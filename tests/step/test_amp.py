@@ -1,4 +1,4 @@
-"""Loss scaling: torch.amp.GradScaler as torch's fused AdamW serves it, skipped steps bit for bit, and nothing waits."""
+"""Loss scaling: torch.amp.GradScaler works as with torch's fused AdamW. Skipped steps change no bit. The host never waits."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ INF = float("inf")
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: values read, and copies from it."""
+    """Collects operators that make the host wait for a device: operators that read a value, and blocking copies."""
 
     WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 
@@ -33,7 +33,7 @@ class Reads(TorchDispatchMode):
 
 
 def _is_blocking_free(args):
-    """copy_(target, source, non_blocking=True), or within one device."""
+    """Return whether a copy_ is non-blocking or stays on one device."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     return True in args[2:] or len({t.device for t in tensors}) == 1
 
@@ -49,7 +49,7 @@ def _twins(device, groups=2, **options):
 
 
 def _backward(scaler, params, factor=1.0, bad=None):
-    """Scaled gradients, the same for equal seeds; `bad`: index of the parameter with one that is not finite."""
+    """Compute scaled random gradients. One element of the gradient of parameter number `bad` is infinite."""
     for i, p in enumerate(params):
         grad = torch.randn_like(p) * factor
         if i == bad:
@@ -63,8 +63,8 @@ def _scalers(device, n=2, **options):
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_growth_backoff_and_skipping_are_those_of_torch_fused(clip, backend, device):
-    """An inf in one of two groups, unscaling and clipping in between."""
+def test_growth_backoff_and_skipping_equal_those_of_torch_fused(clip, backend, device):
+    """One of two groups has an infinite gradient in some steps. With `clip`, gradients are unscaled and clipped outside."""
     ours, theirs, one, two = _twins(device, backend=backend)
     first, second = _scalers(device)
     scales = []
@@ -90,7 +90,7 @@ def test_growth_backoff_and_skipping_are_those_of_torch_fused(clip, backend, dev
 
 
 def test_several_optimizers_share_a_scaler(backend, device):
-    """An inf in one of them skips that one alone."""
+    """An infinite gradient in one optimizer skips the step of that optimizer only."""
     sets = [_twins(device, backend=backend) for _ in range(2)]
     first, second = _scalers(device)
     for step in range(3):
@@ -107,7 +107,7 @@ def test_several_optimizers_share_a_scaler(backend, device):
     assert [float(t[2].state[t[0][0]]["step"]) for t in sets] == [2, 3]
 
 
-def test_gradients_are_not_rewritten_where_the_step_unscales(device):
+def test_gradients_are_not_rewritten_when_the_step_unscales(device):
     ours, _, optimizer, _ = _twins(device, backend="triton")
     (scaler,) = _scalers(device, 1)
     _backward(scaler, ours)
@@ -118,7 +118,7 @@ def test_gradients_are_not_rewritten_where_the_step_unscales(device):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"max_grad_norm": 1.0, "nonfinite": "pass"}])
-def test_a_scaled_step_waits_for_nothing(options, device):
+def test_a_scaled_step_does_not_wait_for_the_device(options, device):
     ours, _, optimizer, _ = _twins(device, backend="triton", **options)
     (scaler,) = _scalers(device, 1)
     for step in range(3):
@@ -134,7 +134,7 @@ def test_a_scaled_step_waits_for_nothing(options, device):
         assert reads.found == []
 
 
-def test_counting_reads_finds_one():
+def test_the_collector_finds_a_read():
     with Reads() as reads:
         torch.ones(()).item()
     assert reads.found == ["aten._local_scalar_dense.default"]
@@ -151,6 +151,7 @@ def test_a_skipped_step_leaves_everything_bit_for_bit(name, cause, backend, devi
     params, optimizer = make(c, [(64, 70), (3,)], device, backend=backend, max_grad_norm=clip)
     give_grads(c, params)
     optimizer.step()
+    assert optimizer.steps_taken() == 1
     before = [[p.detach().clone(), *(t.clone() for t in optimizer.state[p].values())] for p in params]
     give_grads(c, params)
     if cause == "norm":
@@ -161,12 +162,13 @@ def test_a_skipped_step_leaves_everything_bit_for_bit(name, cause, backend, devi
     for p, old in zip(params, before, strict=True):
         assert all(map(torch.equal, [p, *optimizer.state[p].values()], old))
     assert int(optimizer.skipped_steps) == 1
+    assert optimizer.steps_taken() == 1
     norms = optimizer.norms()
     assert (norms.update == 0).all()
     assert (norms.weight > 0).all()
 
 
-def test_skipped_steps_are_counted_over_new_plans(backend, device):
+def test_the_count_of_skipped_steps_survives_a_new_group(backend, device):
     params = make_params([(40,), (50,)], device)
     optimizer = AdamW(params[:1], max_grad_norm=1.0, backend=backend)
     for bad in (False, True, True, False, True):
@@ -178,9 +180,9 @@ def test_skipped_steps_are_counted_over_new_plans(backend, device):
     assert int(optimizer.skipped_steps) == 3
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NumPy, in the interpreter
-def test_a_norm_that_is_not_finite_may_pass(backend, device):
-    """As it does through clip_grad_norm_ and torch's step."""
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in Triton's interpreter
+def test_with_nonfinite_pass_the_step_happens(backend, device):
+    """The result equals that of clip_grad_norm_ and torch's step."""
     ours = make_params(SHAPES, device)
     theirs = clone_params(ours)
     optimizer = AdamW(ours, max_grad_norm=1.0, nonfinite="pass", backend=backend)
@@ -198,13 +200,13 @@ def test_a_norm_that_is_not_finite_may_pass(backend, device):
     assert int(optimizer.skipped_steps) == 0
 
 
-def test_a_norm_that_is_not_finite_may_raise_and_changes_nothing(backend, device):
+def test_with_nonfinite_raise_the_step_raises_and_changes_nothing(backend, device):
     params = make_params(SHAPES, device)
     optimizer = AdamW(params, max_grad_norm=1.0, nonfinite="raise", backend=backend)
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.full_like(p, INF)
-    if device.type == "cuda":  # raises at a later step
+    if device.type == "cuda":  # the error comes in a later step
         optimizer.step()
         torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match=r"global gradient norm of a step was inf. That step changed nothing"):
@@ -212,11 +214,12 @@ def test_a_norm_that_is_not_finite_may_raise_and_changes_nothing(backend, device
     assert all(map(torch.equal, params, before))
 
 
-def test_scaled_clipping_inside_the_step_is_that_of_unscaled_gradients(backend, device):
+def test_clipping_of_scaled_gradients_equals_that_of_unscaled_gradients(backend, device):
     ours = make_params(SHAPES, device)
     theirs = clone_params(ours)
     one, two = (AdamW(params, max_grad_norm=0.5, backend=backend) for params in (ours, theirs))
     one.grad_scale = torch.tensor(1024.0, device=device)
+    start = clone_params(ours)
     for _ in range(2):
         for p, q in zip(ours, theirs, strict=True):
             q.grad = torch.randn_like(q)
@@ -225,15 +228,17 @@ def test_scaled_clipping_inside_the_step_is_that_of_unscaled_gradients(backend, 
         two.step()
         assert_equal(ours, theirs)
     torch.testing.assert_close(one.grad_norm, two.grad_norm)
+    assert not any(map(torch.equal, ours, start))
 
 
 def test_fp16_parameters_train_under_a_scaler(backend, device):
-    """fp16 parameters with fp32 master weights against fp32 ones."""
+    """fp16 parameters with fp32 master weights take the same steps as fp32 parameters."""
     c = COMBINATIONS["fp16, master"]
     params, optimizer = make(c, [(50, 30)], device, backend=backend, fused=True)
     whole = [torch.nn.Parameter(p.detach().float()) for p in params]
     twin = AdamW(whole, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), backend=backend)
     (scaler,) = _scalers(device, 1)
+    start = whole[0].detach().clone()
     for step in range(4):
         target = torch.randn_like(whole[0])
         optimizer.zero_grad()
@@ -246,3 +251,4 @@ def test_fp16_parameters_train_under_a_scaler(backend, device):
         scaler.step(optimizer)
         scaler.update()
     torch.testing.assert_close(optimizer.master_weight(params[0]), whole[0].detach(), rtol=1e-5, atol=1e-6)
+    assert (whole[0] != start).all()

@@ -1,4 +1,4 @@
-"""Promise 6: bad input is refused by name, shape, broken rule and remedy, and nothing has been written before."""
+"""Promise 6: bad input is refused with its name, its shape, the broken rule and a remedy, before anything is written."""
 
 import math
 
@@ -58,7 +58,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_triton_cannot_update_is_named(what, device):
+def test_a_parameter_that_triton_cannot_update_is_named(what, device):
     make, message = REFUSED[what]
     good, bad = _p(5).to(device), torch.nn.Parameter(make().to(device))
     before = good.detach().clone()
@@ -103,7 +103,7 @@ def test_state_on_another_device_is_refused(backend, device):
         optimizer.step()
 
 
-def test_cpu_without_interpreter_says_how(monkeypatch):
+def test_the_error_for_a_cpu_parameter_says_what_to_do(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     p = _p(3)
     p.grad = torch.ones_like(p)
@@ -111,16 +111,18 @@ def test_cpu_without_interpreter_says_how(monkeypatch):
         AdamW([p], backend="triton").step()
 
 
-def test_missing_triton_is_said_and_worked_around(monkeypatch):
+def test_without_triton_the_torch_backend_takes_the_step(monkeypatch):
     monkeypatch.setattr(backends, "has_triton", lambda: False)
     p = _p(3)
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         AdamW([p], backend="triton").step()
+    before = p.detach().clone()
     AdamW([p]).step()
+    assert not torch.equal(p, before)
 
 
-def test_unknown_rule_lists_the_known_ones():
+def test_the_error_for_an_unknown_rule_lists_the_known_rules():
     with pytest.raises(ValueError, match="unknown rule 'fan'. Rules are standard, mup, fan2025, kosson2025, balanced"):
         get_rule("fan")
     with pytest.raises(TypeError, match=r"rule must be a name or a lwadamw.Rule, got int"):

@@ -1,4 +1,4 @@
-"""Gradient release: the same steps inside backward, with few gradients alive, from the plan's own tables."""
+"""Gradient release: the same steps inside backward, few gradients alive at a time, and no new tables."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lwadamw.tables.triton_backend import TritonBackend
 from tests.state.storages import assert_same_bits
 
 
-def _model(device, dtype=torch.float32, depth=5):
+def _model(device, dtype=torch.float32, depth=2):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(24, 24, device=device, dtype=dtype) for _ in range(depth)]
     return torch.nn.Sequential(*(m for layer in layers for m in (layer, torch.nn.Tanh())))
@@ -33,7 +33,7 @@ STORAGE = [
 
 
 @pytest.mark.parametrize("options", STORAGE)
-def test_released_steps_are_the_steps_bit_for_bit(options, backend, device):
+def test_released_steps_equal_whole_steps_bit_for_bit(options, backend, device):
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     one, two = _model(device, dtype), _model(device, dtype)
@@ -42,6 +42,7 @@ def test_released_steps_are_the_steps_bit_for_bit(options, backend, device):
     _train(one, ours, device)
     _train(two, theirs, device, released=False)
     assert_same_bits(ours, theirs)
+    assert ours.steps_taken() == theirs.steps_taken() == 3
     assert all(p.grad is None for p in one.parameters())
 
 
@@ -57,10 +58,11 @@ def test_schedules_and_groups_are_followed(backend, device):
             _train(model, optimizer, device, steps=1, released=model is one)
             schedule.step()
     assert_same_bits(sets[0][0], sets[1][0])
+    assert sets[0][0].steps_taken() == 3
 
 
 def test_few_gradients_are_alive_at_a_time(backend, device):
-    model = _model(device, depth=12)
+    model = _model(device, depth=6)
     optimizer = AdamW(model.parameters(), backend=backend)
     alive = []
     original = optimizer._step_released
@@ -69,12 +71,13 @@ def test_few_gradients_are_alive_at_a_time(backend, device):
         original(p),
     )
     optimizer.release_gradients()
-    _train(model, optimizer, device)
-    assert len(alive) == 3 * 24
+    _train(model, optimizer, device, 2)
+    assert len(alive) == 2 * 12
     assert max(alive) <= 2
+    assert {float(s["step"]) for s in optimizer.state.values()} == {2}
 
 
-def test_tables_are_shared_and_not_made_again(device, monkeypatch):
+def test_released_steps_use_the_tables_of_the_whole_step(device, monkeypatch):
     made = []
     original = TritonBackend.__init__
     monkeypatch.setattr(TritonBackend, "__init__", lambda self, *a, **k: (made.append(1), original(self, *a, **k))[1])
@@ -94,7 +97,7 @@ def test_tables_are_shared_and_not_made_again(device, monkeypatch):
             }  # fmt: skip
 
 
-def test_norms_are_measured(backend, device):
+def test_norms_of_released_steps_equal_those_of_whole_steps(backend, device):
     one, two = _model(device), _model(device)
     ours, theirs = (AdamW(m.named_parameters(), lr=1e-2, backend=backend) for m in (one, two))
     ours.release_gradients()
@@ -109,7 +112,7 @@ def test_norms_are_measured(backend, device):
         assert getattr(released, column) == pytest.approx(getattr(whole, column), rel=1e-6)
 
 
-def test_removing_the_handle_ends_it(backend, device):
+def test_removing_the_handle_ends_gradient_release(backend, device):
     model = _model(device)
     optimizer = AdamW(model.parameters(), backend=backend)
     with optimizer.release_gradients():
@@ -122,7 +125,7 @@ def test_removing_the_handle_ends_it(backend, device):
     assert {float(s["step"]) for s in optimizer.state.values()} == {2}
 
 
-def test_norms_after_the_handle_is_removed_are_those_of_the_last_step(backend, device):
+def test_norms_after_removing_the_handle_describe_the_last_step(backend, device):
     one, two = _model(device), _model(device)
     ours, theirs = (AdamW(m.named_parameters(), lr=1e-2, backend=backend) for m in (one, two))
     with ours.release_gradients():
@@ -137,7 +140,7 @@ def test_norms_after_the_handle_is_removed_are_those_of_the_last_step(backend, d
         assert getattr(ours.norms(), column) == pytest.approx(getattr(theirs.norms(), column), rel=1e-6)
 
 
-def test_what_needs_all_gradients_at_once_is_refused(device):
+def test_options_that_need_all_gradients_at_once_are_refused(device):
     p = torch.nn.Parameter(torch.zeros(3, device=device))
     with pytest.raises(RuntimeError, match="max_grad_norm=1.0: the global norm is known only when all"):
         AdamW([p], max_grad_norm=1.0).release_gradients()

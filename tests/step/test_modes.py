@@ -11,7 +11,7 @@ from lwadamw.tables import upload
 from tests.cases import FEW_SHAPES, assert_equal, make_params, make_twins, set_grads
 
 
-def test_state_of_a_step_in_inference_mode_serves_outside_of_it(backend, device):
+def test_state_created_in_inference_mode_can_be_updated_outside_of_it(backend, device):
     ours, theirs, mine, torchs = make_twins(backend, device)
     for inference in (True, False, True):
         set_grads(ours, theirs)
@@ -23,7 +23,7 @@ def test_state_of_a_step_in_inference_mode_serves_outside_of_it(backend, device)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_a_compiled_training_step_contains_the_optimizers(backend, device):
+def test_a_compiled_training_step_may_contain_the_optimizer_step(backend, device):
     def train(model, optimizer, x):
         loss = model(x).square().mean()
         loss.backward()
@@ -33,17 +33,19 @@ def test_a_compiled_training_step_contains_the_optimizers(backend, device):
 
     torch._dynamo.reset()
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).to(device)
-    twin = copy.deepcopy(model)
+    twin, start = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
     ours, theirs = (AdamW(m.parameters(), lr=1e-2, backend=backend, max_grad_norm=0.1) for m in (model, twin))
     compiled = torch.compile(train, backend="aot_eager")
     for _ in range(3):
         x = torch.randn(7, 6, device=device)
         torch.testing.assert_close(compiled(model, ours, x), train(twin, theirs, x))
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+    assert ours.steps_taken() == 3
+    for p, q, old in zip(model.parameters(), twin.parameters(), start, strict=True):
         torch.testing.assert_close(p, q)
+        assert not torch.equal(p, old)
 
 
-def test_capture_is_refused_where_it_would_go_wrong(backend, device, monkeypatch):
+def test_a_capture_that_would_go_wrong_is_refused(backend, device, monkeypatch):
     params = make_params(FEW_SHAPES, device)
     optimizer = AdamW(params, backend=backend)
     set_grads(params)
@@ -59,7 +61,7 @@ def test_capture_is_refused_where_it_would_go_wrong(backend, device, monkeypatch
         assert torch.equal(p, b)
 
 
-def test_capture_with_other_gradients_than_the_step_before_is_refused(device, monkeypatch):
+def test_a_capture_with_new_gradient_tensors_is_refused(device, monkeypatch):
     params = make_params(FEW_SHAPES, device)
     optimizer = AdamW(params, backend="triton", capturable=True)
     set_grads(params)

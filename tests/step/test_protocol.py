@@ -1,14 +1,16 @@
-"""Everything an optimizer is expected to do besides its step: what torch, its tools and frameworks rely on."""
+"""What torch, its tools and frameworks expect of an optimizer besides the update."""
 
 import copy
 import inspect
 import pickle
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
 from lwadamw import AdamW, param_groups
 from lwadamw.state import keys
+from lwadamw.step.options import Options
 from tests.cases import (
     FEW_SHAPES,
     assert_equal,
@@ -22,7 +24,7 @@ from tests.cases import (
 )
 
 
-def test_arguments_are_torchs_in_torchs_order():
+def test_arguments_begin_with_torchs_in_torchs_order():
     ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (AdamW, torch.optim.AdamW))
     assert [(p.name, p.default) for p in ours[:6]] == [(p.name, p.default) for p in theirs[:6]]
     assert {p.name: p.default for p in theirs}.items() <= {p.name: p.default for p in ours}.items()
@@ -32,7 +34,7 @@ def test_arguments_are_torchs_in_torchs_order():
     assert issubclass(AdamW, torch.optim.AdamW)
 
 
-def test_a_plain_optimizer_has_torchs_group_keys_only():
+def test_groups_of_a_plain_optimizer_have_torchs_keys_only():
     params = make_params(FEW_SHAPES)
     assert AdamW(params).param_groups[0].keys() == torch.optim.AdamW(params).param_groups[0].keys()
 
@@ -116,7 +118,55 @@ def test_zero_grad(set_to_none, backend, device):
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+COPIERS = pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+
+
+@COPIERS
+def test_copies_keep_options_and_evidence(copier):
+    groups = param_groups(torch.nn.Linear(8, 8), 2, width=8)
+    optimizer = AdamW(groups, backend="torch", nonfinite="pass", norms=False, decay="independent", max_grad_norm=2.0)
+    assert optimizer.evidence.keys() == {"weight", "bias"}
+    twin = copier(optimizer)
+    assert twin.options == optimizer.options == Options("torch", "pass", False, {"decay": "independent"})
+    assert twin.evidence == optimizer.evidence
+    assert twin.evidence is not optimizer.evidence
+    assert twin.max_grad_norm == 2.0
+    late = torch.nn.Parameter(torch.ones(3))
+    twin.add_param_group({"params": [("late", late)]})
+    assert twin.param_groups[-1]["decay"] == "independent"
+    with pytest.raises(RuntimeError, match="norms=True"):
+        twin.norms()
+
+
+def test_an_optimizer_without_param_groups_has_default_options_and_no_evidence():
+    optimizer = AdamW(make_params(FEW_SHAPES))
+    assert optimizer.options == Options(backend=None, nonfinite="skip", norms=True, group={})
+    assert optimizer.evidence == {}
+    with pytest.raises(FrozenInstanceError):
+        optimizer.options.norms = False
+
+
+def test_steps_taken_is_the_largest_step_of_any_parameter(backend, device):
+    """A parameter without a gradient and a skipped step do not count."""
+    params = make_params(FEW_SHAPES, device)
+    optimizer = AdamW(params, backend=backend, max_grad_norm=1.0)
+    assert optimizer.steps_taken() == 0
+    for bad in (False, False, True):
+        set_grads(params)
+        params[0].grad = None
+        if bad:
+            params[1].grad[0] = float("inf")
+        optimizer.step()
+    assert optimizer.steps_taken() == 2
+    set_grads(params)
+    optimizer.step()
+    assert optimizer.steps_taken() == 3
+    assert float(optimizer.state[params[0]]["step"]) == 1
+
+
+@COPIERS
 def test_copies_continue_on_their_own(copier, backend, device):
     params = make_params(FEW_SHAPES, device)
     optimizer = AdamW(params, lr=1e-2, max_grad_norm=0.5, backend=backend)
@@ -144,10 +194,11 @@ def test_lr_zero_moves_nothing(backend, device):
     optimizer = AdamW(params, lr=0.0, weight_decay=10.0, backend=backend)
     set_grads(params)
     optimizer.step()
+    assert optimizer.steps_taken() == 1
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
-def test_backward_through_overwritten_weights_is_an_error(backend, device):
+def test_backward_through_weights_that_a_step_has_overwritten_is_an_error(backend, device):
     p = torch.nn.Parameter(torch.randn(5, device=device))
     optimizer = AdamW([p], backend=backend)
     p.square().sum().backward()
@@ -158,7 +209,7 @@ def test_backward_through_overwritten_weights_is_an_error(backend, device):
 
 
 def test_state_without_step_starts_at_zero(backend, device):
-    """As Megatron creates it, before the first step and through load_state_dict."""
+    """Megatron creates state without `step` before the first step and passes it through load_state_dict."""
     params = make_params(FEW_SHAPES, device)
     expected = make_reference(params, {})
     optimizer = AdamW(params, backend=backend)
@@ -174,7 +225,7 @@ def test_state_without_step_starts_at_zero(backend, device):
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("fused", [None, True])
 def test_grad_scaler_unscales_and_skips(clip, fused, backend, device):
-    """Over growth, a skipped step and backoff: the parameters of an unscaled run."""
+    """Parameters equal those of a run without scaling, over growth of the scale, a skipped step and backoff."""
     if backend == "torch" and not fused:
         pytest.skip("torch's other implementations leave unscaling to GradScaler")
     ours = make_params(FEW_SHAPES, device)

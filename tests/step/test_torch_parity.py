@@ -1,4 +1,4 @@
-"""Promise 1: every step equals that of torch.optim.AdamW within torch's tolerances, for all options torch tests its own with."""
+"""Promise 1: every step equals that of torch.optim.AdamW within torch's tolerances, for all options that torch tests."""
 
 import copy
 
