@@ -263,7 +263,7 @@ def adamw_kernel(
             run = tl.load(word + K_ROUNDING_RUN * n_rows)
             stride = tl.load(word + K_ROUNDING_STRIDE * n_rows)
         if WEIGHT == K_STOCHASTIC:
-            aligned = aligned & (((first | run | stride) & (K_DRAW - 1)) == 0)
+            aligned = aligned & (((start | first | run | stride) & (K_DRAW - 1)) == 0)
     full = tl.where(aligned, count // BLOCK * BLOCK, 0)
 
     w_1, d_1, g_1, wd_1, abs_1 = update_blocks(

@@ -133,6 +133,34 @@ def test_alignment_and_chunks_change_not_one_bit(name, device, monkeypatch):
     assert_same_bits(runs[0], runs[2])
 
 
+def test_random_bits_of_a_segment_do_not_depend_on_alignment(device):
+    """The second segment begins at element 6, so the draws of Philox, 8 elements each, begin between its blocks of 16 bytes."""
+    weight, grad = torch.randn(4102, device=device).to(B), torch.randn(4102, device=device).to(B)
+
+    def at(tensor, offset):
+        """A copy that begins `offset` elements after an address that 16 divides."""
+        memory = torch.zeros(4102 + 16, dtype=B, device=device)
+        first = -memory.data_ptr() % 16 // 2 + offset
+        return memory[first : first + 4102].copy_(tensor)
+
+    def trained(offset):
+        p = torch.nn.Parameter(at(weight, offset))
+        group = {"params": [("w", p)], "segments": {"w": (6, 4096)}}
+        optimizer = AdamW([group], lr=1e-3, rounding="stochastic", backend="triton")
+        for _ in range(2):
+            p.grad = at(grad, offset)
+            optimizer.step()
+            # All arrays are offset alike, as views into flat buffers are.
+            for key in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[p][key] = at(optimizer.state[p][key], offset)
+        return p.detach()
+
+    first = trained(0)
+    assert not torch.equal(first, weight)
+    for offset in (1, 2, 4, 7):
+        assert torch.equal(trained(offset), first), offset
+
+
 @pytest.mark.parametrize("name", ["bf16, stochastic, 8-bit moments", "fp32, 8-bit moments"])
 def test_random_bits_follow_the_name_and_not_the_group(name, backend, device):
     c = COMBINATIONS[name]
