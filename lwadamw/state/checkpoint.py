@@ -25,9 +25,9 @@ from .storage import ARRAYS, CODES, COMPANIONS, SCALES, wanted_companion, wanted
 
 # These keys describe the model and not the run. So after loading, each group has the values that it had before.
 _MODEL_KEYS = keys.named((*keys.WIDTH, keys.ROLE, keys.RULE, keys.SEGMENTS))
-# The checkpoint decides about these keys. If it does not have one, for instance because torch's AdamW has written it, the group
-# keeps its own value.
-_OPTION_KEYS = keys.named((*keys.STORAGE, *keys.LAW, keys.WIDTH_WARMUP))
+# The checkpoint decides about all other keys. If it lacks one, for instance because torch's AdamW has written it, the
+# group keeps its own value.
+_OPTION_KEYS = tuple(name for name in keys.named(keys.ALL) if name not in _MODEL_KEYS)
 
 StateDict = dict[str, Any]
 
@@ -246,7 +246,7 @@ def for_torch(groups: list[StateDict], state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: a group has a decay law that torch.optim.AdamW does not have.
     """
-    own = {*_OPTION_KEYS, *_MODEL_KEYS}
+    own = keys.named(keys.ALL)
     out_groups = []
     for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         if (law := decay.law_of(group)) in ("corrected", "huber"):

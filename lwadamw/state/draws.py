@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import keys
 from .members import Member, local
+from .names import has_names
 
 # Run and stride of a tensor whose elements are one single run. The number is longer than any tensor, so the run never ends. It
 # is a multiple of layout.DRAW, because the kernels divide run and stride by it.
@@ -43,8 +44,7 @@ def rounding_row(member: Member) -> tuple[int, int, int, int, int]:
     Raises:
         RuntimeError: first, run and stride cannot describe where the elements of this shard lie in the whole parameter.
     """
-    named = bool(member.group.get("param_names"))
-    stream = zlib.crc32(member.name.encode()) if named else 0
+    stream = zlib.crc32(member.name.encode()) if has_names(member.group) else 0
     return (keys.ROUNDING_SEED.of(member.group), stream, *_runs(member))
 
 

@@ -79,7 +79,8 @@ def complete_group(group: dict[str, Any], index: int) -> None:
     where = f"group {index}: "
     check_options(group, where)
     decay.complete_law(group, where)
-    for name, p in zip(names_of(group, index), group["params"], strict=True):
+    named = list(zip(names_of(group, index), group["params"], strict=True))
+    for name, p in named:
         check_parameter(p, name, group)
     if any(key.name in group for key in keys.WIDTH):
         for key in keys.WIDTH:
@@ -88,12 +89,12 @@ def complete_group(group: dict[str, Any], index: int) -> None:
                 raise ValueError(
                     f"{where}{key.name}={value!r} is not a finite number >= 0. Leave {key.name} out for 1.0."
                 )
+    params = dict(named)
     for name, rows in (keys.SEGMENTS.of(group) or {}).items():
-        params = dict(zip(group.get("param_names", ()), group["params"], strict=True))
         if name not in params:
             raise ValueError(
-                f"{where}segments for {name!r}, which is not a named parameter of this group. Give {keys.SEGMENTS.name} only "
-                "for names in its param_names."
+                f"{where}segments for {name!r}, which is not a parameter of this group. Its parameters are called "
+                f"{', '.join(map(repr, [*params][:3]))}{', ...' if len(params) > 3 else ''}."
             )
         shape = tuple(params[name].shape)
         if not shape or sum(rows) != shape[0] or min(rows) < 1:

@@ -7,12 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def has_names(group: Mapping[str, Any]) -> bool:
+    """Return whether a group has exactly one name for each of its parameters.
+
+    A group that was built without names has no `param_names`. The numbers of names and parameters differ if somebody has
+    replaced `group["params"]`: nobody can tell then which name belongs to which parameter.
+
+    Args:
+        group: one of an optimizer's `param_groups`.
+    """
+    return len(group.get("param_names") or ()) == len(group["params"])
+
+
 def names_of(group: Mapping[str, Any], index: int) -> list[str]:
     """Return the names of a group's parameters, in the order of `group["params"]`.
 
-    A group that was built without names has no `param_names`. The name of each of its parameters is then the index of the
-    group, a dot, and the position of the parameter in the group. The same holds if the numbers of names and parameters
-    differ, because somebody has replaced `group["params"]`: nobody can tell which name belongs to which parameter.
+    If `has_names` is False, the name of each parameter is the index of the group, a dot, and the position of the parameter
+    in the group.
 
     Args:
         group: one of an optimizer's `param_groups`.
@@ -24,8 +35,11 @@ def names_of(group: Mapping[str, Any], index: int) -> list[str]:
         >>> names_of({"params": ["p"], "param_names": ["w"]}, 2)
         ['w']
     """
-    names, count = group.get("param_names") or (), len(group["params"])
-    return list(names) if len(names) == count else [f"{index}.{i}" for i in range(count)]
+    return (
+        list(group.get("param_names") or ())
+        if has_names(group)
+        else [f"{index}.{i}" for i in range(len(group["params"]))]
+    )
 
 
 def layer_type(name: str) -> str:

@@ -1,6 +1,7 @@
 """The package keeps to the rooms of docs/design.md: no import upwards, in a circle, or of another room's private names."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -34,6 +35,11 @@ def _sources() -> dict[str, str]:
     return {name.removesuffix(".__init__"): f.read_text() for f, name in names.items() if name != "__main__"}
 
 
+@functools.cache
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def _room(module: str, rooms: Mapping[str, object]) -> str:
     first = module.partition(".")[0]
     return first if first in rooms else "doors"
@@ -45,7 +51,7 @@ def _is_package(module: str, sources: Sources) -> bool:
 
 def _imports(module: str, sources: Sources) -> Iterator[tuple[str, str, bool]]:
     """(module of this package, name taken from it or "", whether for type checking only) of every import."""
-    tree = ast.parse(sources[module])
+    tree = _parsed(sources[module])
     for_types = {
         id(inner)
         for node in ast.walk(tree)
@@ -83,7 +89,7 @@ def _is_private(name: str) -> bool:
 def _private_names(source: str) -> set[str]:
     """The private functions, classes, variables, methods and attributes that a module defines."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parsed(source)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -111,7 +117,7 @@ def violations(sources: Sources, may_import: Mapping[str, set[str]]) -> list[str
             if not for_types and target != "__init__":
                 graph.setdefault(module, set()).add(target)
         elsewhere = set().union(*(names for other, names in private.items() if other != room)) - private[room]
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(_parsed(source)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
                 if node.attr in elsewhere:
                     found.append(f"{module} uses the private name {node.attr} of another room: {ast.unparse(node)}")

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lwadamw import AdamW
+from lwadamw.state.draws import rounding_row
+from lwadamw.state.members import members_of
 from lwadamw.state.names import layer_type, names_of
 
 
@@ -28,3 +30,21 @@ def test_only_whole_components_that_are_numbers_are_layer_numbers():
     names = ["0.weight", "h.12.w1.weight", "h.12.w2.weight", "blocks.3.fc1_4.bias", "conv1", "7", "h.1.qkv[2]"]
     kinds = ["*.weight", "h.*.w1.weight", "h.*.w2.weight", "blocks.*.fc1_4.bias", "conv1", "*", "h.*.qkv[2]"]
     assert [layer_type(name) for name in names] == kinds
+
+
+def test_random_bits_do_not_follow_a_name_that_is_only_a_place():
+    """Otherwise regrouping would change the bits of a parameter whose own name is not known."""
+    params = [torch.zeros(2), torch.zeros(3)]
+    for names in ({}, {"param_names": ["one"]}):
+        assert [rounding_row(m)[1] for m in members_of([{"params": params, **names}])] == [0, 0]
+    assert 0 not in [rounding_row(m)[1] for m in members_of([{"params": params, "param_names": ["a", "b"]}])]
+
+
+def test_segments_of_a_nameless_parameter_are_given_by_its_place(backend, device):
+    p = torch.nn.Parameter(torch.randn(6, 4, device=device))
+    optimizer = AdamW([{"params": [p], "segments": {"0.0": (2, 4)}}], backend=backend)
+    assert [m.segments for m in members_of(optimizer.param_groups)] == [(8, 16)]
+    with pytest.raises(
+        ValueError, match=r"segments for 'w', which is not a parameter of this group. .* called '0.0'\."
+    ):
+        AdamW([{"params": [torch.nn.Parameter(torch.randn(6, 4))], "segments": {"w": (2, 4)}}])

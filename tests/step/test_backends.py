@@ -254,6 +254,7 @@ def test_a_gradient_that_is_not_finite_stops_both_backends(bad, device, triton_t
     optimizer = AdamW(ours, max_grad_norm=1.0)
     set_grads(ours)
     optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in ours] == [1] * len(ours)
     before = [[p.detach().clone(), *(t.clone() for t in optimizer.state[p].values())] for p in ours]
     set_grads(ours)
     ours[bad].grad[7] = float("inf")

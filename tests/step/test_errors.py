@@ -46,7 +46,7 @@ def test_bad_width_multiplier_is_refused_and_its_group_not_added(value):
 def test_bad_segments_are_refused():
     with pytest.raises(ValueError, match=r"segments \(2, 3\) of 'w' \(4, 5\) are not positive row counts"):
         AdamW([{"params": [("w", _p(4, 5))], "segments": {"w": (2, 3)}}])
-    with pytest.raises(ValueError, match="segments for 'v', which is not a named parameter"):
+    with pytest.raises(ValueError, match="segments for 'v', which is not a parameter of this group. .* called 'w'"):
         AdamW([{"params": [("w", _p(4, 5))], "segments": {"v": (2, 2)}}])
 
 
