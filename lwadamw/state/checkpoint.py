@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import decay, keys
+from .companions import misfit
 from .groups import effective
 from .members import Member, wrap_like
 from .names import names_of
@@ -82,7 +83,7 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         return state_dict  # torch raises an error that names the group sizes
     saved = [_with_model_keys(s, g, i) for i, (s, g) in enumerate(zip(saved, groups, strict=True))]
     adapted = {**state_dict, "param_groups": saved}
-    _check_shapes(adapted, groups)
+    _check_state(adapted, groups)
     return adapted
 
 
@@ -167,19 +168,25 @@ def _with_model_keys(saved: StateDict, group: StateDict, index: int) -> StateDic
     return {**kept, **options, **{key: group[key] for key in _MODEL_KEYS if key in group}}
 
 
-def _check_shapes(state_dict: StateDict, groups: list[StateDict]) -> None:
-    """Raise a ValueError if a state tensor of an adapted checkpoint has another shape than its parameter."""
+def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
+    """Raise a ValueError if a state tensor of an adapted checkpoint cannot be used with its parameter."""
     for index, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         for i, p, name in zip(saved["params"], group["params"], names_of(group, index), strict=True):
+            entry = {k: v for k, v in state_dict["state"].get(i, {}).items() if isinstance(v, Tensor)}
             for key in ARRAYS:
-                moment = state_dict["state"].get(i, {}).get(key)
-                if isinstance(moment, Tensor) and moment.shape != p.shape:
+                if key in entry and entry[key].shape != p.shape:
                     raise ValueError(
-                        f"load_state_dict: {key} of {name!r} has shape {tuple(moment.shape)} in the checkpoint, the "
+                        f"load_state_dict: {key} of {name!r} has shape {tuple(entry[key].shape)} in the checkpoint, the "
                         f"parameter {tuple(p.shape)}. Load a checkpoint of this model. If only the order of the parameters "
                         "differs, give both optimizers named parameters, so that they are matched by name: "
                         "AdamW(model.named_parameters(), ...) or AdamW(lwadamw.param_groups(model, ...), ...)."
                     )
+            if (reason := misfit(p, entry)) is not None:
+                raise ValueError(
+                    f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load the checkpoint into a "
+                    "model of its own dtype, or drop the companions and with them the digits that they hold:\n"
+                    "    for s in state_dict['state'].values(): s.pop('master_param', None); s.pop('kahan_comp', None)"
+                )
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import decay
+from . import decay, keys
+from .companions import misfit
 from .members import Member, is_sharded, local
-from .storage import ARRAYS, CODES, SCALES, scale_shape
+from .storage import ARRAYS, CODES, FLOATS, MOMENTS, SCALES, scale_shape
 
-_ANEW = "Delete optimizer.state[p] to start its moments at zero"
+_ANEW = "del optimizer.state[p] starts its moments at zero"
 
 
 def check_state(member: Member, state: Mapping[str, Any]) -> None:
@@ -23,19 +24,24 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
         state: its state.
 
     Raises:
-        RuntimeError: a tensor of the state has another shape or another device than the parameter, an 8-bit moment has no
-            fitting scales or is not possible under amsgrad, or the huber threshold is not float32[] or the parameter is
-            sharded.
+        RuntimeError: a tensor of the state has another shape, another device, or other placements than the parameter, or a
+            dtype that it cannot be kept in; a companion does not fit the parameter; an 8-bit moment has no fitting scales or
+            is not possible under amsgrad; or the huber threshold is not float32[] or the parameter is sharded.
     """
     p = member.param
     for key in ARRAYS:
         tensor = state.get(key)
         if tensor is None:
             continue
-        if tensor.shape != p.shape:
+        if tensor.shape != p.shape or local(tensor).shape != local(p).shape:
+            parts = (
+                ""
+                if tensor.shape != p.shape
+                else (f" and this process holds {tuple(local(tensor).shape)} and {tuple(local(p).shape)} of them")
+            )
             raise RuntimeError(
-                f"{key} of {member.name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(p.shape)}. {_ANEW}, or load "
-                "a checkpoint of this model."
+                f"{key} of {member.name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(p.shape)}{parts}. {_ANEW}. Or "
+                "load a checkpoint of this model."
             )
         if tensor.device != p.device:
             raise RuntimeError(
@@ -43,6 +49,14 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
                 f"Move the optimizer state back before stepping: optimizer.state[p][{key!r}] = "
                 f"optimizer.state[p][{key!r}].to(p.device)."
             )
+    check_companion(member, state)
+    _check_moments(member, state)
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise RuntimeError(
+            f"step of {member.name!r} {tuple(p.shape)} has shape {tuple(step.shape)}, and is one number. "
+            "optimizer.state[p]['step'] = torch.tensor(1.0) sets it to 1."
+        )
     if decay.is_huber(member.group):
         _check_threshold(member, state)
     if member.group["amsgrad"] and "exp_avg_sq" in state and state["exp_avg_sq"].dtype in CODES:
@@ -54,11 +68,52 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
     for key, scales in SCALES.items():
         if key in state and state[key].dtype in CODES:
             shape = tuple(state[scales].shape) if scales in state else "none"
-            if shape != scale_shape(p):
+            dtype = state[scales].dtype if scales in state else torch.float32
+            if shape != scale_shape(p) or dtype != torch.float32:
                 raise RuntimeError(
-                    f"{scales} of {member.name!r} {tuple(p.shape)} has shape {shape}, and its 8-bit {key} needs "
-                    f"{scale_shape(p)}. {_ANEW}, or load {key} and {scales} from the same checkpoint."
+                    f"{scales} of {member.name!r} {tuple(p.shape)} has shape {shape} and {dtype}, and its 8-bit {key} "
+                    f"needs {scale_shape(p)} and torch.float32. {_ANEW}. Or load {key} and {scales} from the same checkpoint."
                 )
+
+
+def check_companion(member: Member, state: Mapping[str, Any]) -> None:
+    """Raise an error if the companion of a weight can neither be used nor be merged. `companions.misfit` says when.
+
+    Args:
+        member: the parameter.
+        state: its state.
+
+    Raises:
+        RuntimeError: the companion does not fit the dtype of the parameter.
+    """
+    p = member.param
+    if (reason := misfit(p, state)) is not None:
+        raise RuntimeError(
+            f"the state of {member.name!r} {tuple(p.shape)} does not fit: {reason}. Give the parameter its former dtype back, "
+            "or drop the companion and with it the digits that it holds: "
+            "for key in ('master_param', 'kahan_comp'): optimizer.state[p].pop(key, None)."
+        )
+
+
+def _check_moments(member: Member, state: Mapping[str, Any]) -> None:
+    """Raise an error if a moment has a dtype in which no backend keeps it."""
+    p = member.param
+    for key in MOMENTS:
+        if key not in state:
+            continue
+        codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}.get(key)
+        dtypes = {*FLOATS, codes, p.dtype} - {None}
+        if p.dtype.is_complex:
+            dtypes = {torch.complex64, torch.complex128}
+        if key == "max_exp_avg_sq" and "exp_avg_sq" in state:
+            dtypes = {state["exp_avg_sq"].dtype}
+        if state[key].dtype not in dtypes:
+            fitting = torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
+            raise RuntimeError(
+                f"{key} of {member.name!r} {tuple(p.shape)} is {state[key].dtype}, and beside a parameter of {p.dtype} it can be "
+                f"{' or '.join(sorted(map(str, dtypes)))}. To cast it: "
+                f"optimizer.state[p][{key!r}] = optimizer.state[p][{key!r}].to({fitting}). {_ANEW}."
+            )
 
 
 def _check_threshold(member: Member, state: Mapping[str, Any]) -> None:
@@ -79,19 +134,33 @@ def _check_threshold(member: Member, state: Mapping[str, Any]) -> None:
 
 
 def check_gradient(member: Member, grad: Tensor) -> None:
-    """Raise an error if a gradient is sparse.
+    """Raise an error if a gradient is not one of its parameter.
 
     Args:
         member: the parameter.
         grad: its gradient.
 
     Raises:
-        RuntimeError: the gradient does not have a strided layout.
+        RuntimeError: the gradient does not have a strided layout, has another shape than the parameter, or one of the two
+            is complex.
     """
+    p = member.param
+    where = keys.GRAD_ATTRIBUTE.of(member.group)
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"AdamW does not support sparse gradients: the gradient of {member.name!r} {tuple(member.param.shape)} is "
+            f"AdamW does not support sparse gradients: the gradient of {member.name!r} {tuple(p.shape)} is "
             f"{grad.layout}. Build its module with sparse=False, or give the parameter to torch.optim.SparseAdam."
+        )
+    if local(grad).shape != local(p).shape:
+        raise RuntimeError(
+            f"the gradient of {member.name!r} {tuple(local(p).shape)} in p.{where} has shape {tuple(local(grad).shape)}. "
+            f"If somebody has changed the parameter since backward, drop the gradient: p.{where} = None. "
+            f"Otherwise put a gradient of the parameter's shape there."
+        )
+    if grad.is_complex() != p.is_complex():
+        raise RuntimeError(
+            f"the gradient of {member.name!r} {tuple(p.shape)} in p.{where} is {grad.dtype}, the parameter {p.dtype}. Cast it: "
+            f"p.{where} = p.{where}.to(p.dtype)."
         )
 
 

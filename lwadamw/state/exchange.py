@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, creation, packing
+from .checks import check_companion
+from .companions import settle
 from .members import Member, local, members_of, wrap_like
 from .storage import MOMENTS, kept_weight
 
@@ -81,9 +83,16 @@ class StateExchange(torch.optim.AdamW):
             >>> for group in optimizer.param_groups:
             ...     group["exp_avg_dtype"] = torch.bfloat16
             >>> optimizer.convert_state()
+
+        Raises:
+            RuntimeError: a companion does not fit the dtype that its parameter has now. Nothing has been written then.
         """
         for member in self._members():
             if self.state.get(member.param):
+                check_companion(member, self.state[member.param])
+        for member in self._members():
+            if self.state.get(member.param):
+                settle(member.param, self.state[member.param])
                 creation.convert_state(self.state[member.param], member.param, member.group, member.segments)
 
     @torch.no_grad()
@@ -99,10 +108,12 @@ class StateExchange(torch.optim.AdamW):
         Raises:
             KeyError: `p` is not a parameter of this optimizer.
         """
-        member = self._member(p)
-        state = self.state.get(p, {})
-        kept = kept_weight(p, member.group, state) if state else "plain"
-        return wrap_like(p, packing.read_weight(p, state, kept))
+        group, state = self._member(p).group, dict(self.state.get(p, {}))
+        if not state:
+            return wrap_like(p, packing.read_weight(p, {}, "plain"))
+        as_stepped = p.detach().clone()
+        settle(as_stepped, state)
+        return wrap_like(p, packing.read_weight(as_stepped, state, kept_weight(p, group, state)))
 
     @torch.no_grad()
     def get_unscaled_state(self, p: Tensor, name: str) -> Tensor:

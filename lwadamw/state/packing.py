@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .codes import decode, encode
 from .members import flat, local
-from .storage import CODES, SCALES
+from .storage import CODES, HALVES, SCALES
 
 
 def read_moment(state: Mapping[str, Any], key: str) -> Tensor:
@@ -84,7 +84,7 @@ def join_remainder(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def read_weight(p: Tensor, state: Mapping[str, Any], kept: str) -> Tensor:
-    """Return the weight that a step updates, as a new local float32 tensor.
+    """Return the weight that a step updates, as a new local float32 tensor. A float64 parameter with a companion gives float64.
 
     If another writer has changed the parameter, an element of the parameter is no longer the rounded copy of its float32
     master weight. The parameter then counts, and the master weight of this element is ignored.
@@ -95,12 +95,28 @@ def read_weight(p: Tensor, state: Mapping[str, Any], kept: str) -> Tensor:
         kept: how the weight is kept, from `kept_weight`.
     """
     held = local(p.detach())
+    if kept in ("plain", "stochastic"):
+        return held.to(torch.float32, copy=True)
+    companion = local(state["kahan_comp" if kept == "kahan" else "master_param"])
+    if held.dtype not in HALVES:
+        return _read_widened(held, companion, kept)
     if kept == "master":
-        master = local(state["master_param"])
-        return torch.where(master.to(held.dtype) == held, master, held.float())
-    if kept == "remainder":
-        return join_remainder(held, local(state["master_param"]))
-    return held.float() + local(state["kahan_comp"]) if kept == "kahan" else held.to(torch.float32, copy=True)
+        return torch.where(companion.to(held.dtype) == held, companion, held.float())
+    return join_remainder(held, companion) if kept == "remainder" else held.float() + companion
+
+
+def _read_widened(held: Tensor, companion: Tensor, kept: str) -> Tensor:
+    """Return the weight of a float32 or float64 parameter that has the companion of a parameter of 16 bits.
+
+    An element that a 16-bit dtype holds exactly is the copy of the weight, and the companion has the other digits. Any
+    other element already is the weight.
+    """
+    if kept == "master":
+        copies = [companion.to(dtype).to(held.dtype) == held for dtype in HALVES]
+        return torch.where(copies[0] | copies[1], companion.to(held.dtype), held)
+    near = held.to(torch.bfloat16 if kept == "remainder" else companion.dtype)
+    whole = join_remainder(near, companion) if kept == "remainder" else near.float() + companion.float()
+    return torch.where(near.to(held.dtype) == held, whole.to(held.dtype), held)
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def fill_buckets(
         The buckets, and the parameters that have no gradient, by the attribute that would hold it.
 
     Raises:
-        RuntimeError: a gradient is sparse.
+        RuntimeError: a gradient is sparse, or has another shape than its parameter.
     """
     without_gradient: dict[str, list[Tensor]] = {}
     buckets: dict[tuple[Any, ...], Bucket] = {}  # by everything that one call must agree in
@@ -121,8 +121,7 @@ def fill_buckets(
         if grad is None:
             without_gradient.setdefault(attribute, []).append(p)
             continue
-        if grad.layout != torch.strided:
-            check_gradient(m, grad)
+        check_gradient(m, grad)
         entry = entries.get(m.order)
         if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
             entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if fused_cpu.serves(p, state[p]) else None)

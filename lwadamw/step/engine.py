@@ -6,16 +6,16 @@ optimizer at any time.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..state.checks import capturing, check_capturable
-from ..state.identity import same
+from ..state.checks import capturing, check_capturable, check_state
+from ..state.companions import settle
+from ..state.fingerprint import Fingerprint, State
 from ..state.members import Member, ParamGroups, is_sharded, members_of
 from ..tables.request import Request
 from .backends import use_triton
@@ -24,8 +24,6 @@ from .torch_backend import TorchBackend
 
 if TYPE_CHECKING:
     from ..tables.triton_backend import TritonBackend
-
-State = Mapping[Any, dict[str, Any]]
 
 
 class Engine:
@@ -44,8 +42,7 @@ class Engine:
 
     def _forget(self) -> None:
         """Drop all that depends on the parameters and the state that were there when `_sort` ran."""
-        self._params: list[list[Tensor]] | None = None  # the parameters of each group
-        self._referents: list[Any] = []  # every object in the state of every parameter
+        self._fingerprint: Fingerprint | None = None  # what the backends were made from
         self._triton: TritonBackend | None = None
         self._torch = TorchBackend()
         self._torch_members: list[Member] = []
@@ -143,7 +140,7 @@ class Engine:
         Raises:
             RuntimeError: parameters or state change while backward() runs.
         """
-        if not same([group["params"] for group in groups], self._params):
+        if self._fingerprint is None or not self._fingerprint.lists_hold(groups):
             self._sort(groups, state, idle=False)
         member = self._torch_members_by_id.get(id(p))
         if member is None:
@@ -160,9 +157,7 @@ class Engine:
 
     def _prepare(self, groups: ParamGroups, state: State, request: Request, verify_state: bool) -> None:
         """Make both backends ready for this step. Sort the parameters again if any of them or any state is new."""
-        fresh = same([group["params"] for group in groups], self._params) and (
-            not verify_state or same(gc.get_referents(*state.values()), self._referents)
-        )
+        fresh = self._fingerprint is not None and self._fingerprint.holds(groups, state, verify_state)
         if not fresh:
             self._sort(groups, state)
         if self._triton is not None and not self._triton.stage(groups, request, verify_state):
@@ -171,8 +166,8 @@ class Engine:
             if self._triton is not None and not self._triton.stage(groups, request, verify_state):
                 raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while step() runs.")
         created = bool(self._torch_members) and self._torch.prepare(self._torch_members, groups, state, fresh)
-        if created or not fresh:
-            self._referents = gc.get_referents(*state.values())
+        if (created or not fresh) and self._fingerprint is not None:
+            self._fingerprint.follow_state(state)
 
     def _sort(self, groups: ParamGroups, state: State, idle: bool = True) -> None:
         """Give every parameter to a backend.
@@ -190,7 +185,12 @@ class Engine:
         self._skipped = self.skipped
         self._forget()
         members = list(members_of(groups))
+        for m in members:
+            check_state(m, state.get(m.param, {}))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
+        for m in members:
+            if state.get(m.param):
+                settle(m.param, state[m.param])
         chosen = {id(m.param) for m in for_triton}
         self._torch_members = [m for m in members if id(m.param) not in chosen]
         self._torch_members_by_id = {id(m.param): m for m in self._torch_members}
@@ -198,7 +198,7 @@ class Engine:
             from ..tables.triton_backend import TritonBackend
 
             self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
-        self._params = [list(group["params"]) for group in groups]
+        self._fingerprint = Fingerprint(groups)
 
     def norm_names(self, state: State) -> list[str]:
         """Return the names that `norm_sums` returns, without computing any sum.

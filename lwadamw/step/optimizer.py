@@ -16,6 +16,7 @@ from ..state.groups import complete_group, effective
 from ..tables.request import Request
 from .engine import Engine
 from .gradient_release import GradientRelease, check_releasable
+from .hooks import watched_only
 from .norms import Norms
 from .options import Options
 
@@ -263,6 +264,9 @@ class AdamW(StateExchange):
         released: GradientRelease | None = getattr(self, "_released", None)
         if released is not None:
             released.add(group["params"])
+
+    # torch's constructor wraps `step` in this.
+    profile_hook_step = staticmethod(watched_only)
 
     # torch.compile calls step() as it is. torch.compiler.disable would do the same, but loads the compiler on import.
     @_disable_dynamo

@@ -59,13 +59,13 @@ def serves(p: Tensor, state: Mapping[str, Any]) -> bool:
 
 
 def is_plain(p: Tensor, grad: Tensor) -> bool:
-    """Return whether a parameter and its gradient are contiguous and have the same dtype. This may change in every step.
+    """Return whether parameter and gradient are contiguous and have the same shape and dtype. This may change in every step.
 
     Args:
         p: the parameter.
         grad: its gradient.
     """
-    return p.dtype == grad.dtype and p.is_contiguous() and grad.is_contiguous()
+    return p.dtype == grad.dtype and p.shape == grad.shape and p.is_contiguous() and grad.is_contiguous()
 
 
 @torch.no_grad()

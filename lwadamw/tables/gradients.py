@@ -6,18 +6,18 @@ A training loop usually makes new gradient tensors at every step, so their addre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..state.checks import check_gradient
+from ..state.geometry import Geometry
 from ..state.members import Member, gradients_of, local
 from ..state.storage import FLOATS
 
 _data_ptr = Tensor.data_ptr
-_is_contiguous = Tensor.is_contiguous
-_dtype = attrgetter("dtype")
 
 # Stands for the address of a gradient without elements. Its own address would be 0, which means "no gradient".
 _EMPTY = 16
@@ -35,12 +35,9 @@ class Gradients:
     def __init__(self, members: Sequence[Member], attribute: str, dtype: torch.dtype) -> None:
         self._members, self._attribute, self._dtype = members, attribute, dtype
         self._params = [m.param for m in members]
-        params = [local(p) for p in self._params]
-        plain = all(p is held for p, held in zip(self._params, params, strict=True))
-        self._contiguous = plain and all(map(_is_contiguous, params))
-        # Torch itself makes sure that a parameter and its `grad` have the same dtype, unless `grad_dtype` allows another.
-        self._any_dtype = attribute != "grad" or any(getattr(p, "grad_dtype", p.dtype) != p.dtype for p in self._params)
-        self._empty = [i for i, p in enumerate(params) if p.numel() == 0]
+        self._empty = [i for i, p in enumerate(self._params) if local(p).numel() == 0]
+        # Of gradients that the kernels could read as they were. None until a step had such a gradient for every parameter.
+        self._geometry: Geometry | None = None
         self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
 
     def addresses(self) -> list[int] | None:
@@ -56,17 +53,11 @@ class Gradients:
             RuntimeError: a gradient is sparse.
         """
         grads = gradients_of(self._params, self._attribute)
-        if self._contiguous:
-            try:
-                addresses = list(map(_data_ptr, grads))
-                if all(map(_is_contiguous, grads)) and (
-                    not self._any_dtype or set(map(_dtype, grads)) == {self._dtype}
-                ):
-                    for i in self._empty:
-                        addresses[i] = _EMPTY
-                    return addresses
-            except (TypeError, RuntimeError):
-                pass  # a gradient is missing or sparse
+        if self._geometry is not None and self._geometry.holds(grads):
+            addresses = list(map(_data_ptr, grads))
+            for i in self._empty:
+                addresses[i] = _EMPTY
+            return addresses
         return self._checked(grads)
 
     def address(self, row: int) -> int | None:
@@ -79,7 +70,7 @@ class Gradients:
         return None if addresses is None else addresses[0]
 
     @torch.no_grad()
-    def _checked(self, grads: Sequence[Tensor | None], first: int = 0) -> list[int] | None:
+    def _checked(self, grads: Sequence[Any], first: int = 0) -> list[int] | None:
         """Look at each gradient by itself. `first` is the index of the parameter of the first gradient."""
         self._copies = []
         addresses = []
@@ -95,4 +86,7 @@ class Gradients:
                 g = torch.empty_like(p, dtype=self._dtype).copy_(g)
                 self._copies.append(g)
             addresses.append(g.data_ptr() if g.numel() else _EMPTY)
+        as_they_are = 0 not in addresses and not self._copies and all(map(is_, grads, map(local, grads)))
+        if self._geometry is None and as_they_are and len(grads) == len(self._params):
+            self._geometry = Geometry(grads)
         return addresses

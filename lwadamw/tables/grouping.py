@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from ..state import keys
 from ..state.creation import create_state, lay_out
 from ..state.decay import is_huber
 from ..state.members import Member, local
-from ..state.storage import FLOATS, Storage, storage_of
+from ..state.storage import FLOATS, STATE, Storage, storage_of
 
 
 class PlanKey(NamedTuple):
@@ -61,6 +62,42 @@ def complete_state(state: dict[str, Any], member: Member) -> None:
     state.setdefault("step", 0.0)
     create_state(state, member.param, member.group, member.segments)
     lay_out(state, member.param)
+
+
+def check_apart(members: Sequence[Member], state: Any) -> None:
+    """Raise an error if two tensors that the kernels write to share memory.
+
+    The kernels update all parameters at the same time. Where two of them share memory, both programs would read the old value,
+    and one of the two updates would be lost, each time another one.
+
+    Args:
+        members: parameters.
+        state: state of each parameter, by parameter.
+
+    Raises:
+        RuntimeError: some parameter or state tensor begins before another one ends.
+    """
+    written = [
+        (tensor, key, m)
+        for m in members
+        for key, tensor in (
+            ("", m.param),
+            *((key, state[m.param][key]) for key in STATE if key in state.get(m.param, {})),
+        )
+    ]
+    held = [local(tensor) for tensor, _, _ in written]
+    begins = np.array([t.data_ptr() for t in held], np.int64)
+    ends = begins + np.array([t.numel() * t.element_size() for t in held], np.int64)
+    order = np.lexsort((ends, begins))
+    order = order[begins[order] != 0]
+    for i in np.flatnonzero(begins[order][1:] < ends[order][:-1])[:1]:
+        (_, key, first), (_, other_key, second) = (written[order[i + n]] for n in (0, 1))
+        names = [f"{k} of {m.name!r}" if k else f"{m.name!r}" for k, m in ((key, first), (other_key, second))]
+        raise RuntimeError(
+            f"{names[0]} {tuple(first.param.shape)} and {names[1]} {tuple(second.param.shape)} share memory, and the kernels would "
+            "write to it twice at the same time. Use one parameter in both modules (a.weight = b.weight), give each its own "
+            "memory (p.data = p.data.clone()), or use backend='torch', which updates one after the other."
+        )
 
 
 def group_by_plan(members: Sequence[Member], state: Any) -> dict[PlanKey, list[Member]]:

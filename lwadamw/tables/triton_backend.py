@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state.checks import check_state
 from ..state.members import Member, any_gradient, is_sharded, local
 from .device_totals import DeviceTotals
 from .group_table import GroupTable
-from .grouping import PlanKey, complete_state, group_by_plan, split_idle
+from .grouping import PlanKey, check_apart, complete_state, group_by_plan, split_idle
 from .request import Header, Request
 from .tracked_plan import TrackedPlan
 
@@ -30,14 +29,14 @@ class TritonBackend:
     one of them gets a gradient and the caller makes a new backend.
 
     Args:
-        members: the parameters for the kernels.
+        members: the parameters for the kernels. `check_state` has found nothing wrong with their state.
         groups: the optimizer's `param_groups`.
         state: the optimizer's state, by parameter; completed in place.
         skipped: int64[], number of steps skipped so far, the start of the count; None: 0.
         idle: whether to leave out the parameters with neither a gradient nor state.
 
     Raises:
-        RuntimeError: some state does not fit its parameter. In this case nothing has been written.
+        RuntimeError: two tensors share memory. In this case nothing has been written.
     """
 
     @torch.no_grad()
@@ -51,8 +50,7 @@ class TritonBackend:
     ) -> None:
         self.members, self._idle = split_idle(members, state) if idle else (list(members), {})
         self.sharded = next((m for m in self.members if is_sharded(m.param)), None)
-        for m in self.members:
-            check_state(m, state.get(m.param, {}))
+        check_apart(self.members, state)
         for m in self.members:
             complete_state(state[m.param], m)
         members_by_plan = group_by_plan(self.members, state)

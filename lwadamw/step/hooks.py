@@ -1,0 +1,41 @@
+"""Step hooks: torch's wrapper around `step()`, left out in a step that nobody watches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+# Tells low-level observers about a range, and costs nothing where there are none. torch 2.6 and later have it.
+_Range: Any = torch._C._profiler._RecordFunctionFast
+
+
+def watched_only(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `step()` as torch does, so that step hooks run and profilers see a range.
+
+    torch's wrapper enters its range in every step, which costs as much as looking up 100 tensors. So it is used only if a hook
+    is registered or a profiler runs.
+
+    Args:
+        step: the method `step` of an optimizer class.
+    """
+    watched: Callable[..., Any] = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+        )
+        if hooks or torch.autograd._profiler_enabled():
+            return watched(self, *args, **kwargs)
+        with _Range(f"Optimizer.step#{type(self).__name__}.step"):
+            return step(self, *args, **kwargs)
+
+    return wrapper
