@@ -183,8 +183,8 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
                     )
             if (reason := misfit(p, entry)) is not None:
                 raise ValueError(
-                    f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load the checkpoint into a "
-                    "model of its own dtype, or drop the companions and with them the digits that they hold:\n"
+                    f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load the checkpoint into "
+                    "a model of its own dtype, or drop the companions and with them the digits that they hold:\n"
                     "    for s in state_dict['state'].values(): s.pop('master_param', None); s.pop('kahan_comp', None)"
                 )
 

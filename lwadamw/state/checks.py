@@ -110,8 +110,8 @@ def _check_moments(member: Member, state: Mapping[str, Any]) -> None:
         if state[key].dtype not in dtypes:
             fitting = torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
             raise RuntimeError(
-                f"{key} of {member.name!r} {tuple(p.shape)} is {state[key].dtype}, and beside a parameter of {p.dtype} it can be "
-                f"{' or '.join(sorted(map(str, dtypes)))}. To cast it: "
+                f"{key} of {member.name!r} {tuple(p.shape)} is {state[key].dtype}, and beside a parameter of {p.dtype} it can "
+                f"be {' or '.join(sorted(map(str, dtypes)))}. To cast it: "
                 f"optimizer.state[p][{key!r}] = optimizer.state[p][{key!r}].to({fitting}). {_ANEW}."
             )
 

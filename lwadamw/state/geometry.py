@@ -70,6 +70,8 @@ def _new_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     # asking every tensor for its address. Describing every tensor in Python objects costs five times as much.
     from torch._C._dynamo.guards import TensorGuards
 
+    sizes: list[Any]
+    strides: list[Any]
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return check

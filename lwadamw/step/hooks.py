@@ -33,7 +33,7 @@ def watched_only(step: Callable[..., Any]) -> Callable[..., Any]:
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
         )
-        if hooks or torch.autograd._profiler_enabled():
+        if hooks or torch._C._autograd._profiler_enabled():
             return watched(self, *args, **kwargs)
         with _Range(f"Optimizer.step#{type(self).__name__}.step"):
             return step(self, *args, **kwargs)

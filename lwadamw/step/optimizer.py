@@ -266,7 +266,7 @@ class AdamW(StateExchange):
             released.add(group["params"])
 
     # torch's constructor wraps `step` in this.
-    profile_hook_step = staticmethod(watched_only)
+    profile_hook_step = staticmethod(watched_only)  # type: ignore[assignment]
 
     # torch.compile calls step() as it is. torch.compiler.disable would do the same, but loads the compiler on import.
     @_disable_dynamo

@@ -94,9 +94,9 @@ def check_apart(members: Sequence[Member], state: Any) -> None:
         (_, key, first), (_, other_key, second) = (written[order[i + n]] for n in (0, 1))
         names = [f"{k} of {m.name!r}" if k else f"{m.name!r}" for k, m in ((key, first), (other_key, second))]
         raise RuntimeError(
-            f"{names[0]} {tuple(first.param.shape)} and {names[1]} {tuple(second.param.shape)} share memory, and the kernels would "
-            "write to it twice at the same time. Use one parameter in both modules (a.weight = b.weight), give each its own "
-            "memory (p.data = p.data.clone()), or use backend='torch', which updates one after the other."
+            f"{names[0]} {tuple(first.param.shape)} and {names[1]} {tuple(second.param.shape)} share memory, and the kernels "
+            "would write to it twice at the same time. Use one parameter in both modules (a.weight = b.weight), give each its "
+            "own memory (p.data = p.data.clone()), or use backend='torch', which updates one after the other."
         )
 
 

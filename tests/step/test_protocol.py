@@ -273,3 +273,29 @@ def test_effective_values_are_base_times_multiplier():
     assert (matrix["lr"], matrix["weight_decay"]) == (2.5e-3, 0.2)
     assert (vector["lr"], vector["weight_decay"]) == (1e-2, 0.0)
     assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_profiler_sees_every_step_and_hooks_run_in_it(backend):
+    model = torch.nn.Linear(3, 3)
+    optimizer = AdamW(model.parameters(), backend=backend)
+    seen = []
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: seen.append("post")),
+        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == ["global pre", "pre", "post", "global post"]
+    optimizer.step()
+    assert len(seen) == 4
