@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 # Tells low-level observers about a range, and costs nothing where there are none. torch 2.6 and later have it.
 _Range: Any = torch._C._profiler._RecordFunctionFast

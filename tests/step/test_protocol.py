@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lwadamw import AdamW, param_groups
 from lwadamw.state import keys
@@ -288,8 +289,8 @@ def test_a_profiler_sees_every_step_and_hooks_run_in_it(backend):
     handles = [
         optimizer.register_step_pre_hook(lambda *_: seen.append("pre")),
         optimizer.register_step_post_hook(lambda *_: seen.append("post")),
-        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
     ]
     try:
         optimizer.step()
