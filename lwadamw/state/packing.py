@@ -16,6 +16,8 @@ from .codes import decode, encode
 from .members import flat, local
 from .storage import CODES, SCALES
 
+_LARGEST_FP16 = torch.finfo(torch.float16).max
+
 
 def read_moment(state: Mapping[str, Any], key: str) -> Tensor:
     """Return a moment as a new local tensor.
@@ -37,6 +39,8 @@ def read_moment(state: Mapping[str, Any], key: str) -> Tensor:
 def write_moment(state: Mapping[str, Any], key: str, values: Tensor, bits: Tensor | None = None) -> None:
     """Round values into a moment that exists already.
 
+    A finite value that float16 cannot hold becomes the largest float16 number: inf would make the weights NaN.
+
     Args:
         state: the state of one parameter.
         key: "exp_avg", "exp_avg_sq" or "max_exp_avg_sq".
@@ -50,6 +54,8 @@ def write_moment(state: Mapping[str, Any], key: str, values: Tensor, bits: Tenso
         codes, scales = encode(values, moment.dtype, random)
         moment.copy_(codes)
         local(state[SCALES[key]]).view(-1).copy_(scales)
+    elif moment.dtype == torch.float16:
+        moment.copy_(values.clamp(-_LARGEST_FP16, _LARGEST_FP16))
     else:
         moment.copy_(values)
 
@@ -71,6 +77,9 @@ def split_remainder(weight: Tensor) -> tuple[Tensor, Tensor]:
 def join_remainder(upper: Tensor, lower: Tensor) -> Tensor:
     """Return the float32 weight that `split_remainder` was given.
 
+    If another writer has changed `upper`, the two halves may be the bits of a NaN although `upper` is none. This happens
+    for 0 and for inf. `upper` alone counts then.
+
     Args:
         upper: bfloat16 of any shape.
         lower: int16 of the same shape.
@@ -80,13 +89,15 @@ def join_remainder(upper: Tensor, lower: Tensor) -> Tensor:
         >>> bool((join_remainder(*split_remainder(weight)) == weight).all())
         True
     """
-    return ((upper.view(torch.int16).to(torch.int32) << 16) + lower).view(torch.float32)
+    high = upper.view(torch.int16).to(torch.int32) << 16
+    joined = (high + lower).view(torch.float32)
+    return torch.where(joined.isnan(), high.view(torch.float32), joined)
 
 
 def read_weight(p: Tensor, state: Mapping[str, Any], kept: str) -> Tensor:
     """Return the weight that a step updates, as a new local float32 tensor.
 
-    If another writer has changed the parameter, an element of the parameter is no longer the rounded copy of its float32
+    If another writer has changed the parameter, an element of the parameter no longer has the bits of its rounded float32
     master weight. The parameter then counts, and the master weight of this element is ignored.
 
     Args:
@@ -97,7 +108,8 @@ def read_weight(p: Tensor, state: Mapping[str, Any], kept: str) -> Tensor:
     held = local(p.detach())
     if kept == "master":
         master = local(state["master_param"])
-        return torch.where(master.to(held.dtype) == held, master, held.float())
+        same = master.to(held.dtype).view(torch.int16) == held.view(torch.int16)
+        return torch.where(same, master, held.float())
     if kept == "remainder":
         return join_remainder(held, local(state["master_param"]))
     return held.float() + local(state["kahan_comp"]) if kept == "kahan" else held.to(torch.float32, copy=True)
