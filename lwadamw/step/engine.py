@@ -267,4 +267,6 @@ def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Te
     if found_inf is not None:
         found = found_inf.to(device, torch.float32, non_blocking=True).reshape(())
         stop = found if stop is None else torch.maximum(stop, found)
-    return norm.float(), factor, stop
+    # Conversion to float32 would make a large norm inf, and only a step that did not happen has this norm.
+    shown = torch.where(norm.isfinite(), norm.clamp(max=torch.finfo(torch.float32).max), norm)
+    return shown.float(), factor, stop

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from operator import is_not
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..state import keys
@@ -19,7 +20,6 @@ from .gradients import Gradients
 from .grouping import PlanKey
 from .plan import Plan
 from .row import NO_ROUNDING, Row
-from .versions import Versions
 
 _data_ptr = Tensor.data_ptr
 _STATE = (*STATE, THRESHOLD)
@@ -65,9 +65,6 @@ class TrackedPlan:
         for state, step in zip(states, self.plan.steps.unbind(), strict=True):
             state["step"] = step
         self.gradients = Gradients(members, key.attribute, key.storage.grad)
-        # Once somebody else has written to a parameter, the parameter is no longer the rounded copy of its master weight.
-        self.versions = Versions(self.params, states if key.storage.weight == "master" else [])
-
         # A DTensor's local tensor may be replaced, so for DTensors every step asks for the local tensor again.
         self._distributed = any(map(is_not, map(local, self.params), self.params))
         self._state = [state[name] for state in states for name in _STATE if name in state]
@@ -78,6 +75,17 @@ class TrackedPlan:
 
     def _current_addresses(self, tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_data_ptr, map(local, tensors) if self._distributed else tensors))
+
+    def advance_versions(self, row: int | None = None) -> None:
+        """Tell autograd that the kernels have written to the parameters.
+
+        Autograd does not see what kernels write. Without this, a backward pass through the old weights would silently
+        use the new ones instead of raising an error.
+
+        Args:
+            row: index of the only parameter that has been written to; None: all of them.
+        """
+        torch._C._increment_version(self.params if row is None else [self.params[row]])
 
     def is_fresh(self, verify_state: bool) -> bool:
         """Return whether all tensors are at the addresses that the tables hold.

@@ -98,7 +98,6 @@ class TritonBackend:
             scale, inf = (self._address(scalar, device) for scalar in (request.grad_scale, request.found_inf))
             header = Header(request.max_grad_norm or 0.0, scale, inf, int(request.nonfinite == "pass"))
             tracked.plan.stage(addresses or [], header)
-            tracked.versions.follow()
         return True
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
@@ -173,7 +172,7 @@ class TritonBackend:
         for tracked in self._plans:
             with tracked.plan.on_device():
                 tracked.plan.run(clip=clip, norms=norms)
-            tracked.versions.advance()
+            tracked.advance_versions()
 
     def run_one(self, groups: Sequence[dict[str, Any]], p: Tensor, norms: bool, verify_state: bool) -> bool:
         """Take the step of one parameter alone.
@@ -193,10 +192,9 @@ class TritonBackend:
         address = tracked.gradients.address(row)
         if address is None:
             return False
-        tracked.versions.follow(row)
         with tracked.plan.on_device():
             tracked.plan.run_row(row, address, norms)
-        tracked.versions.advance(row)
+        tracked.advance_versions(row)
         return True
 
     @property

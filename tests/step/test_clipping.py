@@ -118,10 +118,10 @@ def test_max_grad_norm_can_change_between_steps(backend, device):
 def test_the_integer_sum_over_chunks_does_not_overflow(n, exponent, device):
     """All chunks have the largest sum of squares here, which is the worst case."""
     total = torch.zeros(1, dtype=torch.float64, device=device)
-    for squares in (torch.full((n,), 1.9999999), torch.rand(n)):
-        squares = (squares.double() * 2.0**exponent).float().to(device)
+    for norms in (torch.full((n,), 1.9999999), torch.rand(n)):
+        norms = (norms.double() * 2.0**exponent).float().to(device)
         partials = torch.full((n, kernels.layout.STATISTICS), float("nan"), device=device)
-        partials[:, kernels.layout.GRAD_STATISTIC] = squares
+        partials[:, kernels.layout.GRAD_STATISTIC] = norms
         kernels.total_kernel[(1,)](partials, total, n, BITS=total_bits(n))
         assert float(total) == pytest.approx(float(squares.double().sum()), rel=1e-9)
 
