@@ -156,7 +156,7 @@ def _norm(grad: Tensor) -> Tensor:
         return norm(grad, dtype=torch.float64)
     # A CPU takes 14 times as long for float64, because torch makes a copy first.
     single = norm(grad, dtype=torch.float32)
-    if 1e-15 < single < math.inf:
+    if 1e-15 < single < math.inf or not grad.numel():
         return single
     largest = norm(grad, ord=math.inf)
     return norm(grad, dtype=torch.float64) if 0 < largest < math.inf else largest.float()
