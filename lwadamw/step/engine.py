@@ -154,7 +154,9 @@ class Engine:
             self._sort_released(groups, state)
         return self._members.get(id(p))
 
-    def step_released(self, groups: ParamGroups, state: State, p: Tensor, request: Request, *, verify_state: bool) -> None:
+    def step_released(
+        self, groups: ParamGroups, state: State, p: Tensor, request: Request, *, verify_state: bool
+    ) -> None:
         """Gradient release: update one parameter. Its gradient is complete, those of other parameters may not be.
 
         Args:
@@ -184,9 +186,7 @@ class Engine:
     def _step_torch_member(self, member: Member, groups: ParamGroups, state: State, request: Request) -> None:
         _, torch_backend = self._released.setdefault(id(member.param), (member, TorchBackend()))
         torch_backend.prepare([member], groups, state, fresh=False)
-        torch_backend.run(
-            factor=None, grad_scale=request.grad_scale, found_inf=request.found_inf, norms=request.norms
-        )
+        torch_backend.run(factor=None, grad_scale=request.grad_scale, found_inf=request.found_inf, norms=request.norms)
         if request.norms:
             torch_backend.measure()
             for bucket in torch_backend.buckets:

@@ -15,6 +15,7 @@ from ..state.checks import check_gradient, check_state
 from ..state.members import Member, ParamGroups, members_of
 from ..tables.request import Request
 from .loss_scaling import LossScaling
+from .data_parallel import check_not_averaged
 from .nested_backward import in_nested_backward
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class ReleaseHooks:
         optimizer: the optimizer. A hook calls its `_step_released`.
 
     Raises:
-        RuntimeError: another optimizer has released the gradient of one of these parameters.
+        RuntimeError: as for `follow`.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -86,10 +87,13 @@ class ReleaseHooks:
             leave: also take the hook of every parameter away that is in no group any more.
 
         Raises:
-            RuntimeError: another optimizer has released the gradient of one of these parameters.
+            RuntimeError: another optimizer has released the gradient of one of these parameters, or a framework averages
+                it over processes later.
         """
         present = {id(p): p for group in groups for p in group["params"]}
         new = [p for key, p in present.items() if key not in self._hooked and p.requires_grad]
+        if new:
+            check_not_averaged(new, groups)
         for p in new:
             self._check_unowned(p, groups)
         if leave:
@@ -125,7 +129,9 @@ class ReleaseHooks:
                 p.grad = None
 
     @torch.no_grad()
-    def take(self, engine: Engine, groups: ParamGroups, state: State, p: Tensor, request: Request, verify: bool) -> bool:
+    def take(
+        self, engine: Engine, groups: ParamGroups, state: State, p: Tensor, request: Request, verify: bool
+    ) -> bool:
         """Take the step of one parameter whose gradient is complete, while backward runs.
 
         Args:
@@ -175,7 +181,8 @@ class ReleaseHooks:
                 calls `step()` that has not scaled the loss of some backward.
         """
         fired, unscaled, self._fired, self._unscaled = self._fired, self._unscaled, False, False
-        if unscaled and request.found_inf is not None:
+        # A scaler that has looked at no gradient assigns the int 0, which is not in the request.
+        if unscaled and getattr(self._optimizer(), "found_inf", None) is not None:
             raise RuntimeError(
                 "release_gradients(): a scaler takes this step, and parameters have taken their steps in a backward whose "
                 "loss no known scaler had scaled. If the loss was scaled, these steps were wrong: load a checkpoint. Use a "

@@ -406,10 +406,12 @@ class AdamW(StateExchange):
 
         Refused with an error: a backward inside another backward, as `torch.utils.checkpoint.checkpoint` runs it with
         use_reentrant=True (pass use_reentrant=False); losses that several GradScalers have scaled in one backward; a
-        GradScaler with parameters that are sharded over processes; a parameter that another optimizer has released.
+        GradScaler with parameters that are sharded over processes; a parameter that another optimizer has released, or
+        whose gradient DistributedDataParallel or FullyShardedDataParallel averages over processes. Gradients of
+        `fully_shard` are taken by `step()`.
 
-        Not seen: frameworks that average gradients over processes after autograd has accumulated them, as
-        DistributedDataParallel does. Do not release gradients with them. A loss that was scaled before this call, or by
+        Not seen: frameworks other than torch's own, and a DistributedDataParallel that is built after this call, if they
+        average gradients over processes after autograd has accumulated them. Do not release gradients with them. A loss that was scaled before this call, or by
         anything but a torch.amp.GradScaler or a subclass: its parameters take steps on scaled gradients. If such a scaler
         calls `step()`, an error says so, but only then. On a GPU, a backward that a hook starts inside another backward.
 

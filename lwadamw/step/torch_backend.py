@@ -123,6 +123,8 @@ class TorchBackend:
                     step_packed(entry, grad, bucket, norms)
             else:
                 _step_plain(bucket, grads, grad_scale, found_inf)
+                if bucket.fused and grad_scale is not None:
+                    bucket.factor = None  # torch's fused kernel has unscaled the gradients in place
             _keep_hyperparameters(bucket.options)
 
     @torch.no_grad()

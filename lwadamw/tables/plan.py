@@ -111,7 +111,9 @@ class Plan:
             kernels.total_kernel, 1, self._partials, self.total, static.n_chunks, BITS=total_bits(static.n_chunks)
         )
         # Indexed by whether the step clips, and by whether it measures norms.
-        self._launch_coefficients = [self._coefficients_launch(0, self.n_rows, clip, self._skipped) for clip in (False, True)]
+        self._launch_coefficients = [
+            self._coefficients_launch(0, self.n_rows, clip, self._skipped) for clip in (False, True)
+        ]
         self._launch_update = [self._update_launch(0, static.n_chunks, norms) for norms in (False, True)]
         self._launch_after = () if self._thresholds is None else (self._thresholds.launch(0, self.n_rows),)
 
