@@ -14,8 +14,8 @@ from ..state import keys
 from ..state.checks import check_gradient, check_state
 from ..state.members import Member, ParamGroups, members_of
 from ..tables.request import Request
-from .loss_scaling import LossScaling
 from .data_parallel import check_not_averaged
+from .loss_scaling import LossScaling
 from .nested_backward import in_nested_backward
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class ReleaseHooks:
             for key in self._hooked.keys() - present.keys():
                 self._hooked.pop(key)[1].remove()
         for p in new:
-            self._hooked[id(p)] = (p, p.register_post_accumulate_grad_hook(self._hook))  # type: ignore[no-untyped-call]
+            self._hooked[id(p)] = (p, p.register_post_accumulate_grad_hook(self._hook))
 
     def _check_unowned(self, p: Tensor, groups: ParamGroups) -> None:
         for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
@@ -158,7 +158,8 @@ class ReleaseHooks:
                 "checkpointing with use_reentrant=True does. Its gradient may not be complete. Pass use_reentrant=False "
                 "to torch.utils.checkpoint.checkpoint, or do not call release_gradients()."
             )
-        check_gradient(member, member.gradient if p.grad is None else p.grad)
+        if p.grad is not None:
+            check_gradient(member, p.grad)
         told = request.found_inf is not None
         scaled = self._scaling.request_for(member, request)
         self._unscaled |= not told and scaled is request

@@ -143,7 +143,8 @@ def _mark(scaler: GradScaler, output: Any) -> Any:
         scale = getattr(scaler, "_scale", None)
         if output.requires_grad and scale is not None:
             # The scale is copied, because `update` may change it before backward runs.
-            output.register_hook(functools.partial(_note, _Scaled(scaler, scale.detach().clone())))
+            note = functools.partial(_note, _Scaled(scaler, scale.detach().clone()))
+            output.register_hook(note)  # type: ignore[no-untyped-call]
         return output
     if isinstance(output, (list, tuple)):
         for each in output:
@@ -173,7 +174,7 @@ def _wrap_all() -> None:
     if _wrapped:
         return
 
-    def init_subclass(cls: type, **kwargs: Any) -> None:
+    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
         super(GradScaler, cls).__init_subclass__(**kwargs)
         _wrap(cls)
 
@@ -183,8 +184,8 @@ def _wrap_all() -> None:
     for cls in dict.fromkeys(classes):
         _wrap(cls)
     if "__init_subclass__" not in GradScaler.__dict__:
-        wrapper = classmethod(init_subclass)
-        GradScaler.__init_subclass__ = wrapper  # type: ignore[method-assign, assignment]
+        wrapper: Any = classmethod(init_subclass)
+        GradScaler.__init_subclass__ = wrapper  # type: ignore[method-assign]
         _wrapped.append((GradScaler, "__init_subclass__", None, wrapper))
 
 

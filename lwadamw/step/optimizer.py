@@ -411,9 +411,10 @@ class AdamW(StateExchange):
         `fully_shard` are taken by `step()`.
 
         Not seen: frameworks other than torch's own, and a DistributedDataParallel that is built after this call, if they
-        average gradients over processes after autograd has accumulated them. Do not release gradients with them. A loss that was scaled before this call, or by
-        anything but a torch.amp.GradScaler or a subclass: its parameters take steps on scaled gradients. If such a scaler
-        calls `step()`, an error says so, but only then. On a GPU, a backward that a hook starts inside another backward.
+        average gradients over processes after autograd has accumulated them. Do not release gradients with them. A loss
+        that was scaled before this call, or by anything but a torch.amp.GradScaler or a subclass: its parameters take
+        steps on scaled gradients. If such a scaler calls `step()`, an error says so, but only then. On a GPU, a backward
+        that a hook starts inside another backward.
 
         Returns:
             A handle. `remove()` ends gradient release. The handle is also a context manager. With a GradScaler, end

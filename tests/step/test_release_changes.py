@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 import weakref
 
@@ -16,7 +17,7 @@ from tests.state.storages import assert_same_bits
 
 def _model(device, dtype=torch.float32, sizes=(6, 5, 3)):
     torch.manual_seed(0)
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    pairs = itertools.pairwise(sizes)
     return torch.nn.Sequential(*(torch.nn.Linear(a, b, device=device, dtype=dtype) for a, b in pairs))
 
 

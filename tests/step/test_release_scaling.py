@@ -1,4 +1,4 @@
-"""Gradient release under torch.amp.GradScaler: steps on unscaled gradients, skipped per parameter, and a scaler that hears of it."""
+"""Gradient release under torch.amp.GradScaler: steps on unscaled gradients, skipped per parameter, reported to the scaler."""
 
 import gc
 import warnings
