@@ -155,31 +155,32 @@ class Engine:
         return self._members.get(id(p))
 
     def step_released(
-        self, groups: ParamGroups, state: State, p: Tensor, request: Request, *, verify_state: bool
+        self, groups: ParamGroups, state: State, member: Member, request: Request, *, verify_state: bool
     ) -> None:
         """Gradient release: update one parameter. Its gradient is complete, those of other parameters may not be.
 
         Args:
             groups: the optimizer's parameter groups.
             state: the optimizer's state by parameter. Missing state is created.
-            p: a parameter of the groups. It has a gradient.
+            member: what `released_member` has just returned for a parameter that has a gradient.
             request: norms and loss scaling of this step.
             verify_state: as in `step`.
 
         Raises:
             RuntimeError: the parameter, its gradient or its state cannot be used. Then it has not been changed.
         """
+        p, found = member.param, member
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             for _ in range(3):
-                member = self.released_member(groups, state, p)
-                if member is not None and id(p) in self._looks:
-                    self._step_torch_member(member, groups, state, request)
+                if id(p) in self._looks:
+                    self._step_torch_member(found, groups, state, request)
                     return
                 if self._triton is not None and self._triton.run_one(groups, state, p, request, verify_state):
                     return
                 self._sort_released(groups, state)
+                found = self._members[id(p)]
         raise RuntimeError(
-            f"lwadamw.AdamW: the parameter {tuple(p.shape)}, its group or its state is being replaced while it takes its "
+            f"lwadamw.AdamW: {member.name!r} {tuple(p.shape)}, its group or its state is being replaced while it takes its "
             "step inside backward."
         )
 

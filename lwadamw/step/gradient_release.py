@@ -128,7 +128,6 @@ class ReleaseHooks:
             if optimizer._step_released(p):
                 p.grad = None
 
-    @torch.no_grad()
     def take(
         self, engine: Engine, groups: ParamGroups, state: State, p: Tensor, request: Request, verify: bool
     ) -> bool:
@@ -163,7 +162,7 @@ class ReleaseHooks:
         told = request.found_inf is not None
         scaled = self._scaling.request_for(member, request)
         self._unscaled |= not told and scaled is request
-        engine.step_released(groups, state, p, scaled, verify_state=verify)
+        engine.step_released(groups, state, member, scaled, verify_state=verify)
         self._fired = True
         return True
 
@@ -197,7 +196,9 @@ class ReleaseHooks:
             # One parameter at a time, so that the norms of the steps inside backward stay as they are.
             _check_all(groups, state)
             for p in rest:
-                engine.step_released(groups, state, p, request, verify_state=verify)
+                member = engine.released_member(groups, state, p)
+                if member is not None:
+                    engine.step_released(groups, state, member, request, verify_state=verify)
         if (fired or not rest) and request.found_inf is not None:
             engine.count_skipped(request.found_inf)
         for p in rest:

@@ -78,8 +78,10 @@ class LossScaling:
             RuntimeError: several scalers have scaled this backward, or other processes hold parts of the parameter.
         """
         scaled = _backwards.get(torch._C._current_graph_task_id())
-        if scaled is None:
-            return request
+        return request if scaled is None else self._scaled_request(member, request, scaled)
+
+    @torch.no_grad()
+    def _scaled_request(self, member: Member, request: Request, scaled: _Scaled) -> Request:
         what = f"{member.name!r} {tuple(member.param.shape)}"
         if scaled.scaler is None:
             raise RuntimeError(

@@ -149,6 +149,10 @@ def _replace_group_dict(_, optimizer):
     optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.3}
 
 
+def _id(change):
+    return change.__name__.strip("_")
+
+
 CHANGES = [
     _reset_state,
     _replace_moment,
@@ -171,7 +175,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("call_step", [True, False])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+@pytest.mark.parametrize("change", CHANGES, ids=_id)
 def test_a_change_between_two_backward_passes_is_followed(change, call_step, backend, device):
     if change is _double_data and backend == "triton":
         backend = None
@@ -179,6 +183,29 @@ def test_a_change_between_two_backward_passes_is_followed(change, call_step, bac
     pair.train(2, call_step)
     pair.both(change)
     pair.train(2, call_step)
+    pair.check()
+
+
+def _write_weight(model, _):
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+
+
+STORAGE = [
+    {"master_weights": torch.float32},
+    {"master_weights": "remainder"},
+    {"rounding": "kahan"},
+    {"rounding": "stochastic", "exp_avg_dtype": torch.float32},
+]
+
+
+@pytest.mark.parametrize("options", STORAGE, ids=str)
+@pytest.mark.parametrize("change", [_reset_state, _replace_data, _write_weight, _load, _convert], ids=_id)
+def test_a_change_is_followed_in_16_bit_storage(change, options, backend, device):
+    pair = Pair(backend, device, torch.bfloat16, **options)
+    pair.train(2)
+    pair.both(change)
+    pair.train(2)
     pair.check()
 
 

@@ -17,6 +17,7 @@ INF = float("inf")
 
 @pytest.fixture(autouse=True)
 def scaler_classes_are_left_as_they_were():
+    gc.collect()
     before = [dict(cls.__dict__) for cls in (GradScaler, torch.cuda.amp.GradScaler)]
     yield
     gc.collect()
