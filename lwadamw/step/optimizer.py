@@ -394,7 +394,8 @@ class AdamW(StateExchange):
 
         Followed in every backward: hyperparameters and groups; parameters that are added, frozen or unfrozen; parameters
         whose memory, shape or dtype was replaced; state that was deleted, replaced, loaded or converted. A parameter that
-        is in no group any more keeps its gradient. So does every parameter once the optimizer is deleted.
+        is in no group any more keeps its gradient. So does every parameter once the optimizer is gone. Python may collect a
+        deleted optimizer late, for instance one with a scheduler, so call `remove()` to end gradient release at once.
 
         With a torch.amp.GradScaler, call `scaler.scale(loss).backward()`, `scaler.step(optimizer)` and `scaler.update()`
         as always, with one backward per update. Each parameter takes its step on its unscaled gradient. If this gradient
