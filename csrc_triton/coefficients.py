@@ -52,7 +52,6 @@ from .layout import (
     K_STEP_SIZE,
 )
 
-
 LARGEST = tl.constexpr((2.0 - 2.0**-23) * 2.0**127)  # of all fp32 numbers
 
 

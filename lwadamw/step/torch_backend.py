@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,8 @@ class TorchBackend:
                     step_packed(entry, grad, bucket, norms)
             else:
                 _step_plain(bucket, grads, grad_scale, found_inf)
+                if bucket.fused and grad_scale is not None:
+                    bucket.factor = None  # torch's fused kernel has unscaled the gradients in place
             _keep_hyperparameters(bucket.options)
 
     @torch.no_grad()
@@ -151,7 +153,7 @@ class TorchBackend:
 
 def _norm(grad: Tensor) -> Tensor:
     """Return the norm of a real gradient. A square that float32 cannot hold does not spoil it."""
-    norm = torch.linalg.vector_norm
+    norm: Callable[..., Tensor] = torch.linalg.vector_norm
     if grad.device.type != "cpu" or grad.dtype == torch.float64 or local(grad) is not grad:
         return norm(grad, dtype=torch.float64)
     # A CPU takes 14 times as long for float64, because torch makes a copy first.

@@ -60,8 +60,9 @@ class Plan:
         self.device, self.storage, self.n_rows = device, storage, len(rows)
         self.device_totals = device_totals
         self.total = device_totals.square_sums[total_index : total_index + 1]
-        # The kernel always counts. What a plan counts that should not count, nobody reads.
-        self._skipped = device_totals.skipped if counts_skipped else torch.zeros_like(device_totals.skipped)
+        # The kernel always counts. What is counted here, nobody reads.
+        self._uncounted = torch.zeros_like(device_totals.skipped)
+        self._skipped = device_totals.skipped if counts_skipped else self._uncounted
 
         huber = any(row.huber_scale is not None for row in rows)
         amsgrad = any("max_exp_avg_sq" in row.state for row in rows)
@@ -110,17 +111,19 @@ class Plan:
             kernels.total_kernel, 1, self._partials, self.total, static.n_chunks, BITS=total_bits(static.n_chunks)
         )
         # Indexed by whether the step clips, and by whether it measures norms.
-        self._launch_coefficients = [self._coefficients_launch(0, self.n_rows, clip) for clip in (False, True)]
+        self._launch_coefficients = [
+            self._coefficients_launch(0, self.n_rows, clip, self._skipped) for clip in (False, True)
+        ]
         self._launch_update = [self._update_launch(0, static.n_chunks, norms) for norms in (False, True)]
         self._launch_after = () if self._thresholds is None else (self._thresholds.launch(0, self.n_rows),)
 
-    def _coefficients_launch(self, first: int, last: int, clip: bool) -> Launch:
-        """Launch the coefficients kernel for rows [first, last)."""
+    def _coefficients_launch(self, first: int, last: int, clip: bool, skipped: Tensor) -> Launch:
+        """Launch the coefficients kernel for rows [first, last), which counts a skipped step in `skipped`."""
         totals = self.device_totals
         return self._launch(
             kernels.coefficients_kernel, -(-(last - first) // layout.ROWS),
             self._dynamic.words, self._static.row_group, self.steps, totals.square_sums, self._coefficients,
-            totals.grad_norm, self._skipped, self.n_rows, len(totals.square_sums), first, last, CLIP=clip,
+            totals.grad_norm, skipped, self.n_rows, len(totals.square_sums), first, last, CLIP=clip,
         )  # fmt: skip
 
     def _update_launch(self, first: int, last: int, norms: bool) -> Launch:
@@ -174,15 +177,16 @@ class Plan:
         for launch in self._launch_after:
             launch()
 
-    def run_row(self, row: int, gradient: int, norms: bool) -> None:
-        """Take the step of one row alone, from the same tables, without clipping and without loss scale.
+    def run_row(self, row: int, gradient: int, header: Header, norms: bool) -> None:
+        """Take the step of one row alone, from the same tables, without clipping. A skipped step is not counted.
 
         Args:
             row: index of the row.
             gradient: address of the row's gradient.
+            header: the numbers that belong to no row and no group.
             norms: whether to measure the sums that `norm_sums` reads.
         """
-        self._dynamic.stage_row(row, gradient)
+        self._dynamic.stage_row(row, gradient, header)
         launches = self._row_launches.get(row)
         if launches is None:
             launches = self._row_launches[row] = self._make_row_launches(row)
@@ -197,7 +201,7 @@ class Plan:
             rows = torch.arange(self.n_rows + 1, device=self.device)
             self._first_chunk = torch.searchsorted(self._static.chunk_row, rows).tolist()
         first, last = self._first_chunk[row : row + 2]
-        launches = [self._coefficients_launch(row, row + 1, False)]
+        launches = [self._coefficients_launch(row, row + 1, False, self._uncounted)]
         launches += [self._update_launch(first, last, norms) for norms in (False, True)]
         if self._thresholds is not None:
             launches.append(self._thresholds.launch(row, 1))

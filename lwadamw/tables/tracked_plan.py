@@ -13,6 +13,8 @@ from torch import Tensor
 from ..state import keys
 from ..state.decay import THRESHOLD, is_huber
 from ..state.draws import rounding_row
+from ..state.geometry import look
+from ..state.identity import same
 from ..state.members import Member, local
 from ..state.storage import STATE, Storage
 from .device_totals import DeviceTotals
@@ -70,6 +72,11 @@ class TrackedPlan:
         self._state = [state[name] for state in states for name in _STATE if name in state]
         ends = list(itertools.accumulate((sum(name in state for name in _STATE) for state in states), initial=0))
         self._state_places = [slice(*place) for place in itertools.pairwise(ends)]  # in `_state`, for each parameter
+        # For a parameter that takes its step alone: its state and what it held, and how all these tensors look.
+        self._states = states
+        self._items = [list(state.items()) for state in states]
+        self._param_looks = list(map(look, self.params))
+        self._state_looks = list(map(look, self._state))
         self._addresses = self._current_addresses(self.params)
         self._state_addresses = self._current_addresses(self._state)
 
@@ -97,17 +104,27 @@ class TrackedPlan:
             return False
         return not verify_state or self._current_addresses(self._state) == self._state_addresses
 
-    def row_is_fresh(self, row: int, verify_state: bool) -> bool:
-        """Return what `is_fresh` returns, for one parameter only.
+    def row_is_fresh(self, row: int, state: Any, verify_state: bool) -> bool:
+        """Return whether the tables hold for one parameter: its address and look, and those of its state.
 
         Args:
             row: index of the parameter.
-            verify_state: look at the state tensors too.
+            state: the optimizer's state by parameter.
+            verify_state: look at the state too. Any of its entries may have been replaced, added or deleted.
         """
-        if local(self.params[row]).data_ptr() != self._addresses[row]:
+        p = self.params[row]
+        if look(p) != self._param_looks[row] or local(p).data_ptr() != self._addresses[row]:
             return False
-        places = self._state_places[row]
-        return not verify_state or self._current_addresses(self._state[places]) == self._state_addresses[places]
+        if not verify_state:
+            return True
+        held, places = self._states[row], self._state_places[row]
+        tensors = self._state[places]
+        return (
+            state.get(p) is held
+            and same(list(held.items()), self._items[row])
+            and list(map(look, tensors)) == self._state_looks[places]
+            and self._current_addresses(tensors) == self._state_addresses[places]
+        )
 
 
 def _make_row(member: Member, state: dict[str, Any], storage: Storage) -> Row:

@@ -33,7 +33,8 @@ class TritonBackend:
         groups: the optimizer's `param_groups`.
         state: the optimizer's state, by parameter; completed in place.
         skipped: int64[], number of steps skipped so far, the start of the count; None: 0.
-        idle: whether to leave out the parameters with neither a gradient nor state.
+        idle: whether to leave out all parameters with neither a gradient nor state. False: those that require a gradient
+            stay in.
 
     Raises:
         RuntimeError: two tensors share memory. In this case nothing has been written.
@@ -48,7 +49,7 @@ class TritonBackend:
         skipped: Tensor | None = None,
         idle: bool = True,
     ) -> None:
-        self.members, self._idle = split_idle(members, state) if idle else (list(members), {})
+        self.members, self._idle = split_idle(members, state, trainable=not idle)
         self.sharded = next((m for m in self.members if is_sharded(m.param)), None)
         check_apart(self.members, state)
         for m in self.members:
@@ -94,10 +95,7 @@ class TritonBackend:
             return False
         self._scalars = []
         for tracked, addresses in zip(self._plans, gradients, strict=True):
-            device = tracked.plan.device
-            scale, inf = (self._address(scalar, device) for scalar in (request.grad_scale, request.found_inf))
-            header = Header(request.max_grad_norm or 0.0, scale, inf, int(request.nonfinite == "pass"))
-            tracked.plan.stage(addresses or [], header)
+            tracked.plan.stage(addresses or [], self._header(request, tracked.plan.device))
         return True
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
@@ -114,6 +112,10 @@ class TritonBackend:
             for tracked in self._plans:
                 tracked.plan.set_groups(self._table.words[tracked.plan.device])
         return change != "replan"
+
+    def _header(self, request: Request, device: torch.device) -> Header:
+        scale, inf = (self._address(scalar, device) for scalar in (request.grad_scale, request.found_inf))
+        return Header(request.max_grad_norm or 0.0, scale, inf, int(request.nonfinite == "pass"))
 
     def _address(self, scalar: Tensor | None, device: torch.device) -> int:
         if scalar is None:
@@ -174,26 +176,31 @@ class TritonBackend:
                 tracked.plan.run(clip=clip, norms=norms)
             tracked.advance_versions()
 
-    def run_one(self, groups: Sequence[dict[str, Any]], p: Tensor, norms: bool, verify_state: bool) -> bool:
-        """Take the step of one parameter alone.
+    def run_one(
+        self, groups: Sequence[dict[str, Any]], state: Any, p: Tensor, request: Request, verify_state: bool
+    ) -> bool:
+        """Take the step of one parameter alone, without clipping. A skipped step is not counted.
 
         Args:
             groups: the optimizer's `param_groups`.
+            state: the optimizer's state, by parameter.
             p: the parameter.
-            norms: whether to measure the sums that `norm_sums` reads.
+            request: norms and loss scaling of this step.
             verify_state: whether somebody else may have replaced a state tensor.
 
         Returns:
             False if the caller has to make a new backend first. In this case the step has not happened.
         """
         tracked, row = self._rows.get(id(p), (None, 0))
-        if tracked is None or not tracked.row_is_fresh(row, verify_state) or not self.refresh(groups):
+        if tracked is None or not tracked.row_is_fresh(row, state, verify_state) or not self.refresh(groups):
             return False
         address = tracked.gradients.address(row)
         if address is None:
             return False
+        self._scalars = []
+        header = self._header(request, tracked.plan.device)
         with tracked.plan.on_device():
-            tracked.plan.run_row(row, address, norms)
+            tracked.plan.run_row(row, address, header, request.norms)
         tracked.advance_versions(row)
         return True
 

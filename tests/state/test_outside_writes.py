@@ -64,11 +64,15 @@ def test_a_step_starts_from_what_others_have_written(name, way, backend, device)
             off = (start - values.double()).abs()[~untouched]
             assert (off <= _kept_of_companion(c, before, values)[~untouched]).all()
             starts.append(start)
-        moments = [[packing.read_moment(optimizer.state[p], key).double() for key in ("exp_avg", "exp_avg_sq")] for p in params]
+        moments = [
+            [packing.read_moment(optimizer.state[p], key).double() for key in ("exp_avg", "exp_avg_sq")] for p in params
+        ]
         give_grads(c, params)
         optimizer.step()
         for p, start, (m, v) in zip(params, starts, moments, strict=True):
-            exact = reference.Parameter(*(x.cpu().numpy().copy() for x in (start,)), group, step, m.cpu().numpy(), v.cpu().numpy())
+            exact = reference.Parameter(
+                *(x.cpu().numpy().copy() for x in (start,)), group, step, m.cpu().numpy(), v.cpu().numpy()
+            )
             reference.step([exact], [p.grad.double().cpu().numpy()])
             expected = torch.from_numpy(exact.value).to(device)
             # In 16 bits the weight is rounded once, and torch's own step also rounds moments and update.

@@ -58,7 +58,9 @@ def test_updates_from_large_gradients_have_the_magnitude_of_float64(name, size, 
 
 
 @pytest.mark.parametrize("signs", [(1, 1, 1), (1, -1, 1, -1)])
-@pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}, {"decay": "huber", "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"amsgrad": True}, {"maximize": True}, {"decay": "huber", "weight_decay": 0.1}], ids=str
+)
 @pytest.mark.parametrize("name", ["fp32", "bf16, remainder"])
 def test_large_gradients_of_changing_sign_leave_weights_finite(name, options, signs, backend, device):
     c = COMBINATIONS[name]
@@ -143,4 +145,6 @@ def test_both_backends_limit_gradients_alike(name, backend_, device):
         a.step()
         b.step()
         for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a.master_weight(p), b.master_weight(q), rtol=1e-2 if "8-bit" in name else 1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                a.master_weight(p), b.master_weight(q), rtol=1e-2 if "8-bit" in name else 1e-5, atol=1e-6
+            )
