@@ -185,7 +185,7 @@ def _wrap_all() -> None:
         classes += cls.__subclasses__()
     for cls in dict.fromkeys(classes):
         _wrap(cls)
-    if "__init_subclass__" not in GradScaler.__dict__:
+    if "__init_subclass__" not in vars(GradScaler):
         wrapper: Any = classmethod(init_subclass)
         GradScaler.__init_subclass__ = wrapper  # type: ignore[method-assign]
         _wrapped.append((GradScaler, "__init_subclass__", None, wrapper))
