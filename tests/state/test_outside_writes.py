@@ -6,8 +6,11 @@ import torch
 from lwadamw import reference
 from lwadamw.state import packing
 from lwadamw.state.combinations import COMBINATIONS
+from lwadamw.state.storage import MOMENTS
 from tests.state.storages import ALIKE, BETAS, B, F, give_grads, make
 
+# NumPy, which runs the interpreted kernels, reports what a GPU does silently: inf minus inf is NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 ALL = [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in COMBINATIONS]
 
 
@@ -58,22 +61,23 @@ def test_a_step_starts_from_what_others_have_written(name, way, backend, device)
             before, master, values = p.detach().clone(), optimizer.master_weight(p), _written(p)
             WAYS[way](p, values)
             start = optimizer.master_weight(p).double()
-            untouched = values.view(torch.uint8).view(*p.shape, -1) == before.view(torch.uint8).view(*p.shape, -1)
-            untouched = untouched.all(-1)
+            bits = torch.int16 if c.param.itemsize == 2 else torch.int32
+            untouched = values.view(bits) == before.view(bits)
             assert torch.equal(start[untouched], master.double()[untouched])
             off = (start - values.double()).abs()[~untouched]
             assert (off <= _kept_of_companion(c, before, values)[~untouched]).all()
             starts.append(start)
-        moments = [[packing.read_moment(optimizer.state[p], key).double() for key in ("exp_avg", "exp_avg_sq")] for p in params]
+        states = [optimizer.state[p] for p in params]
+        moments = [[packing.read_moment(state, key).double() for key in MOMENTS[:2]] for state in states]
         give_grads(c, params)
         optimizer.step()
         for p, start, (m, v) in zip(params, starts, moments, strict=True):
-            exact = reference.Parameter(*(x.cpu().numpy().copy() for x in (start,)), group, step, m.cpu().numpy(), v.cpu().numpy())
+            exact = reference.Parameter(start.cpu().numpy(), group, step, m.cpu().numpy(), v.cpu().numpy())
             reference.step([exact], [p.grad.double().cpu().numpy()])
-            expected = torch.from_numpy(exact.value).to(device)
+            expected = torch.as_tensor(exact.value).to(device)
             # In 16 bits the weight is rounded once, and torch's own step also rounds moments and update.
-            bits = torch.finfo(F if c.storage.weight in ("master", "remainder") else c.param).eps
-            bound = 2e-6 * expected.abs() + 1e-7 + bits * (expected.abs() + 2e-1 * (bits > 1e-3))
+            eps = torch.finfo(F if c.storage.weight in ("master", "remainder") else c.param).eps
+            bound = 2e-6 * expected.abs() + 1e-7 + eps * (expected.abs() + 0.2 * (eps > 1e-4))
             assert ((optimizer.master_weight(p).double() - expected).abs() <= bound).all()
 
 
