@@ -161,7 +161,9 @@ def test_the_integer_sum_over_chunks_does_not_overflow(n, exponent, device):
         partials = torch.full((n, kernels.layout.STATISTICS), float("nan"), device=device)
         partials[:, kernels.layout.GRAD_STATISTIC] = norms
         kernels.total_kernel[(1,)](partials, total, n, BITS=total_bits(n))
-        assert float(total) == pytest.approx(float(norms.double().square().sum()) / kernels.layout.NORM_UNIT**2, rel=1e-9)
+        assert float(total) == pytest.approx(
+            float(norms.double().square().sum()) / kernels.layout.NORM_UNIT**2, rel=1e-9
+        )
 
 
 def test_a_backend_without_gradients_this_time_adds_nothing_to_the_norm(device, triton_takes_fp32_only):
