@@ -90,7 +90,7 @@ def coefficients_kernel(
     steps,  # float32[n_rows]  the steps taken so far; the kernel advances them
     totals,  # float64[n_totals]  their sum is the square of the global norm of the scaled gradients; read if CLIP
     coefficients,  # float32[n_rows, COEFFICIENTS]  written
-    grad_norm,  # float32[]  written if CLIP: the global norm of the unscaled gradients, before clipping, at most LARGEST if finite
+    grad_norm,  # float32[]  written if CLIP: the global norm of the unscaled gradients, before clipping; LARGEST if larger
     skipped,  # int64[]  advanced by one if no parameter takes this step
     n_rows,
     n_totals,

@@ -7,6 +7,7 @@ import torch
 
 from lwadamw import AdamW, reference
 from lwadamw.state.combinations import COMBINATIONS
+from lwadamw.state.storage import storage_of
 from tests.state.storages import ALIKE, BETAS, optimizer_of, shapes_of
 
 # NumPy, which runs the interpreted kernels, reports what a GPU does silently: products and sums of squares become inf.
@@ -31,9 +32,9 @@ def _give(params, dtype, size):
         p.main_grad = ((torch.rand(p.shape, device=p.device) + 1) / 2 * size).to(dtype)
 
 
-def _is_torchs_own(c, backend):
+def _is_torchs_own(p, optimizer, backend):
     """Whether torch's functional AdamW takes the step. Its v becomes inf, and its update 0."""
-    return backend == "torch" and c.storage.plain
+    return backend == "torch" and storage_of(p, p.main_grad, optimizer.param_groups[0], optimizer.state[p]).plain
 
 
 @pytest.mark.parametrize("size", [1e18, 1e20, 3e38])
@@ -52,7 +53,7 @@ def test_updates_from_large_gradients_have_the_magnitude_of_float64(name, size, 
         for p, theirs in zip(params, exact, strict=True):
             weight = optimizer.master_weight(p).double().cpu()
             assert weight.isfinite().all()
-            if not _is_torchs_own(c, backend):
+            if not _is_torchs_own(p, optimizer, backend):
                 ratio = weight / torch.from_numpy(theirs.value)
                 assert 0.6 < ratio.min() <= ratio.max() < 1.7
 
@@ -98,8 +99,9 @@ def test_converted_moments_that_fp16_cannot_hold_become_its_largest_number(devic
     optimizer.convert_state()
     state = optimizer.state[p]
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float16
-    assert state["exp_avg"].tolist()[:2] == [-65504.0, 2.0] and state["exp_avg_sq"].tolist()[:2] == [65504.0, 4.0]
-    assert state["exp_avg"][2].isnan() and state["exp_avg_sq"][2].isnan()
+    assert state["exp_avg"].tolist()[:2] == [-65504.0, 2.0]
+    assert state["exp_avg_sq"].tolist()[:2] == [65504.0, 4.0]
+    assert all(state[key][2].isnan() for key in ("exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -132,12 +134,11 @@ def test_a_gradient_that_overflows_when_it_is_unscaled_counts_as_the_largest(siz
         torch.testing.assert_close(optimizer.master_weight(p), torch.full_like(p, expected).float(), rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("backend_", ["triton"])
 @pytest.mark.parametrize("name", ["bf16, remainder", "bf16, master", "bf16, remainder, 8-bit moments"])
-def test_both_backends_limit_gradients_alike(name, backend_, device):
+def test_both_backends_limit_gradients_alike(name, device):
     c = COMBINATIONS[name]
     ours, theirs = _zeros(c, device), _zeros(c, device)
-    a, b = _optimizer(c, ours, backend_), _optimizer(c, theirs, "torch")
+    a, b = _optimizer(c, ours, "triton"), _optimizer(c, theirs, "torch")
     for size in (1e19, 3e38, -3e38, 1e18):
         _give(ours, c.grad, size)
         for p, q in zip(ours, theirs, strict=True):
