@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..state import keys
 from ..state.checks import capturing, check_capturable
-from ..state.identity import same
+from ..state.identity import same, snapshot
 from ..state.members import Member, ParamGroups, is_sharded, members_of
+from ..state.naming import Naming
 from ..tables.request import Request
 from .backends import use_triton
 from .nonfinite import DelayedNormCheck
@@ -33,10 +35,11 @@ class Engine:
 
     Args:
         backend: the optimizer's argument `backend`: None, "triton" or "torch".
+        naming: the names of the optimizer's parameters.
     """
 
-    def __init__(self, backend: str | None) -> None:
-        self._backend = backend
+    def __init__(self, backend: str | None, naming: Naming) -> None:
+        self._backend, self._naming = backend, naming
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
         self._norm_check = DelayedNormCheck()
@@ -44,7 +47,7 @@ class Engine:
 
     def _forget(self) -> None:
         """Drop all that depends on the parameters and the state that were there when `_sort` ran."""
-        self._params: list[list[Tensor]] | None = None  # the parameters of each group
+        self._params: list[Any] = []  # the parameters of each group, their names and segments
         self._referents: list[Any] = []  # every object in the state of every parameter
         self._triton: TritonBackend | None = None
         self._torch = TorchBackend()
@@ -143,7 +146,7 @@ class Engine:
         Raises:
             RuntimeError: parameters or state change while backward() runs.
         """
-        if not same([group["params"] for group in groups], self._params):
+        if not same(_parameters(groups), self._params):
             self._sort(groups, state, idle=False)
         member = self._torch_members_by_id.get(id(p))
         if member is None:
@@ -160,7 +163,7 @@ class Engine:
 
     def _prepare(self, groups: ParamGroups, state: State, request: Request, verify_state: bool) -> None:
         """Make both backends ready for this step. Sort the parameters again if any of them or any state is new."""
-        fresh = same([group["params"] for group in groups], self._params) and (
+        fresh = same(_parameters(groups), self._params) and (
             not verify_state or same(gc.get_referents(*state.values()), self._referents)
         )
         if not fresh:
@@ -187,10 +190,11 @@ class Engine:
                 "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
                 "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
             )
-        self._skipped = self.skipped
-        self._forget()
+        self._naming.follow(groups)
         members = list(members_of(groups))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
+        self._skipped = self.skipped
+        self._forget()
         chosen = {id(m.param) for m in for_triton}
         self._torch_members = [m for m in members if id(m.param) not in chosen]
         self._torch_members_by_id = {id(m.param): m for m in self._torch_members}
@@ -198,7 +202,7 @@ class Engine:
             from ..tables.triton_backend import TritonBackend
 
             self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
-        self._params = [list(group["params"]) for group in groups]
+        self._params = snapshot(_parameters(groups))
 
     def norm_names(self, state: State) -> list[str]:
         """Return the names that `norm_sums` returns, without computing any sum.
@@ -244,6 +248,15 @@ class Engine:
         if self._triton is not None and self._triton.sharded is not None:
             return self._triton.sharded
         return next((m for m in self._torch_members if is_sharded(m.param)), None)
+
+
+def _parameters(groups: ParamGroups) -> list[Any]:
+    """Return the parameters of each group, with their names and segments, which decide what a member is."""
+    return [
+        [group["params"] for group in groups],
+        [group.get("param_names") for group in groups],
+        [group.get(keys.SEGMENTS.name) for group in groups],
+    ]
 
 
 def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Tensor, Tensor | None]:

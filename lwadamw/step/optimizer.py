@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from ..state import keys
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
+from ..state.members import members_of
+from ..state.naming import Naming
 from ..tables.request import Request
 from .engine import Engine
 from .gradient_release import GradientRelease, check_releasable
@@ -168,8 +170,9 @@ class AdamW(StateExchange):
             },
         )
         self.max_grad_norm = max_grad_norm
-        self._engine = Engine(backend)
         self.evidence: dict[str, Any] = dict(getattr(params, "evidence", {}))
+        self._naming = Naming(self.evidence)
+        self._engine = Engine(backend, self._naming)
         super().__init__(
             params,
             lr,
@@ -256,6 +259,7 @@ class AdamW(StateExchange):
         try:
             for key, value in self.options.group.items():
                 group.setdefault(key, value)
+            self._naming.add(self.param_groups)
             complete_group(group, len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
@@ -392,7 +396,7 @@ class AdamW(StateExchange):
         def done() -> None:
             self._released = None
 
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = [member.param for member in members_of(self.param_groups)]
         self._released = GradientRelease(params, self._step_released, done)
         return self._released
 
@@ -426,6 +430,7 @@ class AdamW(StateExchange):
                         grad.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._naming.follow(self.param_groups)
         own = {key: self.__dict__[key] for key in ("options", "_max_grad_norm", "evidence")}
         return {**super().__getstate__(), **own}
 
@@ -447,5 +452,8 @@ class AdamW(StateExchange):
                     p_state["step"] = torch.tensor(
                         float(p_state["step"]), dtype=torch.float32, device=p.device if on_device else "cpu"
                     )
-        self._engine = Engine(self.options.backend)
+        naming: Naming | None = self.__dict__.get("_naming")
+        self._naming = Naming(self.evidence) if naming is None else naming
+        self._naming.adopt(self.param_groups)
+        self._engine = Engine(self.options.backend, self._naming)
         self._state_was_shared = True

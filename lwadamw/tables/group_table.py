@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..kernels import layout
 from ..state import decay, keys
-from ..state.identity import same
+from ..state.groups import check_numbers
+from ..state.identity import same, snapshot
 
 # The keys that decide which parameters the kernels update, and with which state: plans depend on their values.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
@@ -46,13 +47,16 @@ class GroupTable:
         self._has_laws = any([decay.law_of(group, f"group {i}: ") != "coupled" for i, group in enumerate(groups)])
         for words in self.words.values():
             words[:, layout.GROUP_KINDS] = [(keys.DECAY.of(g) == "corrected") << layout.CORRECTED for g in groups]
-        self._referents: list[Any] = []  # every object that every group referred to when the words were written
+        # Every object that every group referred to when the words were written, with copies of lists and dicts.
+        self._referents: list[Any] = []
         self._lr_places = slice(0)  # where among the referents the learning rates are
         self._has_tensors = False  # whether some hyperparameter is a tensor
         # Whether some tensor is not on the device in a dtype that the kernels read. Its value is then read by the host, or
         # copied to the device, at every step.
         self._volatile = False
         self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
+        self._tensors: list[Tensor] = []  # hyperparameters that the kernels read where they are
+        self._addresses: list[int] = []  # where they were when the words were written
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> Literal["same", "changed", "replan"]:
         """Bring `words` up to date.
@@ -70,7 +74,7 @@ class GroupTable:
         # One loop in C collects every object that every group refers to.
         referents = gc.get_referents(*groups)
         if not self._volatile:
-            if same(referents, self._referents):
+            if same(referents, self._referents) and list(map(Tensor.data_ptr, self._tensors)) == self._addresses:
                 return "same"
             lrs = _column(groups, "lr")
             if self._only_lr_differs(referents, lrs):
@@ -94,9 +98,11 @@ class GroupTable:
 
     def _rewrite(self, groups: Sequence[Mapping[str, Any]], referents: list[Any]) -> None:
         """Write every word of every group."""
+        for index, group in enumerate(groups):
+            check_numbers(group, f"group {index}: ")
         per_lr = self._decay_multipliers(groups)
-        self._referents = referents
-        self._copies, self._volatile, self._has_tensors = [], False, False
+        self._referents = snapshot(referents)
+        self._copies, self._tensors, self._volatile, self._has_tensors = [], [], False, False
         columns = {key: _column(groups, key) for key in ("lr", "eps", "weight_decay")}
         columns["beta1"], columns["beta2"] = zip(*_column(groups, "betas"), strict=True)
         for j, key in enumerate(_NUMBERS):
@@ -111,6 +117,7 @@ class GroupTable:
         stride = len(referents) // len(groups)
         first = next(i for i, value in enumerate(referents) if value is columns["lr"][0])
         self._lr_places = slice(first, None, stride)
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def _decay_multipliers(self, groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:
         """Return by what each group's decay law multiplies weight_decay; empty if all laws are "coupled".
@@ -147,6 +154,7 @@ class GroupTable:
         if not isinstance(value, Tensor):
             return value, 0, 0
         if value.device == device and value.dtype in (torch.float32, torch.float64):
+            self._tensors.append(value)
             return 0.0, value.data_ptr(), int(value.dtype == torch.float64)
         self._volatile = True
         if value.device.type == "cpu":
@@ -161,7 +169,7 @@ def _column(groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
 
 
 def _read_flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    optional = (tuple([g.get(key) for g in groups]) for key in _OPTIONAL_FLAGS)
+    optional = (tuple(snapshot(g.get(key) for g in groups)) for key in _OPTIONAL_FLAGS)
     return [*(_column(groups, key) for key in _FLAGS), *optional]
 
 
