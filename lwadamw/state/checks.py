@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import decay
-from .members import Member, is_sharded, local
+from .members import Member, is_fake, is_sharded, local
 from .storage import ARRAYS, CODES, SCALES, scale_shape
 
 _ANEW = "Delete optimizer.state[p] to start its moments at zero"
@@ -93,6 +93,25 @@ def check_gradient(member: Member, grad: Tensor) -> None:
             f"AdamW does not support sparse gradients: the gradient of {member.name!r} {tuple(member.param.shape)} is "
             f"{grad.layout}. Build its module with sparse=False, or give the parameter to torch.optim.SparseAdam."
         )
+
+
+def check_real(members: Sequence[Member]) -> None:
+    """Raise an error if a real parameter is about to be updated under torch's FakeTensorMode, which gives it fake state.
+
+    Args:
+        members: the parameters.
+
+    Raises:
+        RuntimeError: the mode is active and a parameter is a real tensor.
+    """
+    if not is_fake(torch.empty(0)):
+        return
+    for member in members:
+        if not is_fake(local(member.param)):
+            raise RuntimeError(
+                f"step() under FakeTensorMode, but {member.name!r} {tuple(member.param.shape)} is a real tensor, whose state "
+                "would become fake. Leave the mode before step(), or build the model under the mode too."
+            )
 
 
 def capturing() -> bool:

@@ -13,7 +13,6 @@ from . import decay, keys
 from .names import names_of
 from .storage import check_options, check_parameter
 
-
 _PLAIN_NUMBERS = keys.named((*keys.WIDTH, keys.WIDTH_WARMUP, keys.PEAK_LR, keys.HUBER_SCALE))
 
 

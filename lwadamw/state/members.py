@@ -51,6 +51,11 @@ def local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of `FakeTensorMode`, which has a shape and no memory."""
+    return type(tensor).__name__ == "FakeTensor"
+
+
 def wrap_like(p: Tensor, held: Tensor) -> Tensor:
     """Return a local tensor in the form of a parameter. This is the inverse of `local`.
 

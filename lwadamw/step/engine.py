@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..state import keys
-from ..state.checks import capturing, check_capturable
+from ..state.checks import capturing, check_capturable, check_real
 from ..state.identity import same, snapshot
 from ..state.members import Member, ParamGroups, is_sharded, members_of
 from ..state.naming import Naming
@@ -146,7 +146,7 @@ class Engine:
         Raises:
             RuntimeError: parameters or state change while backward() runs.
         """
-        if not same(_parameters(groups), self._params):
+        if not same(_listed(groups), self._params):
             self._sort(groups, state, idle=False)
         member = self._torch_members_by_id.get(id(p))
         if member is None:
@@ -163,7 +163,7 @@ class Engine:
 
     def _prepare(self, groups: ParamGroups, state: State, request: Request, verify_state: bool) -> None:
         """Make both backends ready for this step. Sort the parameters again if any of them or any state is new."""
-        fresh = same(_parameters(groups), self._params) and (
+        fresh = same(_listed(groups), self._params) and (
             not verify_state or same(gc.get_referents(*state.values()), self._referents)
         )
         if not fresh:
@@ -192,6 +192,7 @@ class Engine:
             )
         self._naming.follow(groups)
         members = list(members_of(groups))
+        check_real(members)
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
         self._skipped = self.skipped
         self._forget()
@@ -202,7 +203,7 @@ class Engine:
             from ..tables.triton_backend import TritonBackend
 
             self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
-        self._params = snapshot(_parameters(groups))
+        self._params = snapshot(_listed(groups))
 
     def norm_names(self, state: State) -> list[str]:
         """Return the names that `norm_sums` returns, without computing any sum.
@@ -250,7 +251,7 @@ class Engine:
         return next((m for m in self._torch_members if is_sharded(m.param)), None)
 
 
-def _parameters(groups: ParamGroups) -> list[Any]:
+def _listed(groups: ParamGroups) -> list[Any]:
     """Return the parameters of each group, with their names and segments, which decide what a member is."""
     return [
         [group["params"] for group in groups],

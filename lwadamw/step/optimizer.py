@@ -121,6 +121,9 @@ class AdamW(StateExchange):
         (2,)
     """
 
+    # torch.compile calls the constructor and step() as they are. torch.compiler.disable would do the same, but loads the
+    # compiler on import.
+    @_disable_dynamo
     def __init__(
         self,
         params: Iterable[Any],
@@ -268,7 +271,6 @@ class AdamW(StateExchange):
         if released is not None:
             released.add(group["params"])
 
-    # torch.compile calls step() as it is. torch.compiler.disable would do the same, but loads the compiler on import.
     @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters once.

@@ -18,7 +18,6 @@ from ..state import decay
 from ..state.groups import check_numbers
 from ..state.members import Member, is_dense, local
 from ..state.storage import FLOATS, HALVES, MOMENTS, Storage
-from . import torch_fused_cpu as fused_cpu
 
 Path = Literal["fused", "packed", "asked", "loop"]
 
