@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
@@ -63,4 +64,7 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return dict(zip(value, snapshot(value.values()), strict=True))
     copy = snapshot(value)
-    return tuple(copy) if isinstance(value, tuple) else copy
+    if not isinstance(value, tuple):
+        return copy
+    # A tuple of objects that are no lists cannot change. Comparing it with itself is much faster than with a copy.
+    return value if all(map(is_, copy, value)) else tuple(copy)

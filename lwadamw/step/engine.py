@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..state import keys
 from ..state.checks import capturing, check_capturable, check_real
-from ..state.identity import same, snapshot
+from ..state.identity import same
 from ..state.members import Member, ParamGroups, is_sharded, members_of
 from ..state.naming import Naming
 from ..tables.request import Request
@@ -47,7 +46,7 @@ class Engine:
 
     def _forget(self) -> None:
         """Drop all that depends on the parameters and the state that were there when `_sort` ran."""
-        self._params: list[Any] = []  # the parameters of each group, their names and segments
+        self._params: list[list[Tensor]] | None = None  # the parameters of each group
         self._referents: list[Any] = []  # every object in the state of every parameter
         self._triton: TritonBackend | None = None
         self._torch = TorchBackend()
@@ -146,7 +145,7 @@ class Engine:
         Raises:
             RuntimeError: parameters or state change while backward() runs.
         """
-        if not same(_listed(groups), self._params):
+        if not same([group["params"] for group in groups], self._params):
             self._sort(groups, state, idle=False)
         member = self._torch_members_by_id.get(id(p))
         if member is None:
@@ -163,9 +162,11 @@ class Engine:
 
     def _prepare(self, groups: ParamGroups, state: State, request: Request, verify_state: bool) -> None:
         """Make both backends ready for this step. Sort the parameters again if any of them or any state is new."""
-        fresh = same(_listed(groups), self._params) and (
+        fresh = same([group["params"] for group in groups], self._params) and (
             not verify_state or same(gc.get_referents(*state.values()), self._referents)
         )
+        if fresh and self._torch_members:
+            fresh = self._torch.fits(groups)
         if not fresh:
             self._sort(groups, state)
         if self._triton is not None and not self._triton.stage(groups, request, verify_state):
@@ -203,7 +204,7 @@ class Engine:
             from ..tables.triton_backend import TritonBackend
 
             self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
-        self._params = snapshot(_listed(groups))
+        self._params = [list(group["params"]) for group in groups]
 
     def norm_names(self, state: State) -> list[str]:
         """Return the names that `norm_sums` returns, without computing any sum.
@@ -249,15 +250,6 @@ class Engine:
         if self._triton is not None and self._triton.sharded is not None:
             return self._triton.sharded
         return next((m for m in self._torch_members if is_sharded(m.param)), None)
-
-
-def _listed(groups: ParamGroups) -> list[Any]:
-    """Return the parameters of each group, with their names and segments, which decide what a member is."""
-    return [
-        [group["params"] for group in groups],
-        [group.get("param_names") for group in groups],
-        [group.get(keys.SEGMENTS.name) for group in groups],
-    ]
 
 
 def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Tensor, Tensor | None]:

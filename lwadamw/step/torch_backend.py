@@ -39,6 +39,17 @@ class TorchBackend:
         self._without_gradient: dict[str, list[Tensor]] = {}  # by the attribute that would hold the gradient
         # Every object in every group at the last step, with copies of lists and dicts.
         self._group_referents: list[Any] = []
+        self._naming: list[Any] = []  # names and segments of every group at the last step
+        self._current: list[Any] | None = None  # every object in every group now, if `fits` has collected them already
+
+    def fits(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether the members that the last step had still have the names and segments that their groups give them.
+
+        Args:
+            groups: the optimizer's parameter groups.
+        """
+        self._current = gc.get_referents(*groups)
+        return same(self._current, self._group_referents) or same(_naming_of(groups), self._naming)
 
     def prepare(self, members: Iterable[Member], groups: Sequence[dict[str, Any]], state: Any, fresh: bool) -> bool:
         """Collect the parameters and gradients of this step, and create missing state.
@@ -58,14 +69,14 @@ class TorchBackend:
                 Nothing has been written then.
             TypeError: a hyperparameter is neither a number nor a tensor of one element.
         """
-        referents = gc.get_referents(*groups)
+        referents, self._current = self._current or gc.get_referents(*groups), None
         unchanged = fresh and same(referents, self._group_referents)
         if unchanged and refill_buckets(self.buckets, self._without_gradient):
             return False
         if not fresh:
             self._entries = {}
         self.buckets, self._without_gradient = fill_buckets(members, groups, state, self._entries)
-        self._group_referents = snapshot(referents)
+        self._group_referents, self._naming = snapshot(referents), snapshot(_naming_of(groups))
         return self._complete_state()
 
     def _complete_state(self) -> bool:
@@ -157,6 +168,11 @@ class TorchBackend:
         done = {id(entry.member.param): sums_of(bucket, entry) for bucket in self.buckets for entry in bucket.entries}
         held = [m for m in members if state.get(m.param)]
         return [(m, done[id(m.param)] if id(m.param) in done else resting_sums(m, state[m.param])) for m in held]
+
+
+def _naming_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return what the groups say about the names and segments of their parameters."""
+    return [(group.get("param_names"), group.get(keys.SEGMENTS.name)) for group in groups]
 
 
 def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: bool) -> None:

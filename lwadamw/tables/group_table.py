@@ -22,7 +22,8 @@ from ..state.identity import same, snapshot
 
 # The keys that decide which parameters the kernels update, and with which state: plans depend on their values.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
-_OPTIONAL_FLAGS = keys.named((keys.SEGMENTS, keys.DECAY, keys.HUBER_SCALE, *keys.STORAGE))
+# Names decide about segments and random bits.
+_OPTIONAL_FLAGS = ("param_names", *keys.named((keys.SEGMENTS, keys.DECAY, keys.HUBER_SCALE, *keys.STORAGE)))
 # The order of the first five words of a group, see GROUP in kernels/layout.py.
 _NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
@@ -170,7 +171,7 @@ def _column(groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
 
 def _read_flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     optional = (tuple(snapshot(g.get(key) for g in groups)) for key in _OPTIONAL_FLAGS)
-    return [*(_column(groups, key) for key in _FLAGS), *optional]
+    return [*(_column(groups, key) for key in _FLAGS), *optional]  # with copies of lists and dicts
 
 
 def _any_tensor(column: tuple[Any, ...]) -> bool:
