@@ -18,7 +18,7 @@ from ..state.groups import effective
 from ..state.members import Member, any_gradient, gradient_of, gradients_of
 from ..state.storage import storage_of
 from . import torch_fused_cpu as fused_cpu
-from .torch_paths import Path, check_group, path_of
+from .torch_paths import Path, check_group, leaves_open, path_of
 
 _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 _ARGUMENTS = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
@@ -165,7 +165,11 @@ def _bucket_for(
         flags |= {"fused": False, "foreach": False}
     if on_cpu:
         flags["capturable"] = False  # nothing captures a CPU, and torch's loop would refuse
-    values = (*used, *group["betas"], *flags.values())
+    numbers = (*used, *group["betas"])
+    if leaves_open(group):
+        # torch would compute 1 - lr * weight_decay in the 16 bits of a tensor.
+        numbers = tuple(v.float() if isinstance(v, Tensor) and v.dtype.itemsize < 4 else v for v in numbers)
+    values = (*numbers, *flags.values())
     new = Bucket(dict(zip(_ARGUMENTS, values, strict=True)), attribute, path == "fused", path == "packed", huber_decay)
     return buckets.setdefault((attribute, path, huber_decay, *values), new)
 

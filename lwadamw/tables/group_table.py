@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from operator import is_, itemgetter
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ class GroupTable:
     def _only_lr_differs(self, referents: list[Any], lrs: tuple[Any, ...]) -> bool:
         """Return whether somebody assigned learning rates, numbers for numbers, and nothing else. Remember the new ones."""
         places = self._lr_places
-        if self._has_tensors or len(referents) != len(self._referents) or _any_tensor(lrs):
+        if self._has_tensors or len(referents) != len(self._referents) or not _only_numbers(lrs):
             return False
         # If the groups do not all have their keys in the same order, other objects than the learning rates are there.
         if len(referents[places]) != len(lrs) or not all(map(is_, referents[places], lrs)):
@@ -172,6 +173,10 @@ def _column(groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
 def _read_flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     optional = (tuple(snapshot(g.get(key) for g in groups)) for key in _OPTIONAL_FLAGS)
     return [*(_column(groups, key) for key in _FLAGS), *optional]  # with copies of lists and dicts
+
+
+def _only_numbers(column: tuple[Any, ...]) -> bool:
+    return all(issubclass(kind, Real) for kind in set(map(type, column)))
 
 
 def _any_tensor(column: tuple[Any, ...]) -> bool:
