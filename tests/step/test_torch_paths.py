@@ -137,7 +137,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 @pytest.mark.parametrize("state_layout", LAYOUTS)
 @pytest.mark.parametrize("asked", ASKED, ids=str)
-def test_any_mixture_of_strides_is_updated_element_by_element(layout, grad_layout, state_layout, asked, backend, device):
+def test_any_mixture_of_strides_is_updated_element_by_element(
+    layout, grad_layout, state_layout, asked, backend, device
+):
     """torch.optim.AdamW(fused=True) pairs elements by their place in memory, and so mixes them up."""
     if backend == "triton" and (asked.get("fused") is False or "foreach" in asked or layout == "every other column"):
         pytest.skip("the Triton backend refuses it")
@@ -162,7 +164,11 @@ def test_any_mixture_of_strides_is_updated_element_by_element(layout, grad_layou
 
 
 REFUSED = {
-    "complex, fused": (lambda: torch.ones(3, dtype=torch.complex64), {"fused": True}, "`fused=True` requires all the params"),
+    "complex, fused": (
+        lambda: torch.ones(3, dtype=torch.complex64),
+        {"fused": True},
+        "`fused=True` requires all the params",
+    ),
     "meta, fused": (lambda: torch.ones(3, device="meta"), {"fused": True}, "`fused=True` requires all the params"),
     "integer": (lambda: torch.ones(3, dtype=torch.int32), {}, "is torch.int32, and AdamW updates floating point"),
     "integer, fused": (lambda: torch.ones(3, dtype=torch.int32), {"fused": True}, "floating point"),
@@ -180,7 +186,9 @@ def test_what_torch_refuses_is_refused_before_another_parameter_has_moved(what, 
     theirs.param_groups[0]["params"][0].grad = torch.ones_like(made)
     with pytest.raises(RuntimeError, match="cast|fused=True"):
         theirs.step()
-    optimizer = AdamW([{"params": [("good" + str(i), p) for i, p in enumerate(good)]}, {"params": [("bad", bad)], **options}])
+    optimizer = AdamW(
+        [{"params": [("good" + str(i), p) for i, p in enumerate(good)]}, {"params": [("bad", bad)], **options}]
+    )
     before = [p.detach().clone() for p in good]
     set_grads(good)
     bad.grad = torch.ones_like(bad)
@@ -199,7 +207,9 @@ def test_a_tensor_lr_with_foreach_is_refused_before_another_group_has_moved():
     set_grads([a, b])
     optimizer.param_groups[1]["lr"] = torch.tensor(0.1)
     before = a.detach().clone()
-    with pytest.raises(RuntimeError, match="group 1: lr as a Tensor is not supported for capturable=False and foreach=True"):
+    with pytest.raises(
+        RuntimeError, match="group 1: lr as a Tensor is not supported for capturable=False and foreach=True"
+    ):
         optimizer.step()
     assert torch.equal(a, before)
 
@@ -215,6 +225,8 @@ def test_a_gradient_of_another_dtype_does_not_cost_a_wide_parameter_its_digits(d
         ours.step()
         theirs.step()
     torch.testing.assert_close(p, q, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0)
-    ours.state[p]["exp_avg"] = ours.state[p]["exp_avg"].to(torch.float32 if dtype == torch.float64 else torch.complex128)
+    ours.state[p]["exp_avg"] = ours.state[p]["exp_avg"].to(
+        torch.float32 if dtype == torch.float64 else torch.complex128
+    )
     with pytest.raises(RuntimeError, match=r"exp_avg of '0.0' \(50,\) is torch.* never updated in float32"):
         ours.step()
