@@ -59,7 +59,10 @@ class AdamW(StateExchange):
         differentiable: let autograd run through the step. This uses the torch backend.
         fused: as in torch: True asks for torch's fused kernel where the torch backend updates a parameter. False asks for
             another implementation of torch's and so for the torch backend. None: the torch backend chooses. On the CPU it
-            then takes torch's fused kernel, where torch.optim.AdamW would loop over a dozen operators.
+            then takes torch's fused kernel, where torch.optim.AdamW would loop over a dozen operators. 16-bit parameters
+            are then updated in float32, as the kernels do; with `foreach`, `fused` or `differentiable` they are updated in
+            torch's own arithmetic, where float16 rounds eps=1e-8 to 0. With fused=True and without `max_grad_norm`, the
+            torch backend leaves `p.grad` unscaled after a step under a GradScaler, as torch does.
         max_grad_norm: clip the gradients by their global norm inside the step. The result is that of
             `torch.nn.utils.clip_grad_norm_` before the step, but the gradients are not rewritten. None: no clipping.
         nonfinite: what happens to a step whose global gradient norm is not finite, if `max_grad_norm` is set. "skip": the
