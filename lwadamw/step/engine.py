@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..state.checks import capturing, check_capturable, check_state
+from ..state.checks import capturing, check_capturable, check_real, check_state
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
 from ..state.members import Member, ParamGroups, is_sharded, members_of
+from ..state.naming import Naming
 from ..tables.request import Request
 from .backends import use_triton
 from .nonfinite import DelayedNormCheck
@@ -32,10 +33,11 @@ class Engine:
 
     Args:
         backend: the optimizer's argument `backend`: None, "triton" or "torch".
+        naming: the names of the optimizer's parameters.
     """
 
-    def __init__(self, backend: str | None) -> None:
-        self._backend = backend
+    def __init__(self, backend: str | None, naming: Naming) -> None:
+        self._backend, self._naming = backend, naming
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
         self._norm_check = DelayedNormCheck()
@@ -201,6 +203,8 @@ class Engine:
     def _prepare(self, groups: ParamGroups, state: State, request: Request, verify_state: bool) -> None:
         """Make both backends ready for this step. Sort the parameters again if any of them or any state is new."""
         fresh = self._fingerprint is not None and self._fingerprint.holds(groups, state, verify_state)
+        if fresh and self._torch_members:
+            fresh = self._torch.fits(groups)
         if not fresh:
             self._sort(groups, state)
         if self._triton is not None and not self._triton.stage(groups, request, verify_state):
@@ -226,12 +230,14 @@ class Engine:
                 "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
                 "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
             )
-        self._skipped = self.skipped
-        self._forget()
+        self._naming.follow(groups)
         members = list(members_of(groups))
+        check_real(members)
         for m in members:
             check_state(m, state.get(m.param, {}))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
+        self._skipped = self.skipped
+        self._forget()
         for m in members:
             if state.get(m.param):
                 settle(m.param, state[m.param])

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..state import keys
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
+from ..state.naming import Naming
 from ..tables.request import Request
 from .engine import Engine
 from .gradient_release import GradientRelease, ReleaseHooks, check_releasable
@@ -58,7 +59,10 @@ class AdamW(StateExchange):
         differentiable: let autograd run through the step. This uses the torch backend.
         fused: as in torch: True asks for torch's fused kernel where the torch backend updates a parameter. False asks for
             another implementation of torch's and so for the torch backend. None: the torch backend chooses. On the CPU it
-            then takes torch's fused kernel, where torch.optim.AdamW would loop over a dozen operators.
+            then takes torch's fused kernel, where torch.optim.AdamW would loop over a dozen operators. 16-bit parameters
+            are then updated in float32, as the kernels do; with `foreach`, `fused` or `differentiable` they are updated in
+            torch's own arithmetic, where float16 rounds eps=1e-8 to 0. With fused=True and without `max_grad_norm`, the
+            torch backend leaves `p.grad` unscaled after a step under a GradScaler, as torch does.
         max_grad_norm: clip the gradients by their global norm inside the step. The result is that of
             `torch.nn.utils.clip_grad_norm_` before the step, but the gradients are not rewritten. None: no clipping.
         nonfinite: what happens to a step whose global gradient norm is not finite, if `max_grad_norm` is set. "skip": the
@@ -120,6 +124,9 @@ class AdamW(StateExchange):
         (2,)
     """
 
+    # torch.compile calls the constructor and step() as they are. torch.compiler.disable would do the same, but loads the
+    # compiler on import.
+    @_disable_dynamo
     def __init__(
         self,
         params: Iterable[Any],
@@ -169,8 +176,9 @@ class AdamW(StateExchange):
             },
         )
         self.max_grad_norm = max_grad_norm
-        self._engine = Engine(backend)
         self.evidence: dict[str, Any] = dict(getattr(params, "evidence", {}))
+        self._naming = Naming(self.evidence)
+        self._engine = Engine(backend, self._naming)
         super().__init__(
             params,
             lr,
@@ -258,6 +266,7 @@ class AdamW(StateExchange):
         try:
             for key, value in self.options.group.items():
                 group.setdefault(key, value)
+            self._naming.add(self.param_groups)
             complete_group(group, len(self.param_groups) - 1)
             released: ReleaseHooks | None = getattr(self, "_released", None)
             if released is not None:
@@ -270,7 +279,6 @@ class AdamW(StateExchange):
     # torch's constructor wraps `step` in this.
     profile_hook_step = staticmethod(watched_only)  # type: ignore[assignment]
 
-    # torch.compile calls step() as it is. torch.compiler.disable would do the same, but loads the compiler on import.
     @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters once. While gradients are released: update those that still have a gradient.
@@ -464,6 +472,7 @@ class AdamW(StateExchange):
                         grad.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._naming.follow(self.param_groups)
         own = {key: self.__dict__[key] for key in ("options", "_max_grad_norm", "evidence")}
         return {**super().__getstate__(), **own}
 
@@ -485,5 +494,8 @@ class AdamW(StateExchange):
                     p_state["step"] = torch.tensor(
                         float(p_state["step"]), dtype=torch.float32, device=p.device if on_device else "cpu"
                     )
-        self._engine = Engine(self.options.backend)
+        naming: Naming | None = self.__dict__.get("_naming")
+        self._naming = Naming(self.evidence) if naming is None else naming
+        self._naming.adopt(self.param_groups)
+        self._engine = Engine(self.options.backend, self._naming)
         self._state_was_shared = True
