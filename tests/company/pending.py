@@ -1,0 +1,15 @@
+"""What is not followed or refused yet. A test that shows it is expected to fail, and the state machine leaves it out."""
+
+PENDING = {
+    "remainder zero": "a parameter with a remainder that is set to 0 becomes NaN",
+    "data write": "the kernels do not see a write through .data to a parameter with an fp32 master weight",
+    "same address": "a parameter that is cut or viewed in another way at the same address is not noticed",
+    "names": "names do not follow group['params'] when it is edited alone",
+    "list in place": "a list that is edited in place inside a group is not noticed",
+    "fp16 torch": "the torch backend computes plain float16 parameters in float16",
+    "main_grad shape": "a gradient of another shape in main_grad is not refused",
+    "companion dtype": "a companion that does not fit the dtype of its parameter is not noticed",
+    "duplicates": "a parameter that stands in a group twice steps twice, one in two groups is not refused",
+    "grad_dtype": "grad_dtype that is set after a step is not followed",
+    "default device": "state is created on the default device",
+}
