@@ -6,6 +6,7 @@ Every act takes a `World` and a `Held` parameter of it, or the place of a group.
 import copy
 import io
 import pickle
+import warnings
 
 import torch
 
@@ -154,9 +155,10 @@ def _go_on(world, old, new):
         pairs += zip(before["params"], after["params"], strict=True)
     after = {id(p): q for p, q in pairs}
     for h in world.held:
-        for tensor in (h.p, *old.state.get(h.p, {}).values()):
-            world.guards.freeze(tensor)
-        h.p = after.get(id(h.p), h.p)
+        if id(h.p) in after:
+            for tensor in (h.p, *old.state.get(h.p, {}).values()):
+                world.guards.freeze(tensor)
+            h.p = after[id(h.p)]
     world.optimizer = new
 
 
@@ -183,7 +185,9 @@ def reload(world, shuffle=False, through_file=False, **other):
         groups.append({**rest, "params": params[::-1] if shuffle else list(params), "lr": 1.0, **other})
     world.optimizer = AdamW(groups, **world.arguments)
     world.optimizer.max_grad_norm = world.max_grad_norm
-    world.optimizer.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="load_state_dict: state is used as it was saved")
+        world.optimizer.load_state_dict(saved)
 
 
 def delete_state(world, held, by="pop"):

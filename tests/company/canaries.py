@@ -47,21 +47,24 @@ class Guards:
         return self.empty(tensor.shape, tensor.dtype, dense if stride is None else stride, shift).copy_(tensor.detach())
 
     def freeze(self, tensor):
-        """From now on the whole guarded memory that a tensor lies in has to stay as it is, the tensor included.
-
-        Memory that is not guarded is left alone.
-        """
+        """From now on the elements of a tensor have to stay as they are. Memory that is not guarded is left alone."""
         for memory, expected, may_change in self._memory:
-            if memory.data_ptr() == tensor.untyped_storage().data_ptr() and memory.numel():
-                expected.copy_(memory)
-                may_change.zero_()
+            if _same_memory(memory, tensor):
+                bits, where = _BITS[tensor.element_size()], (tensor.shape, tensor.stride(), tensor.storage_offset())
+                now, then, free = (m.view(bits).as_strided(*where) for m in (memory, expected, may_change))
+                then.copy_(now)
+                free.zero_()
 
     def holds(self, tensor):
         """Return whether a tensor lies in guarded memory."""
-        return any(memory.data_ptr() == tensor.untyped_storage().data_ptr() for memory, _, _ in self._memory)
+        return any(_same_memory(memory, tensor) for memory, _, _ in self._memory)
 
     def check(self):
         """Assert that every canary and every frozen byte is as it was."""
         for memory, expected, may_change in self._memory:
             touched = (memory != expected) & (may_change == 0)
             assert not touched.any(), f"bytes {touched.nonzero().flatten().tolist()} of {len(memory)} were written"
+
+
+def _same_memory(memory, tensor):
+    return memory.data_ptr() == tensor.untyped_storage().data_ptr()

@@ -186,7 +186,8 @@ class World:
                 continue
             weight, update, grad = values[self._name_now(h)]
             off = 1e-5 + 1e-5 * np.linalg.norm(h.twin.reference.value) + np.linalg.norm(h.twin.error["value"])
-            assert abs(weight - np.linalg.norm(h.twin.reference.value)) <= off, f"{h.name}: norm of the weight"
+            size = np.linalg.norm(h.twin.reference.value)
+            assert abs(weight - size) <= off, f"{h.name} {self.storage(h)}: norm of the weight {weight}, not {size} ± {off}"
             if h.name not in stepped:
                 assert (update, grad) == (0, 0) or math.isnan(grad), f"{h.name}: a norm of a step that did not happen"
                 continue
