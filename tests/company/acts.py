@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import torch
 
 from lwadamw import AdamW
@@ -40,7 +41,7 @@ def mask(world, held, share=0.5, data=False):
 def zero(world, held):
     """Set the parameter to 0."""
     held.p.zero_()
-    held.twin.write(0.0, True, world.storage(held))
+    held.twin.write(0.0, np.ones(held.p.shape, bool), world.storage(held))
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def transpose(world, held):
     rest = half_ulp(abs(twin.reference.value) + twin.error["value"], held.p.dtype)
     twin.reference.value, twin.error["value"] = twin.reference.value.T.copy(), twin.error["value"].T.copy()
     if storage.companion:
-        twin.error["value"] = twin.error["value"] + 1.01 * (rest + rest.T)
+        twin.error["value"] = twin.error["value"] + 1.01 * (rest + rest.T) + twin.compensation
 
 
 def freeze(world, held, frozen=True):

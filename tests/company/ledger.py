@@ -42,11 +42,13 @@ class Twin:
     Attributes:
         reference: weight, moments and steps in float64.
         error: bounds on the error of the optimizer's weight ("value") and moments, element by element.
+        compensation: bounds on the size of `kahan_comp`, which stays when others write to the parameter.
     """
 
     def __init__(self, p, group):
         self.reference = reference.Parameter(p.detach().double().numpy().copy(), group)
         self.error = {"value": np.zeros(p.shape)}
+        self.compensation = np.zeros(p.shape)
 
     def step(self, gradient, relative, storage, unit):
         """Widen the bounds by what one step may round. `reference.step` has been taken already.
@@ -75,20 +77,24 @@ class Twin:
         decay = lr * group.weight_decay * group.width_wd_mult
         error = abs(1 - decay) * self.error["value"] + lr * error
         error = error + _ROUNDINGS * unit * (np.abs(before.value) + lr * np.abs(update))
-        self.error["value"] = error + self._kept(storage, np.abs(after.value) + error)
+        self._keep(storage, error)
 
     def remember(self):
         """Keep the numbers before a step, from which the step's rounding errors follow."""
         self.before = copy.copy(self.reference)
 
-    @staticmethod
-    def _kept(storage, size):
-        """Return the error of storing a weight."""
+    def _keep(self, storage, error):
+        """Store a weight that is off by `error`."""
+        size = np.abs(self.reference.value) + error
+        rounding = half_ulp(size, storage.param)
+        self.compensation = 1.01 * rounding if storage.weight == "kahan" else np.zeros(size.shape)
         if storage.weight in ("master", "remainder"):
-            return half_ulp(size, torch.float32)
-        if storage.weight == "kahan":
-            return half_ulp(half_ulp(size, storage.param) * 2, storage.param)
-        return half_ulp(size, storage.param) * (2 if storage.weight == "stochastic" else 1)
+            rounding = half_ulp(size, torch.float32)
+        elif storage.weight == "kahan":
+            rounding = half_ulp(self.compensation * 2, storage.param)
+        elif storage.weight == "stochastic":
+            rounding = 2 * rounding
+        self.error["value"] = error + rounding
 
     def write(self, values, where, storage):
         """Others have written values to some elements of the parameter.
@@ -97,16 +103,13 @@ class Twin:
 
         Args:
             values: float64, exact in the dtype of the parameter.
-            where: which elements have been written, bool.
+            where: which elements have been written, bool of the shape of the parameter.
             storage: `Storage` of the parameter at this time.
         """
-        old = np.abs(self.reference.value) + self.error["value"]
-        rest = np.zeros(old.shape)
+        values = np.broadcast_to(values, where.shape)
+        rest = self.compensation
         if storage.weight in ("master", "remainder"):
-            rest = 1.01 * half_ulp(np.asarray(values, dtype=float) + 0 * old, storage.param)
-            rest = rest + torch.finfo(storage.param).tiny
-        elif storage.weight == "kahan":
-            rest = 1.01 * half_ulp(old, storage.param)
+            rest = 1.01 * half_ulp(values, storage.param) + torch.finfo(storage.param).tiny
         self.reference.value = np.where(where, values, self.reference.value)
         self.error["value"] = np.where(where, rest, self.error["value"])
 
@@ -114,13 +117,20 @@ class Twin:
         """Others have multiplied the parameter by a power of two. The companion, if there is one, has not been scaled."""
         rest = half_ulp(np.abs(self.reference.value) + self.error["value"], storage.param)
         self.reference.value = self.reference.value * factor
-        self.error["value"] = self.error["value"] * factor + (2 * rest if storage.companion else rest * 2**-8)
+        self.error["value"] = self.error["value"] * factor + rest + self.compensation
+
+    def round_to(self, dtype):
+        """The parameter has been cast to a dtype. Its weight is what is left of it."""
+        self.error["value"] = self.error["value"] + half_ulp(
+            np.abs(self.reference.value) + self.error["value"], dtype
+        )
 
     def forget(self, storage):
         """Others have deleted the state. The weight has become the parameter, its rounded copy."""
         if storage.companion:
             size = np.abs(self.reference.value) + self.error["value"]
-            self.error["value"] = self.error["value"] + half_ulp(size, storage.param)
+            self.error["value"] = self.error["value"] + half_ulp(size, storage.param) + self.compensation
+        self.compensation = np.zeros(self.compensation.shape)
         self.error = {"value": self.error["value"]}
         self.reference.step = 0
         for key in MOMENTS:
@@ -139,9 +149,7 @@ class Twin:
                     getattr(self.reference, key), self.error[key], storage.exp_avg if key == "exp_avg" else storage.exp_avg_sq
                 )
         if storage.weight != old.weight:
-            self.error["value"] = self.error["value"] + self._kept(
-                storage, np.abs(self.reference.value) + self.error["value"]
-            )
+            self._keep(storage, self.error["value"])
 
 
 def _stored(values, error, dtype):

@@ -187,6 +187,8 @@ class World:
             weight, update, grad = values[self._name_now(h)]
             off = 1e-5 + 1e-5 * np.linalg.norm(h.twin.reference.value) + np.linalg.norm(h.twin.error["value"])
             size = np.linalg.norm(h.twin.reference.value)
+            if h.name not in stepped and math.isnan(weight):
+                continue  # not known: the tables are new, and no step has read this parameter since
             assert abs(weight - size) <= off, f"{h.name} {self.storage(h)}: norm of the weight {weight}, not {size} ± {off}"
             if h.name not in stepped:
                 assert (update, grad) == (0, 0) or math.isnan(grad), f"{h.name}: a norm of a step that did not happen"
