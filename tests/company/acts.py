@@ -60,9 +60,12 @@ def swap(world, held, data=False):
 
 
 def replace_data(world, held, layout="rows", shift=0):
-    """Move the parameter to other memory, in another layout. Nobody may write to the old memory any more."""
+    """Move the parameter to other memory, in another layout. Nobody may write to the old memory any more.
+
+    Without a layout, the strides stay as they are.
+    """
     old = held.p.data
-    held.p.data = world.guards.copy(old, strides_of(old.shape, layout), shift)
+    held.p.data = world.guards.copy(old, strides_of(old.shape, layout) if layout else old.stride(), shift)
     world.guards.freeze(old)
     held.p.grad = None
 
@@ -206,9 +209,14 @@ def delete_state(world, held, by="pop"):
 
 @torch.no_grad()
 def edit_moment(world, held, key, how):
-    """Give a moment new values: "zero" and "copy" in place, "replace" by a new tensor."""
+    """Give a moment new values: "zero" and "copy" in place, "replace" by a new tensor.
+
+    A second moment does not become 0, because the next update would then be a first moment divided by eps.
+    """
     state = world.optimizer.state[held.p]
-    if how == "zero" or state[key].dtype in CODES:
+    if state[key].dtype == torch.uint8:
+        return
+    if (how == "zero" and key == "exp_avg") or state[key].dtype in CODES:
         state[key].zero_()
         held.twin.set_moment(key, 0.0)
         return

@@ -12,6 +12,8 @@ PENDING = {
     "duplicates": "a parameter that stands in a group twice steps twice, one in two groups is not refused",
     "grad_dtype": "grad_dtype that is set after a step is not followed",
     "default device": "state is created on the default device",
+    "packed layout": "the torch backend mixes up the elements of a packed parameter whose memory layout changes",
+    "checks on torch": "the torch backend does not check state again, and advances step before torch refuses",
     "new companion": "convert_state() and the torch backend need a companion that a group has only just asked for",
     "stale norms": "the torch backend shows old norms of a parameter that was packed at an earlier step",
     "norms without state": "the torch backend raises KeyError: 'step' for norms of a parameter whose state was cleared",
