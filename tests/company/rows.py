@@ -151,7 +151,7 @@ def _convert(cell):
 
 
 @contextlib.contextmanager
-def _default_dtype():
+def _float64():
     try:
         torch.set_default_dtype(torch.float64)
         yield
@@ -159,18 +159,14 @@ def _default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
-def _default_device(cell):
-    """State is created while another device is the default one."""
-    acts.delete_state(cell.world, cell.held)
-    cell.give_all()
+def _under(context):
+    """State is created, and the step is taken, in a context."""
 
-    def step():
-        with torch.device("meta"):
-            cell.world.optimizer.step()
-        state = cell.world.optimizer.state[cell.held.p]
-        assert all(t.device.type == "cpu" for t in state.values()), state
+    def act(cell):
+        acts.delete_state(cell.world, cell.held)
+        cell.world.around = context
 
-    return step
+    return act
 
 
 def _delete(cell):
@@ -242,7 +238,7 @@ def _half_done(backend, column):
 
 
 def _draws(backend, column):
-    return "default device" if backend == "triton" or column in ("stochastic", "8-bit") else None
+    return "default device" if backend == "torch" and column in ("stochastic", "8-bit") else None
 
 
 def _grown(backend, column):
@@ -328,14 +324,14 @@ ROWS = (
     Row("convert state", _convert, _follow),
     Row("deepcopy the optimizer", lambda c: acts.copy_optimizer(c.world, "deepcopy"), _follow),
     Row("pickle the optimizer", lambda c: acts.copy_optimizer(c.world, "pickle"), _follow),
-    Row("change the default dtype", _delete, _follow, around=_default_dtype),
-    Row("change the default device", _default_device, _follow, pending=_draws),
+    Row("change the default dtype", _under(_float64), _follow),
+    Row("change the default device", _under(lambda: torch.device("meta")), _follow, pending=_draws),
     Row(
         "step under FakeTensorMode",
         _fake_mode,
         _refuse,
         pending=lambda b, c: "checks on torch" if (b, c) == ("torch", "plain bf16") else None,
     ),
-    Row("step in inference mode", lambda c: None, _follow, around=torch.inference_mode),
+    Row("step in inference mode", _under(torch.inference_mode), _follow),
     Row("step on another thread", _in_thread, _follow),
 )

@@ -1,5 +1,6 @@
 """World: an optimizer on guarded memory, beside the float64 twins of its parameters, and the comparison of the two."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -46,13 +47,17 @@ class World:
     Args:
         backend: "torch" or "triton".
         arguments: arguments of AdamW that no group holds.
+
+    Attributes:
+        guard_state: move all state into guarded memory after every step.
+        around: returns a context in which the optimizer takes its steps.
     """
 
     def __init__(self, backend, **arguments):
         self.backend, self.arguments = backend, {"backend": backend, **arguments}
         self.guards, self.groups, self.held = Guards(), [], []
         self.optimizer, self.max_grad_norm = None, arguments.get("max_grad_norm")
-        self.guard_state = False
+        self.guard_state, self.around = False, contextlib.nullcontext
 
     def parameter(self, values, layout="rows", shift=0):
         """Return a guarded parameter with these values. "flat" and "shifted" begin at an odd address."""
@@ -117,7 +122,8 @@ class World:
         for name, value in (("grad_scale", scale if scale != 1 else None), ("found_inf", found_inf or None)):
             if value is not None:
                 setattr(self.optimizer, name, torch.full((), float(value)))
-        self.optimizer.step()
+        with self.around():
+            self.optimizer.step()
         for name in ("grad_scale", "found_inf"):
             self.optimizer.__dict__.pop(name, None)
         for grad, old in zip(grads, kept, strict=True):
