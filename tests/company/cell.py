@@ -13,6 +13,9 @@ from tests.company.world import World
 
 FOLLOWED, REFUSED, NOT_SEEN = "followed", "refused", "not seen"
 
+# On the interpreter the other columns run with the slow tests.
+_QUICK = ("plain fp32", "fp32 master", "remainder")
+
 
 @dataclass
 class Row:
@@ -110,7 +113,7 @@ def cases():
                     # Otherwise the step may read or write past the end of an array.
                     safe = row.outcome(backend, column) == FOLLOWED and row.pending(backend, column) != "companion dtype"
                     marks.append(pytest.mark.xfail(strict=True, run=safe, reason=row.xfail(backend, column)))
-                if backend == "triton" and column == "8-bit":
+                if backend == "triton" and column not in _QUICK:
                     marks.append(pytest.mark.slow)
                 if row.outcome(backend, column):
                     yield pytest.param(row, backend, column, marks=marks, id=f"{row.name}-{backend}-{column}")

@@ -61,7 +61,9 @@ def test_the_bounds_are_narrow(name):
         world.step()
     for h, before in zip(world.held, start, strict=True):
         share = np.median(h.twin.error["value"] / np.abs(h.twin.reference.value - before))
-        assert share < (0.3 if c.bound > 0.1 or _codes(c) else max(4 * c.bound, 0.02)), (h.name, share)
+        # bfloat16 weights without a companion are off by a part of the distance, as docs/storage.md says.
+        limit = 2 * c.bound if c.bound > 0.1 or _codes(c) else max(4 * c.bound, 0.02)
+        assert share < max(limit, 0.5 * _codes(c)), (h.name, share)
 
 
 def test_a_canary_that_is_written_is_found():
