@@ -91,7 +91,7 @@ def transpose(world, held):
     rest = half_ulp(abs(twin.reference.value) + twin.error["value"], held.p.dtype)
     twin.reference.value, twin.error["value"] = twin.reference.value.T.copy(), twin.error["value"].T.copy()
     if storage.companion:
-        twin.error["value"] = twin.error["value"] + 1.01 * (rest + rest.T) + twin.compensation
+        twin.error["value"] = twin.error["value"] + 2.02 * rest.T + twin.compensation
 
 
 def freeze(world, held, frozen=True):
