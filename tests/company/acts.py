@@ -184,7 +184,9 @@ def reload(world, shuffle=False, through_file=False, **other):
         saved = torch.load(buffer, weights_only=True)
     groups = []
     for group in old.param_groups:
-        params = list(zip(group["param_names"], group["params"], strict=True)) if "param_names" in group else group["params"]
+        params = (
+            list(zip(group["param_names"], group["params"], strict=True)) if "param_names" in group else group["params"]
+        )
         rest = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         groups.append({**rest, "params": params[::-1] if shuffle else list(params), "lr": 1.0, **other})
     world.optimizer = AdamW(groups, **world.arguments)
@@ -250,4 +252,3 @@ def set_clip(world, value):
 def has_moments(world, held):
     """Return the moments that the state of a parameter has."""
     return [key for key in MOMENTS if key in world.optimizer.state.get(held.p, {})]
-

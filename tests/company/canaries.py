@@ -6,7 +6,9 @@ a tensor and uses what it has read makes a NaN.
 
 import torch
 
-_PAD = 64  # canary bytes before and after a tensor, a multiple of every itemsize and of the 16 bytes that kernels align to
+_PAD = (
+    64  # canary bytes before and after a tensor, a multiple of every itemsize and of the 16 bytes that kernels align to
+)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -111,10 +111,11 @@ def cases():
                 marks = []
                 if row.xfail(backend, column):
                     # Otherwise the step may read or write past the end of an array.
-                    safe = row.outcome(backend, column) == FOLLOWED and row.pending(backend, column) != "companion dtype"
+                    safe = (
+                        row.outcome(backend, column) == FOLLOWED and row.pending(backend, column) != "companion dtype"
+                    )
                     marks.append(pytest.mark.xfail(strict=True, run=safe, reason=row.xfail(backend, column)))
                 if backend == "triton" and column not in _QUICK:
                     marks.append(pytest.mark.slow)
                 if row.outcome(backend, column):
                     yield pytest.param(row, backend, column, marks=marks, id=f"{row.name}-{backend}-{column}")
-

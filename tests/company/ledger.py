@@ -121,9 +121,7 @@ class Twin:
 
     def round_to(self, dtype):
         """The parameter has been cast to a dtype. Its weight is what is left of it."""
-        self.error["value"] = self.error["value"] + half_ulp(
-            np.abs(self.reference.value) + self.error["value"], dtype
-        )
+        self.error["value"] = self.error["value"] + half_ulp(np.abs(self.reference.value) + self.error["value"], dtype)
 
     def forget(self, storage):
         """Others have deleted the state. The weight has become the parameter, its rounded copy."""
@@ -146,7 +144,9 @@ class Twin:
         for key in MOMENTS:
             if getattr(self.reference, key) is not None:
                 self.error[key] = _stored(
-                    getattr(self.reference, key), self.error[key], storage.exp_avg if key == "exp_avg" else storage.exp_avg_sq
+                    getattr(self.reference, key),
+                    self.error[key],
+                    storage.exp_avg if key == "exp_avg" else storage.exp_avg_sq,
                 )
         if storage.weight != old.weight:
             self._keep(storage, self.error["value"])

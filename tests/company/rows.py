@@ -225,7 +225,9 @@ def _half_outcome(backend, column):
 
 
 def _state_edit(how):
-    return lambda cell: [acts.edit_moment(cell.world, cell.held, key, how) for key in ("exp_avg", "exp_avg_sq")] and None
+    return lambda cell: (
+        [acts.edit_moment(cell.world, cell.held, key, how) for key in ("exp_avg", "exp_avg_sq")] and None
+    )
 
 
 def _companion(backend, column):

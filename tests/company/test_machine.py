@@ -110,7 +110,11 @@ class Company(RuleBasedStateMachine):
     def step(self, norms, size):
         self._step([True] * len(self.world.held), norms, size)
 
-    @rule(has=st.lists(st.booleans(), min_size=8, max_size=8), scale=st.sampled_from([1.0, 4.0]), found=st.sampled_from([False, False, False, True]))
+    @rule(
+        has=st.lists(st.booleans(), min_size=8, max_size=8),
+        scale=st.sampled_from([1.0, 4.0]),
+        found=st.sampled_from([False, False, False, True]),
+    )
     def step_of_some(self, has, scale, found):
         self._step([has[i % 8] for i in range(len(self.world.held))], False, scale, scale=scale, found_inf=found)
 

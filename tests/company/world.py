@@ -195,7 +195,9 @@ class World:
             size = np.linalg.norm(h.twin.reference.value)
             if h.name not in stepped and math.isnan(weight):
                 continue  # not known: the tables are new, and no step has read this parameter since
-            assert abs(weight - size) <= off, f"{h.name} {self.storage(h)}: norm of the weight {weight}, not {size} ± {off}"
+            assert abs(weight - size) <= off, (
+                f"{h.name} {self.storage(h)}: norm of the weight {weight}, not {size} ± {off}"
+            )
             if h.name not in stepped:
                 assert (update, grad) == (0, 0) or math.isnan(grad), f"{h.name}: a norm of a step that did not happen"
                 continue
