@@ -1,7 +1,7 @@
 """Guarded memory: tensors inside larger allocations whose other bytes are canaries, which nobody may write or use.
 
-Every canary byte is 0xFF. Read as bfloat16, float16, float32 or float64, a canary is NaN. So a kernel that reads past the end of
-a tensor and uses what it has read makes a NaN.
+Every canary byte is 0xFF. Read as bfloat16, float16, float32 or float64, a canary is NaN. So a kernel that reads past the end
+of a tensor and uses what it has read makes a NaN.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Ledger: a parameter in float64 with bounds on the error of the optimizer's own numbers. Nothing is ever read back.
 
 A `Twin` takes every step in float64 (`lwadamw/reference.py`) and hears of every act that others do. Beside each number it
-keeps how far the optimizer's number may be from it: what was rounded so far, as every later step passes it on. So the bounds grow
-with the number of steps, and they are narrow where storage is exact.
+keeps how far the optimizer's number may be from it: what was rounded so far, as every later step passes it on. So the bounds
+grow with the number of steps, and they are narrow where storage is exact.
 """
 
 import copy
@@ -60,7 +60,7 @@ class Twin:
             unit: the largest relative error of one operation.
         """
         before, after, group = self.before, self.reference, self.reference.group
-        (beta1, beta2), t = group.betas, after.step
+        beta1, beta2 = group.betas
         g, zeros = np.abs(gradient), np.zeros(after.value.shape)
         for key, beta, new, size in (("exp_avg", beta1, g, 1), ("exp_avg_sq", beta2, g**2, 2)):
             old = zeros if getattr(before, key) is None else np.abs(getattr(before, key))

@@ -9,7 +9,6 @@ from tests.company import acts
 from tests.company.cell import FOLLOWED, NOT_SEEN, REFUSED, Row
 from tests.company.storages import LARGE, B, F, H, gradient, weights
 
-
 _PACKED = ("remainder", "kahan", "stochastic", "8-bit")  # torch's implementations cannot store these
 
 
