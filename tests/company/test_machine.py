@@ -151,6 +151,30 @@ class Company(RuleBasedStateMachine):
             world.step()
             world.give(h, None)
 
+    @rule(i=_ANY, what=st.sampled_from(["sparse", "state", "group"]))
+    def refused(self, i, what):
+        """Input that does not fit is refused, and nothing has been written."""
+        h, world = self._held(i), self.world
+        state = world.optimizer.state.get(h.p, {})
+        if what == "group":
+            bad = {"params": [("bad", h.p)] if self.named else [h.p], "rounding": "up"}
+            world.assert_refused(".", ValueError, lambda: world.optimizer.add_param_group(bad))
+            assert len(world.optimizer.param_groups) == len(self.kinds)
+            return
+        if h.place is None or not h.p.requires_grad or (what == "state" and "exp_avg" not in state):
+            return
+        for other in world.held:
+            if other.place is not None:
+                world.give(other, gradient(other.p.shape, other.p.dtype) if other.p.requires_grad else None)
+        if what == "sparse":
+            setattr(h.p, world.attribute(h), torch.ones_like(h.p).detach().to_sparse())
+            world.assert_refused("sparse gradients: the gradient of")
+            setattr(h.p, world.attribute(h), None)
+        else:
+            old, state["exp_avg"] = state["exp_avg"], torch.zeros(7)
+            world.assert_refused(r"exp_avg of .* has shape \(7,\)")
+            state["exp_avg"] = old
+
     # Parameters
 
     @_act(i=_ANY, data=st.booleans(), share=st.sampled_from([0.0, 0.5, 1.0]))

@@ -97,14 +97,17 @@ class World:
         """Give a parameter its gradient in guarded memory, in the attribute that its group names."""
         if grad is not None and not self.guards.holds(grad):
             grad = self.guards.copy(grad, grad.stride())
-        attribute = keys.GRAD_ATTRIBUTE.of(self.optimizer.param_groups[held.place or 0])
-        setattr(held.p, attribute, grad)
+        setattr(held.p, self.attribute(held), grad)
 
     def gradient(self, held):
         """Return the gradient of a parameter, None if it has none or is in no group."""
         if held.place is None:
             return None
-        return getattr(held.p, keys.GRAD_ATTRIBUTE.of(self.optimizer.param_groups[held.place]), None)
+        return getattr(held.p, self.attribute(held), None)
+
+    def attribute(self, held):
+        """Return the attribute that holds the gradient of a parameter."""
+        return keys.GRAD_ATTRIBUTE.of(self.optimizer.param_groups[held.place or 0])
 
     def step(self, scale=1.0, found_inf=False, norms=False):
         """Take a step with the gradients that are there, in the optimizer and in float64, and compare.
