@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -171,15 +171,18 @@ class TorchBackend:
 
 def _norm(grad: Tensor) -> Tensor:
     """Return the norm of a real gradient. A square that float32 cannot hold does not spoil it."""
-    norm: Callable[..., Tensor] = torch.linalg.vector_norm
     if grad.device.type != "cpu" or grad.dtype == torch.float64 or local(grad) is not grad:
-        return norm(grad, dtype=torch.float64)
+        double: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
+        return double
     # A CPU takes 14 times as long for float64, because torch makes a copy first.
-    single = norm(grad, dtype=torch.float32)
+    single: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float32)
     if 1e-15 < single < math.inf or not grad.numel():
         return single
-    largest = norm(grad, ord=math.inf)
-    return norm(grad, dtype=torch.float64) if 0 < largest < math.inf else largest.float()
+    largest: Tensor = torch.linalg.vector_norm(grad, ord=math.inf)
+    if not 0 < largest < math.inf:
+        return largest.float()
+    exact: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
+    return exact
 
 
 def _naming_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
