@@ -47,8 +47,11 @@ def _grown(backend, column):
     return "same address" if backend == "torch" and column != "plain fp32" else None
 
 
+def _master_data(backend, column):
+    return "data write" if (backend, column) == ("triton", "fp32 master") else None
+
+
 _follow, _refuse = _always(FOLLOWED), _always(REFUSED)
-_master_data = lambda backend, column: "data write" if (backend, column) == ("triton", "fp32 master") else None  # noqa: E731
 
 ROWS = (
     Row("write in place", lambda c: acts.write(c.world, c.held), _follow),
@@ -84,7 +87,7 @@ ROWS = (
         match="'w0'",
         pending=lambda b, c: "companion dtype" if _half_outcome(b, c) == REFUSED else None,
     ),
-    Row("move to another device", deeds.to_meta, _refuse, match="meta", pending=lambda b, c: _half_done(b, c)),
+    Row("move to another device", deeds.to_meta, _refuse, match="meta", pending=_half_done),
     Row("tie", deeds.tie, _always(NOT_SEEN), shapes=_two),
     Row("untie", deeds.untie, _always(NOT_SEEN)),
     Row("freeze", lambda c: acts.freeze(c.world, c.held), _follow),
