@@ -11,7 +11,7 @@ from torch import Tensor
 from . import decay, keys
 from .companions import misfit
 from .members import Member, is_fake, is_sharded, local
-from .storage import ARRAYS, CODES, FLOATS, MOMENTS, SCALES, scale_shape
+from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_parameter, scale_shape
 
 _ANEW = "del optimizer.state[p] starts its moments at zero"
 
@@ -27,6 +27,7 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
         RuntimeError: a tensor of the state has another shape, another device, or other placements than the parameter, or a
             dtype that it cannot be kept in; a companion does not fit the parameter; an 8-bit moment has no fitting scales or
             is not possible under amsgrad; or the huber threshold is not float32[] or the parameter is sharded.
+        ValueError: the group asks for a way to keep weights that float16 does not have.
     """
     p = member.param
     for key in ARRAYS:
@@ -50,6 +51,8 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
                 f"optimizer.state[p][{key!r}].to(p.device)."
             )
     check_companion(member, state)
+    if p.dtype == torch.float16 and not any(key in state for key in COMPANIONS):
+        check_parameter(p, member.name, member.group)  # somebody may have edited the group
     _check_moments(member, state)
     step = state.get("step")
     if isinstance(step, Tensor) and step.numel() != 1:
@@ -104,7 +107,7 @@ def _check_moments(member: Member, state: Mapping[str, Any]) -> None:
         codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}.get(key)
         dtypes = {*FLOATS, codes, p.dtype} - {None}
         if p.dtype.is_complex:
-            dtypes = {torch.complex64, torch.complex128}
+            dtypes = {torch.complex64, p.dtype}
         if key == "max_exp_avg_sq" and "exp_avg_sq" in state:
             dtypes = {state["exp_avg_sq"].dtype}
         if state[key].dtype not in dtypes:

@@ -102,7 +102,7 @@ def convert_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], se
         group: its group, with the storage options to convert to.
         segments: the number of elements of each segment; () for one segment.
     """
-    kept = kept_weight(p, group, state)
+    kept = kept_weight(p, {}, state)
     weight = read_weight(p, state, kept) if kept in ("master", "remainder", "kahan") else None
     moments = {key: read_moment(state, key) for key in MOMENTS if key in state}
     for key in STATE:

@@ -128,12 +128,12 @@ class StateExchange(torch.optim.AdamW):
         Raises:
             KeyError: `p` is not a parameter of this optimizer.
         """
-        group, state = self._member(p).group, dict(self.state.get(p, {}))
+        state = dict(self.state.get(self._member(p).param, {}))
         if not state:
             return wrap_like(p, packing.read_weight(p, {}, "plain"))
         as_stepped = p.detach().clone()
         settle(as_stepped, state)
-        return wrap_like(p, packing.read_weight(as_stepped, state, kept_weight(p, group, state)))
+        return wrap_like(p, packing.read_weight(as_stepped, state, kept_weight(p, {}, state)))
 
     @torch.no_grad()
     def get_unscaled_state(self, p: Tensor, name: str) -> Tensor:

@@ -34,7 +34,7 @@ class Fingerprint:
     def __init__(self, groups: ParamGroups) -> None:
         self._params = [list(group["params"]) for group in groups]
         self._held = _Held(p for params in self._params for p in params)
-        self._dicts: list[dict[str, Any]] = []
+        self._dicts: list[dict[str, Any]] | None = None  # not known yet
         self._referents: list[Any] = []
 
     def follow_state(self, state: State) -> None:
@@ -67,7 +67,8 @@ class Fingerprint:
         if not verify_state:
             return True
         return (
-            len(state) == len(self._dicts)
+            self._dicts is not None
+            and len(state) == len(self._dicts)
             and all(map(is_, state.values(), self._dicts))
             and same(gc.get_referents(*state.values()), self._referents)
         )

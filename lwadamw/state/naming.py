@@ -7,7 +7,7 @@ the list of names again where it no longer fits.
 
 from __future__ import annotations
 
-import weakref
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,17 +22,19 @@ from .members import ParamGroups
 class _Seen(NamedTuple):
     """The parameters and names of one group when they last fitted together."""
 
-    params: list[weakref.ref[Tensor]]
+    params: list[Tensor]
     shapes: list[torch.Size]
     names: list[str]
 
     def has(self, params: Sequence[Tensor]) -> bool:
         """Return whether these are the parameters of this group, in the same order."""
-        return same([ref() for ref in self.params], list(params))
+        return same(self.params, list(params))
 
 
 class Naming:
-    """Which parameter of an optimizer has which name. Parameters are remembered weakly, also after they have left.
+    """Which parameter of an optimizer has which name. A parameter that has left is remembered while others refer to it.
+
+    When the groups change the next time, a parameter that nobody else refers to is forgotten.
 
     Args:
         evidence: what is known about each parameter, by name. If a parameter is renamed, so is its key in this dict.
@@ -40,7 +42,7 @@ class Naming:
 
     def __init__(self, evidence: dict[str, Any]) -> None:
         self._evidence = evidence
-        self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id() of the parameter
+        self._names: dict[int, tuple[Tensor, str]] = {}  # by id() of the parameter
         self._seen: dict[tuple[str, ...], _Seen] = {}  # by the names of the group
 
     def adopt(self, groups: ParamGroups) -> None:
@@ -49,8 +51,8 @@ class Naming:
         Args:
             groups: the optimizer's `param_groups`. A group without one name for each parameter is left to `follow`.
         """
-        self._names = {key: (ref, name) for key, (ref, name) in self._names.items() if ref() is not None}
         self._seen = {}
+        self._forget_dead()
         for group in groups:
             self._remember(group)
 
@@ -72,15 +74,21 @@ class Naming:
         params, names = group["params"], _names_in(group)
         if names is None or len(names) != len(params):
             return
-        refs = [weakref.ref(p) for p in params]
-        self._seen[tuple(names)] = _Seen(refs, [p.shape for p in params], list(names))
+        self._seen[tuple(names)] = _Seen(list(params), [p.shape for p in params], list(names))
         # Of a parameter that stands twice in the group, the first name counts.
-        for p, ref, name in reversed(list(zip(params, refs, names, strict=True))):
-            self._names[id(p)] = (ref, name)
+        for p, name in reversed(list(zip(params, names, strict=True))):
+            self._names[id(p)] = (p, name)
+
+    def _forget_dead(self) -> None:
+        """Forget the parameters that nobody else refers to any more, so that their memory is freed."""
+        # Weak references would say it too, but torch.utils.swap_tensors refuses tensors that have any.
+        loop_and_call = 2  # references to `p` besides the one in the dict
+        alive = [(p, name) for p, name in self._names.values() if sys.getrefcount(p) > 1 + loop_and_call]
+        self._names = {id(p): (p, name) for p, name in alive}
 
     def _name(self, p: Tensor) -> str | None:
-        ref, name = self._names.get(id(p), (None, None))
-        return name if ref is not None and ref() is p else None
+        known, name = self._names.get(id(p), (None, None))
+        return name if known is p else None
 
     def follow(self, groups: ParamGroups) -> None:
         """Bring `group["param_names"]` of every group in line with `group["params"]`, after somebody may have edited them.

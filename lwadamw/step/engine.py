@@ -19,6 +19,7 @@ from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
 from ..state.members import Member, ParamGroups, is_sharded, members_of
 from ..state.naming import Naming
+from ..state.storage import check_options
 from ..tables.request import Request
 from .backends import use_triton
 from .nonfinite import DelayedNormCheck
@@ -233,6 +234,8 @@ class Engine:
         self._naming.follow(groups)
         members = list(members_of(groups))
         check_real(members)
+        for i, group in enumerate(groups):
+            check_options(group, f"group {i}: ")
         for m in members:
             check_state(m, state.get(m.param, {}))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]

@@ -82,19 +82,20 @@ class TorchBackend:
 
     def _complete_state(self) -> bool:
         """Create the state that the parameters of this step lack. Return whether there was any."""
-        stale: list[tuple[Bucket, Entry, tuple[bool, bool, bool]]] = []
+        stale: list[tuple[Bucket, Entry, tuple[bool, bool, bool, str]]] = []
         for bucket in self.buckets:
             options = bucket.options
             on_device = bool(options["capturable"] or bucket.fused or bucket.implicit_fused)
-            needs = (bool(options["amsgrad"]), on_device, bucket.huber_decay is not None)
-            stale += [(bucket, entry, needs) for entry in bucket.entries if entry.completed_for != needs]
+            flags = (bool(options["amsgrad"]), on_device, bucket.huber_decay is not None)
+            needs = [(*flags, entry.kept) for entry in bucket.entries]
+            stale += [(bucket, e, n) for e, n in zip(bucket.entries, needs, strict=True) if e.completed_for != n]
         for _, entry, _ in stale:
             check_state(entry.member, entry.state)
-        for bucket, entry, needs in stale:
-            _complete(entry.state, entry.member, *needs[:2])
+        for bucket, entry, needed in stale:
+            _complete(entry.state, entry.member, *needed[:2])
             if bucket.packed:
                 creation.lay_out(entry.state, entry.member.param)
-            entry.completed_for = needs
+            entry.completed_for = needed
         return bool(stale)
 
     def sum_gradients(self) -> list[Tensor]:
@@ -164,8 +165,9 @@ class TorchBackend:
         Returns:
             Each parameter with its statistics, float64[4]. The columns are those of `AdamW.norm_sums`.
         """
-        done = {id(entry.member.param): sums_of(bucket, entry) for bucket in self.buckets for entry in bucket.entries}
         held = [m for m in members if state.get(m.param)]
+        places = {id(entry.member.param): (bucket, entry) for bucket in self.buckets for entry in bucket.entries}
+        done = {id(m.param): sums_of(*places[id(m.param)]) for m in held if id(m.param) in places}
         return [(m, done[id(m.param)] if id(m.param) in done else resting_sums(m, state[m.param])) for m in held]
 
 

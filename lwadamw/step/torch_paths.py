@@ -17,7 +17,7 @@ from torch import Tensor
 from ..state import decay
 from ..state.groups import check_numbers
 from ..state.members import Member, is_dense, local
-from ..state.storage import FLOATS, HALVES, MOMENTS, Storage
+from ..state.storage import FLOATS, HALVES, MOMENTS, Storage, check_options
 
 Path = Literal["fused", "packed", "asked", "loop"]
 
@@ -42,9 +42,11 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
 
     Raises:
         TypeError: a hyperparameter is neither a number nor a tensor of one element.
+        ValueError: a storage option is not valid.
         RuntimeError: a hyperparameter is a tensor, and torch's foreach implementation cannot read it.
     """
     check_numbers(group, f"group {index}: ")
+    check_options(group, f"group {index}: ")
     if not group["foreach"] or group["fused"] or group["capturable"]:
         return
     for key, value in {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}.items():
@@ -70,7 +72,7 @@ def path_of(member: Member, grad: Tensor, group: Mapping[str, Any], state: Mappi
             torch's fused kernel cannot update the parameter.
     """
     p = member.param
-    _check_dtypes(member, state)
+    _check_dtype(member)
     if group["fused"] and (p.dtype not in (*FLOATS, torch.float64) or p.device.type == "meta"):
         raise RuntimeError(
             "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
@@ -87,21 +89,13 @@ def path_of(member: Member, grad: Tensor, group: Mapping[str, Any], state: Mappi
     return "loop" if group["fused"] and not _fits_fused(p, grad, state) else "asked"
 
 
-def _check_dtypes(member: Member, state: Mapping[str, Any]) -> None:
+def _check_dtype(member: Member) -> None:
     p = member.param
     if p.dtype not in (*FLOATS, *_EXACT):
         raise RuntimeError(
             f"{member.name!r} {tuple(p.shape)} is {p.dtype}, and AdamW updates floating point and complex parameters only. "
             "Take it out of optimizer.param_groups, or clear its gradient."
         )
-    if p.dtype not in _EXACT:
-        return
-    for key in MOMENTS:
-        if key in state and state[key].dtype != p.dtype:
-            raise RuntimeError(
-                f"{key} of {member.name!r} {tuple(p.shape)} is {state[key].dtype}, and the parameter is {p.dtype}, which is "
-                f"never updated in float32. Use optimizer.state[p][{key!r}] = optimizer.state[p][{key!r}].to(p.dtype)."
-            )
 
 
 def _fits_fused(p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:

@@ -88,6 +88,7 @@ def transpose(world, held):
     held.p.data = held.p.data.t()
     held.p.grad = None
     storage, twin = world.storage(held), held.twin
+    twin.convert(storage, storage)  # codes are encoded again in the new order of memory
     rest = half_ulp(abs(twin.reference.value) + twin.error["value"], held.p.dtype)
     twin.reference.value, twin.error["value"] = twin.reference.value.T.copy(), twin.error["value"].T.copy()
     if storage.companion:

@@ -108,7 +108,7 @@ class Twin:
         """
         values = np.broadcast_to(values, where.shape)
         rest = self.compensation
-        if storage.weight in ("master", "remainder"):
+        if storage.companion:
             rest = 1.01 * half_ulp(values, storage.param) + torch.finfo(storage.param).tiny
         self.reference.value = np.where(where, values, self.reference.value)
         self.error["value"] = np.where(where, rest, self.error["value"])

@@ -27,7 +27,7 @@ def _if_triton(what):
 
 
 def _half_outcome(backend, column):
-    return REFUSED if column in ("remainder", "kahan", "8-bit") else FOLLOWED
+    return REFUSED if column in ("remainder", "kahan", "stochastic", "8-bit") else FOLLOWED
 
 
 def _companion(backend, column):
@@ -85,6 +85,7 @@ ROWS = (
         deeds.change_dtype(H),
         _half_outcome,
         match="'w0'",
+        error=(RuntimeError, ValueError),
         pending=lambda b, c: "companion dtype" if _half_outcome(b, c) == REFUSED else None,
     ),
     Row("move to another device", deeds.to_meta, _refuse, match="meta", pending=_half_done),

