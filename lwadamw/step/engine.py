@@ -16,7 +16,7 @@ from torch import Tensor
 from ..state.checks import capturing, check_capturable, check_state
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
-from ..state.members import Member, ParamGroups, is_sharded, members_of
+from ..state.members import Member, ParamGroups, is_sharded, local, members_of
 from ..tables.request import Request
 from .backends import use_triton
 from .nonfinite import DelayedNormCheck
@@ -38,6 +38,7 @@ class Engine:
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
         self._norm_check = DelayedNormCheck()
+        self._captured: list[TritonBackend] = []  # former backends whose tables some CUDA graph still reads
         self._forget()
 
     def _forget(self) -> None:
@@ -138,8 +139,13 @@ class Engine:
             norms: measure the norms of this parameter.
 
         Raises:
-            RuntimeError: parameters or state change while backward() runs.
+            RuntimeError: parameters or state change while backward() runs, or the step is being captured in a CUDA graph.
         """
+        if capturing(local(p).device):
+            raise RuntimeError(
+                "lwadamw.AdamW: a backward that releases gradients cannot be captured in a CUDA graph. Call remove() on the "
+                "handle of release_gradients(), and capture step()."
+            )
         if self._fingerprint is None or not self._fingerprint.lists_hold(groups):
             self._sort(groups, state, idle=False)
         member = self._torch_members_by_id.get(id(p))
@@ -177,14 +183,15 @@ class Engine:
             state: the optimizer's state by parameter.
             idle: leave out parameters of the Triton backend that have neither a gradient nor state.
         """
-        if capturing():
+        members = list(members_of(groups))
+        if capturing() or any(map(capturing, {local(m.param).device for m in members})):
             raise RuntimeError(
                 "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
                 "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
             )
         self._skipped = self.skipped
+        self.keep_captures(self)
         self._forget()
-        members = list(members_of(groups))
         for m in members:
             check_state(m, state.get(m.param, {}))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
@@ -199,6 +206,17 @@ class Engine:
 
             self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
         self._fingerprint = Fingerprint(groups)
+
+    def keep_captures(self, former: Engine) -> None:
+        """Keep the tables that CUDA graphs may still read.
+
+        Args:
+            former: an engine of the same optimizer. It may be this one.
+        """
+        if former is not self:
+            self._captured += former._captured
+        if former._triton is not None and former._triton.has_captures:
+            self._captured.append(former._triton)
 
     def norm_names(self, state: State) -> list[str]:
         """Return the names that `norm_sums` returns, without computing any sum.
@@ -234,7 +252,7 @@ class Engine:
             torch_sums += torch_backend.norm_sums([member], state)
         pieces += [(m.order, m.name, sums) for m, sums in torch_sums]
         if not pieces:
-            return [], torch.empty(0, 4, dtype=torch.float64)
+            return [], torch.empty(0, 4, dtype=torch.float64, device="cpu")
         pieces.sort(key=lambda piece: piece[0])
         device = pieces[0][2].device
         return [name for _, name, _ in pieces], torch.stack([t.to(device, non_blocking=True) for _, _, t in pieces])

@@ -238,7 +238,7 @@ class AdamW(StateExchange):
         Reading its value on the host waits for the device.
         """
         counter = self._engine.skipped
-        return torch.zeros((), dtype=torch.int64) if counter is None else counter.clone()
+        return torch.zeros((), dtype=torch.int64, device="cpu") if counter is None else counter.clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch. If the group is not valid, the optimizer stays as it was.
@@ -451,5 +451,8 @@ class AdamW(StateExchange):
                     p_state["step"] = torch.tensor(
                         float(p_state["step"]), dtype=torch.float32, device=p.device if on_device else "cpu"
                     )
+        former = self.__dict__.get("_engine")
         self._engine = Engine(self.options.backend)
+        if former is not None:
+            self._engine.keep_captures(former)
         self._state_was_shared = True

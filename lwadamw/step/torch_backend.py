@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ..state import creation, decay, keys
-from ..state.checks import check_state
+from ..state.checks import capturing, check_state
 from ..state.identity import same
 from ..state.members import Member, local
 from ..state.storage import MOMENTS
@@ -73,6 +73,11 @@ class TorchBackend:
             on_device = bool(options["capturable"] or bucket.fused or bucket.implicit_fused)
             needs = (bool(options["amsgrad"]), on_device, bucket.huber_decay is not None)
             stale += [(bucket, entry, needs) for entry in bucket.entries if entry.completed_for != needs]
+        if stale and capturing():
+            raise RuntimeError(
+                f"lwadamw.AdamW: {stale[0][1].member.name!r} has no state yet, and a CUDA graph would create it again at each "
+                "replay. Take one uncaptured step with the same gradients before the capture."
+            )
         for _, entry, _ in stale:
             check_state(entry.member, entry.state)
         for bucket, entry, needs in stale:

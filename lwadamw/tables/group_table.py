@@ -53,6 +53,11 @@ class GroupTable:
         # copied to the device, at every step.
         self._volatile = False
         self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
+        self.capturable = False  # whether some group allows the step to be captured in a CUDA graph
+
+    def held(self) -> list[Any]:
+        """Return every object that the words point to."""
+        return [*self._referents, *self._copies]
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> Literal["same", "changed", "replan"]:
         """Bring `words` up to date.
@@ -97,6 +102,7 @@ class GroupTable:
         per_lr = self._decay_multipliers(groups)
         self._referents = referents
         self._copies, self._volatile, self._has_tensors = [], False, False
+        self.capturable = any(_column(groups, "capturable"))
         columns = {key: _column(groups, key) for key in ("lr", "eps", "weight_decay")}
         columns["beta1"], columns["beta2"] = zip(*_column(groups, "betas"), strict=True)
         for j, key in enumerate(_NUMBERS):

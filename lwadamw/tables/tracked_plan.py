@@ -89,6 +89,10 @@ class TrackedPlan:
             return False
         return not verify_state or self._current_addresses(self._state) == self._state_addresses
 
+    def aliases(self) -> list[Tensor]:
+        """Return new tensors with the memory of all parameters and their state, which keep this memory alive."""
+        return [local(t).detach() for t in (*self.params, *self._state)]
+
     def row_is_fresh(self, row: int, verify_state: bool) -> bool:
         """Return what `is_fresh` returns, for one parameter only.
 
