@@ -35,17 +35,21 @@ class FakeTensor(torch.Tensor):
         self.raw, self.driver = raw, driver
         driver.memory.append(raw)
 
+    def record_stream(self, stream: Any) -> None:
+        self.driver.recorded.append((self.raw.data_ptr(), stream))
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.data_ptr:
             return _raw(args[0]).data_ptr()
-        if func is torch.Tensor.record_stream:
-            args[0].driver.recorded.append((_raw(args[0]).data_ptr(), args[1]))
-            return None
         with torch._C.DisableTorchFunctionSubclass():
             # torch's own indexing and copying ask for a device guard, which a build for the CPU does not have.
             if func is torch.Tensor.copy_:
                 return _copy(*args, **(kwargs or {}))
+            if func is torch.Tensor.tolist:
+                args[0].driver.waits += 1
+                args[0].driver.run()
+                return args[0].raw.tolist()
             if func is torch.Tensor.__getitem__:
                 return _part(*args)
             if func is torch.Tensor.__setitem__:

@@ -88,21 +88,11 @@ def test_the_allocator_learns_of_every_stream_that_uses_the_tables(driver):
         twins.step()
     (tracked,) = twins.optimizer._engine._triton._plans
     launches = [*tracked.plan._launches._coefficients, *tracked.plan._launches._update]
-    tables = {a.untyped_storage_address for launch in launches for a in _tensors(launch) if a.numel()}
+    tables = {a.raw.data_ptr() for launch in launches for a in launch._arguments if isinstance(a, torch.Tensor)}
     recorded = {address for address, stream in driver.recorded if stream is side}
-    assert tables <= recorded
-
-
-class _tensors:
-    """The tensors that a launch reads and writes, with the address where their memory begins."""
-
-    def __init__(self, launch):
-        self.tensors = [a for a in launch._arguments if isinstance(a, torch.Tensor)]
-
-    def __iter__(self):
-        for tensor in self.tensors:
-            tensor.untyped_storage_address = tensor.raw.untyped_storage().data_ptr()
-            yield tensor
+    # The launches read the dynamic table from its beginning, and from the first gradient on.
+    inner = {tracked.plan._dynamic.gradients.raw.data_ptr()}
+    assert tables - inner - {0} <= recorded
 
 
 @pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)])
