@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from lwadamw.tables.launch import Launch
 
 
-class FakeTensor(torch.Tensor):
+class Pretended(torch.Tensor):
     """A tensor on a pretended device. `raw` is its memory, a CPU tensor of the same geometry."""
 
     @staticmethod
-    def __new__(cls, raw: torch.Tensor, device: torch.device, driver: Driver) -> FakeTensor:
+    def __new__(cls, raw: torch.Tensor, device: torch.device, driver: Driver) -> Pretended:
         return torch.Tensor._make_wrapper_subclass(
             cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=device
         )
@@ -58,7 +58,7 @@ class FakeTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        driver = next(a.driver for a in tree_flatten((args, kwargs))[0] if isinstance(a, FakeTensor))
+        driver = next(a.driver for a in tree_flatten((args, kwargs))[0] if isinstance(a, Pretended))
         return driver.dispatch(func, args, kwargs or {})
 
 
@@ -76,14 +76,14 @@ def _part(tensor: torch.Tensor, index: Any) -> torch.Tensor:
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """`target.copy_(source)`, past autograd."""
-    driver = next(t.driver for t in (target, source) if isinstance(t, FakeTensor))
+    driver = next(t.driver for t in (target, source) if isinstance(t, Pretended))
     torch._C._increment_version([target])
     with _disable_current_modes():
         return driver.dispatch(torch.ops.aten.copy_.default, (target, source, non_blocking), {})
 
 
 def _raw(value: Any) -> Any:
-    return value.raw if isinstance(value, FakeTensor) else value
+    return value.raw if isinstance(value, Pretended) else value
 
 
 class Stream:
@@ -251,7 +251,7 @@ class Driver(TorchDispatchMode):
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Execute a torch operation on the CPU at once, or queue it if it reads or writes the memory of a device."""
-        fakes = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, FakeTensor)]
+        fakes = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Pretended)]
         copies = func is torch.ops.aten.copy_.default
         place = args[0].device if copies else fakes[0].device if fakes else torch.device("cpu")
         if isinstance(kwargs.get("device"), torch.device):
@@ -278,10 +278,10 @@ class Driver(TorchDispatchMode):
         return tensor
 
     def _on_device(
-        self, func: Any, args: Any, raw_args: Any, kwargs: Any, place: torch.device, fakes: list[FakeTensor]
+        self, func: Any, args: Any, raw_args: Any, kwargs: Any, place: torch.device, fakes: list[Pretended]
     ) -> Any:
         def wrap(out: Any) -> Any:
-            return tree_map(lambda t: FakeTensor(t, place, self) if isinstance(t, torch.Tensor) else t, out)
+            return tree_map(lambda t: Pretended(t, place, self) if isinstance(t, torch.Tensor) else t, out)
 
         if func is torch.ops.aten._local_scalar_dense.default:
             self.waits += 1
@@ -312,7 +312,7 @@ class Driver(TorchDispatchMode):
 
     def _as_read(self, value: Any) -> Any:
         """Return what an operation reads: the host's pinned memory as it is later, its other memory as it is now."""
-        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        if not isinstance(value, torch.Tensor) or isinstance(value, Pretended):
             return tree_map(_raw, value)
         if value.untyped_storage().data_ptr() not in self.pinned_memory:
             return value.clone()
