@@ -56,4 +56,4 @@ gpu:
 	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu --out $(OUT)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,7 @@ r"""Update kernel: one AdamW step of every chunk of every parameter, with its no
 
 For each element, with w the weight, g the gradient, m and v the moments, and the coefficients of layout.py:
 
-    g <- GRAD_FACTOR g
+    g <- clamp(GRAD_FACTOR g, -LIMIT, LIMIT)
     m <- m + ONE_MINUS_BETA1 (g - m)
     v <- v + ONE_MINUS_BETA2 (g^2 - v)
     x <- max(x, v) with amsgrad, else x = v
@@ -13,6 +13,9 @@ For each element, with w the weight, g the gradient, m and v the moments, and th
 The moments take two fused multiply-adds each. The fp32 value of 1 - beta is far more accurate than the fp32 value of
 beta: with beta2 = 0.999, the usual form of the update settles 1.3e-5 away from v. d is added in one addition, so the
 weight is rounded once.
+
+The square of LIMIT is a finite number in the storage type of v, so no finite gradient makes a moment inf. m and v see the
+same g, so their quotient keeps its magnitude. If g is inf or NaN, or GRAD_FACTOR is, then g becomes NaN, as in torch.
 
 The kernel computes in fp32, whatever the storage types are: weights.py reads and writes w, moments.py reads and writes
 m and v. The update uses the moments before they are rounded for storage.
@@ -43,6 +46,9 @@ from .layout import (
     K_DOT_STATISTIC,
     K_DRAW,
     K_GRAD_FACTOR,
+    K_GRAD_LIMIT,
+    K_GRAD_LIMIT_FP16,
+    K_GRAD_LIMIT_FP16_SQ,
     K_GRAD_STATISTIC,
     K_KAHAN,
     K_MASTER,
@@ -68,6 +74,19 @@ from .moments import load_moment, store_moment
 from .stochastic import hash_bits, hash_key, random_bits
 from .storage import element_address, load, pointer_to, store
 from .weights import load_weight, store_weight
+
+
+@triton.jit
+def limit_gradient(b_raw, factor, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr):
+    """`b_raw` times `factor`, at most LIMIT in magnitude; NaN if one of the two is not finite."""
+    if EXP_AVG_SQ == tl.float16:
+        LIMIT: tl.constexpr = K_GRAD_LIMIT_FP16_SQ
+    elif EXP_AVG == tl.float16:
+        LIMIT: tl.constexpr = K_GRAD_LIMIT_FP16
+    else:
+        LIMIT: tl.constexpr = K_GRAD_LIMIT
+    # Zero times inf or NaN is NaN. A finite element whose product with the factor overflows adds 0 here.
+    return tl.fma(b_raw, factor * 0.0, tl.clamp(b_raw * factor, -LIMIT, LIMIT))
 
 
 @triton.jit
@@ -127,7 +146,7 @@ def update_blocks(
         offsets = i + lanes
         mask = offsets < end
         b_w = load_weight(p_address, c_address, offsets, mask, PARAM, WEIGHT, MASKED)
-        b_g = load(g, offsets, mask, MASKED) * grad_factor
+        b_g = limit_gradient(load(g, offsets, mask, MASKED), grad_factor, EXP_AVG, EXP_AVG_SQ)
         b_m = load_moment(m_address, ms_address, i, offsets, mask, end, EXP_AVG, SIZE, MASKED)
         b_v = load_moment(v_address, vs_address, i, offsets, mask, end, EXP_AVG_SQ, SIZE, MASKED)
         b_m = tl.fma(b_g, one_minus_beta1, tl.fma(b_m, -one_minus_beta1, b_m))

@@ -52,6 +52,8 @@ from .layout import (
     K_STEP_SIZE,
 )
 
+LARGEST = tl.constexpr((2.0 - 2.0**-23) * 2.0**127)  # of all fp32 numbers
+
 
 @triton.jit
 def hyperparameter(group, INDEX: tl.constexpr, mask):
@@ -88,7 +90,7 @@ def coefficients_kernel(
     steps,  # float32[n_rows]  the steps taken so far; the kernel advances them
     totals,  # float64[n_totals]  their sum is the square of the global norm of the scaled gradients; read if CLIP
     coefficients,  # float32[n_rows, COEFFICIENTS]  written
-    grad_norm,  # float32[]  written if CLIP: the global norm of the unscaled gradients, before clipping
+    grad_norm,  # float32[]  written if CLIP: the global norm of the unscaled gradients, before clipping; LARGEST if larger
     skipped,  # int64[]  advanced by one if no parameter takes this step
     n_rows,
     n_totals,
@@ -113,7 +115,8 @@ def coefficients_kernel(
         proceed = tl.where((norm < float("inf")) | regardless, proceed, 0)
         factor *= tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
         if tl.program_id(0) == 0:
-            tl.store(grad_norm, norm.to(tl.float32))
+            # Conversion to fp32 would make a large norm inf, and only a step that did not happen has this norm.
+            tl.store(grad_norm, tl.where(norm < float("inf"), tl.minimum(norm, LARGEST), norm).to(tl.float32))
     if tl.program_id(0) == 0:
         tl.store(skipped, tl.load(skipped) + tl.where(proceed == 0, 1, 0))
 

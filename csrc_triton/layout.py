@@ -32,6 +32,14 @@ MAX_CHUNK = 16 * BLOCK
 TARGET_CHUNKS = 2048
 # One int64 holds the first element and the number of elements of a chunk: first << COUNT_BITS | number.
 COUNT_BITS = 20
+# The update takes a gradient element beyond a limit as the limit. A second moment that is fp16 sets the smallest limit, a first
+# moment that is fp16 the next. The squares of the first and the last limit are below the largest fp16 and the largest fp32
+# number.
+GRAD_LIMIT_FP16_SQ = 255.875
+GRAD_LIMIT_FP16 = 65504.0
+GRAD_LIMIT = 1.8e19
+# The norm of a chunk is stored times NORM_UNIT. So it is below the largest fp32 number whatever its elements are.
+NORM_UNIT = 2.0**-8
 # Rows of coefficients that one program computes.
 ROWS = 128
 # Partial sums that a reduction reads per iteration.
@@ -61,8 +69,8 @@ COEFFICIENTS = 7
 (
     WEIGHT_STATISTIC,  # sum of squares of the weight after the step
     UPDATE_STATISTIC,  # sum of squares of the update
-    # Sum of squares of the gradient. Before the update runs, this column holds the sum for the unclipped gradient, from
-    # which the global norm is made. The update overwrites it with the sum for the clipped gradient.
+    # Sum of squares of the gradient. Before the update runs, this column holds the norm of the unclipped gradient times
+    # NORM_UNIT, from which the global norm is made. The update overwrites it with the sum for the clipped gradient.
     GRAD_STATISTIC,
     DOT_STATISTIC,  # scalar product of the weight before the step and the update
 ) = range(4)
@@ -122,6 +130,10 @@ K_INTERPRETED = tl.constexpr(INTERPRETED)
 K_THREADS = tl.constexpr(THREADS)
 K_GRAD_BLOCK = tl.constexpr(GRAD_BLOCK)
 K_TAIL = tl.constexpr(TAIL)
+K_GRAD_LIMIT_FP16_SQ = tl.constexpr(GRAD_LIMIT_FP16_SQ)
+K_GRAD_LIMIT_FP16 = tl.constexpr(GRAD_LIMIT_FP16)
+K_GRAD_LIMIT = tl.constexpr(GRAD_LIMIT)
+K_NORM_UNIT = tl.constexpr(NORM_UNIT)
 K_COUNT_BITS = tl.constexpr(COUNT_BITS)
 K_COUNT_MASK = tl.constexpr((1 << COUNT_BITS) - 1)
 K_ROWS = tl.constexpr(ROWS)

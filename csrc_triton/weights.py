@@ -5,6 +5,11 @@ MASTER      w = companion, in fp32; the parameter is w rounded to nearest
 REMAINDER   bits of w = (bits of the parameter << 16) + companion, a signed 16-bit number; exact
 KAHAN       w = parameter + companion; the parameter is w rounded to nearest, the companion is what rounding lost, rounded
 STOCHASTIC  w = parameter, rounded up with the probability (distance to the lower neighbour) / (spacing of the neighbours)
+
+Other code may write to the parameter between two steps. With MASTER, an element counts as it is in the parameter if it is
+no longer the rounded companion. With REMAINDER, a new upper half may make the joined bits those of a NaN. Rounding never
+splits a number into such halves, so the parameter alone counts then. With KAHAN, the parameter alone counts if its sum with
+the companion does not round to it.
 """
 
 import triton
@@ -19,16 +24,26 @@ def load_weight(p_address, c_address, offsets, mask, PARAM: tl.constexpr, WEIGHT
     """Load a block of the fp32 weight."""
     ALIGNED: tl.constexpr = not MASKED
     if WEIGHT == K_MASTER:
-        return load(pointer_to(c_address, tl.float32, ALIGNED), offsets, mask, MASKED)
+        master = load(pointer_to(c_address, tl.float32, ALIGNED), offsets, mask, MASKED)
+        held = load_raw(pointer_to(p_address, PARAM, ALIGNED), offsets, mask, MASKED)
+        # Bits and not values: they also tell 0 from -0, and a NaN equals itself.
+        same = rounded(master, PARAM).to(tl.int16, bitcast=True) == held.to(tl.int16, bitcast=True)
+        return tl.where(same, master, held.to(tl.float32))
     elif WEIGHT == K_REMAINDER:
         upper = load_raw(pointer_to(p_address, tl.int16, ALIGNED), offsets, mask, MASKED).to(tl.int32)
         lower = load_raw(pointer_to(c_address, tl.int16, ALIGNED), offsets, mask, MASKED).to(tl.int32)
-        return ((upper << 16) + lower).to(tl.float32, bitcast=True)
+        upper = upper << 16
+        joined = (upper + lower).to(tl.float32, bitcast=True)
+        return tl.where(joined == joined, joined, upper.to(tl.float32, bitcast=True))
+    elif WEIGHT == K_KAHAN:
+        held = load_raw(pointer_to(p_address, PARAM, ALIGNED), offsets, mask, MASKED)
+        b_p = held.to(tl.float32)
+        b_c = load(pointer_to(c_address, PARAM, ALIGNED), offsets, mask, MASKED)
+        # A compensation of exactly half the spacing would round to even, perhaps away from the parameter that it belongs to.
+        near = rounded(tl.fma(b_c, 1.0 - 2.0**-8, b_p), PARAM)
+        return tl.where(near.to(tl.int16, bitcast=True) == held.to(tl.int16, bitcast=True), b_p + b_c, b_p)
     else:
-        b_p = load(pointer_to(p_address, PARAM, ALIGNED), offsets, mask, MASKED)
-        if WEIGHT == K_KAHAN:
-            b_p += load(pointer_to(c_address, PARAM, ALIGNED), offsets, mask, MASKED)
-        return b_p
+        return load(pointer_to(p_address, PARAM, ALIGNED), offsets, mask, MASKED)
 
 
 @triton.jit

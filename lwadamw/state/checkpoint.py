@@ -89,6 +89,13 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
 
 def _by_name(saved: list[StateDict], groups: list[StateDict]) -> list[StateDict]:
     """Return the saved groups regrouped and reordered as `groups`, with parameters matched by name."""
+    for index, group in enumerate(saved):
+        if len(group["param_names"]) != len(group["params"]):
+            raise ValueError(
+                f"load_state_dict: group {index} of the checkpoint has {len(group['params'])} parameters and "
+                f"{len(group['param_names'])} names in param_names. Correct the names, or match by position:\n"
+                "    for g in state_dict['param_groups']: g.pop('param_names', None)"
+            )
     where = {n: (place, i) for place, g in enumerate(saved) for n, i in zip(g["param_names"], g["params"], strict=True)}
     names = [name for g in groups for name in g["param_names"]]
     missing, foreign = sorted(set(names) - set(where)), sorted(set(where) - set(names))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import decay, keys
 from .companions import misfit
-from .members import Member, is_sharded, local, members_of
+from .members import Member, is_fake, is_sharded, local, members_of
 from .storage import ARRAYS, CODES, FLOATS, MOMENTS, SCALES, scale_shape
 
 _ANEW = "del optimizer.state[p] starts its moments at zero"
@@ -162,6 +162,25 @@ def check_gradient(member: Member, grad: Tensor) -> None:
             f"the gradient of {member.name!r} {tuple(p.shape)} in p.{where} is {grad.dtype}, the parameter {p.dtype}. Cast it: "
             f"p.{where} = p.{where}.to(p.dtype)."
         )
+
+
+def check_real(members: Sequence[Member]) -> None:
+    """Raise an error if a real parameter is about to be updated under torch's FakeTensorMode, which gives it fake state.
+
+    Args:
+        members: the parameters.
+
+    Raises:
+        RuntimeError: the mode is active and a parameter is a real tensor.
+    """
+    if not is_fake(torch.empty(0, device="cpu")):
+        return
+    for member in members:
+        if not is_fake(local(member.param)):
+            raise RuntimeError(
+                f"step() under FakeTensorMode, but {member.name!r} {tuple(member.param.shape)} is a real tensor, whose state "
+                "would become fake. Leave the mode before step(), or build the model under the mode too."
+            )
 
 
 def capturing(device: torch.device | None = None) -> bool:

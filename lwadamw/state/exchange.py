@@ -11,6 +11,7 @@ from . import checkpoint, creation, packing
 from .checks import check_companion
 from .companions import settle
 from .members import Member, local, members_of, wrap_like
+from .naming import Naming
 from .storage import MOMENTS, kept_weight
 
 
@@ -19,6 +20,24 @@ class StateExchange(torch.optim.AdamW):
 
     This class is not used on its own. `lwadamw.AdamW` derives from it and adds the step.
     """
+
+    _naming: Naming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups, as in torch.
+
+        The state of a parameter that has left all groups is not part of it, because torch's format has no place for it.
+        """
+        self._naming.follow(self.param_groups)
+        kept = {id(p) for group in self.param_groups for p in group["params"]}
+        state = self.state
+        if all(id(key) in kept for key in state if isinstance(key, Tensor)):
+            return super().state_dict()
+        self.__dict__["state"] = {k: v for k, v in state.items() if not isinstance(k, Tensor) or id(k) in kept}
+        try:
+            return super().state_dict()
+        finally:
+            self.__dict__["state"] = state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.AdamW.
@@ -39,6 +58,7 @@ class StateExchange(torch.optim.AdamW):
             ValueError: names, shapes, width multipliers or decay laws do not match. Then nothing has been loaded, and the
                 message gives a statement that makes the checkpoint fit.
         """
+        self._naming.follow(self.param_groups)
         with checkpoint.loading(self):
             super().load_state_dict(state_dict)
         checkpoint.warn_of_types(self.param_groups, self._members(), self.state)
@@ -192,6 +212,7 @@ class StateExchange(torch.optim.AdamW):
         creation.create_state(self.state[p], p, member.group, member.segments)
 
     def _members(self) -> list[Member]:
+        self._naming.follow(self.param_groups)
         return list(members_of(self.param_groups))
 
     def _member(self, p: Tensor) -> Member:

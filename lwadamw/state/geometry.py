@@ -10,10 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .members import local
+
 # How often a geometry remakes its guard. A guard also depends on requires_grad and on the dispatcher's state, for instance
 # on autocast. So a guard may fail although no tensor has changed.
 _REMAKES = 8
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+
+
+def look(tensor: Tensor) -> tuple[Any, ...]:
+    """Return shape, strides, dtype, device and layout of what this process holds of a tensor.
+
+    Somebody may shrink a tensor, or give it another dtype, and leave it at its address. The look shows it.
+
+    Args:
+        tensor: a tensor of any layout.
+    """
+    held = local(tensor)
+    strides = held.stride() if held.layout == torch.strided else ()
+    return held.shape, strides, held.dtype, held.device, held.layout
 
 
 class Geometry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from . import decay, keys
 from .names import names_of
 from .storage import check_options, check_parameter
+
+_PLAIN_NUMBERS = keys.named((*keys.WIDTH, keys.WIDTH_WARMUP, keys.PEAK_LR, keys.HUBER_SCALE))
 
 
 class Effective(NamedTuple):
@@ -62,6 +65,35 @@ def effective(group: Mapping[str, Any]) -> Effective:
     return Effective(scaled("lr", lr_mult), weight_decay, scaled("eps", eps_mult))
 
 
+def check_numbers(group: Mapping[str, Any], where: str) -> None:
+    """Check that every hyperparameter of a group is an object whose changes the step can see.
+
+    Args:
+        group: one of an optimizer's `param_groups`.
+        where: the start of an error message, for instance "group 0: ".
+
+    Raises:
+        TypeError: `lr`, `eps`, `weight_decay` or one of `betas` is neither a number nor a tensor of one element, or a width
+            multiplier, `width_warmup`, `peak_lr` or `huber_scale` is not a number.
+    """
+    betas = group["betas"]
+    if len(betas) != 2:
+        raise TypeError(f"{where}betas={betas!r} are not two numbers. Give a pair such as (0.9, 0.999).")
+    values = {key: group[key] for key in ("lr", "eps", "weight_decay")} | {f"betas[{i}]": betas[i] for i in (0, 1)}
+    for key, value in values.items():
+        if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+            raise TypeError(
+                f"{where}{key}={value!r} is a {type(value).__name__}. Give a float, or a torch.Tensor of one element to change "
+                "it in place."
+            )
+    for name in _PLAIN_NUMBERS:
+        value = group.get(name)
+        if value is not None and not isinstance(value, Real):
+            raise TypeError(
+                f"{where}{name}={value!r} is a {type(value).__name__}. Give a float, and assign a new one to change it."
+            )
+
+
 def complete_group(group: dict[str, Any], index: int) -> None:
     """Check a new group, and add the keys that it needs.
 
@@ -75,6 +107,7 @@ def complete_group(group: dict[str, Any], index: int) -> None:
     Raises:
         ValueError: a storage option, the decay law, a width multiplier or a segment is not valid, or a parameter does not fit
             the storage options.
+        TypeError: a hyperparameter is neither a number nor a tensor of one element.
     """
     where = f"group {index}: "
     check_options(group, where)
@@ -89,6 +122,7 @@ def complete_group(group: dict[str, Any], index: int) -> None:
                 raise ValueError(
                     f"{where}{key.name}={value!r} is not a finite number >= 0. Leave {key.name} out for 1.0."
                 )
+    check_numbers(group, where)
     params = dict(named)
     for name, rows in (keys.SEGMENTS.of(group) or {}).items():
         if name not in params:

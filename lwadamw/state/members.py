@@ -25,7 +25,7 @@ class Member(NamedTuple):
         name: its name, see `names_of`.
         group: the parameter group that contains it.
         group_index: the position of the group in `param_groups`.
-        order: the position of the parameter among all parameters of all groups.
+        order: the position of the parameter among all parameters of all groups. The first position, if a group has it twice.
         segments: the number of elements of each segment, in memory order. An empty tuple: the parameter is one segment.
     """
 
@@ -49,6 +49,11 @@ class Member(NamedTuple):
 def local(tensor: Tensor) -> Tensor:
     """Return the tensor that this process holds: the shard of a DTensor, or else the tensor itself."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of `FakeTensorMode`, which has a shape and no memory."""
+    return type(tensor).__name__ == "FakeTensor"
 
 
 def wrap_like(p: Tensor, held: Tensor) -> Tensor:
@@ -120,14 +125,29 @@ def flat(tensor: Tensor) -> Tensor:
 def members_of(groups: ParamGroups) -> Iterator[Member]:
     """Yield a member for every parameter of every group, in the order of the groups.
 
+    A parameter that stands several times in one group is one member: it takes one step, under the name of its first place.
+
     Args:
         groups: an optimizer's `param_groups`.
+
+    Raises:
+        RuntimeError: two groups have the same parameter, so nobody can tell which hyperparameters it has.
     """
-    order = 0
+    order = count = 0
+    found: dict[int, int] = {}  # index of the group, by id() of the parameter
     for group_index, group in enumerate(groups):
         segments = keys.SEGMENTS.of(group) or {}
-        for name, p in zip(names_of(group, group_index), group["params"], strict=True):
-            yield Member(p, name, group, group_index, order, _segment_sizes(p, segments.get(name, ())))
+        for i, (name, p) in enumerate(zip(names_of(group, group_index), group["params"], strict=True)):
+            first = found.setdefault(id(p), group_index)
+            if first != group_index:
+                raise RuntimeError(
+                    f"parameter {name!r} {tuple(p.shape)} is in group {first} and in group {group_index}, so it has two sets "
+                    "of hyperparameters. Take it out of one of them: "
+                    f"optimizer.param_groups[{group_index}]['params'].pop({i})"
+                )
+            if len(found) > count:
+                count = len(found)
+                yield Member(p, name, group, group_index, order, _segment_sizes(p, segments.get(name, ())))
             order += 1
 
 

@@ -16,6 +16,8 @@ from .codes import decode, encode
 from .members import flat, local
 from .storage import CODES, HALVES, SCALES
 
+_LARGEST_FP16 = torch.finfo(torch.float16).max
+
 
 def read_moment(state: Mapping[str, Any], key: str) -> Tensor:
     """Return a moment as a new local tensor.
@@ -37,6 +39,8 @@ def read_moment(state: Mapping[str, Any], key: str) -> Tensor:
 def write_moment(state: Mapping[str, Any], key: str, values: Tensor, bits: Tensor | None = None) -> None:
     """Round values into a moment that exists already.
 
+    A finite value that float16 cannot hold becomes the largest float16 number: inf would make the weights NaN.
+
     Args:
         state: the state of one parameter.
         key: "exp_avg", "exp_avg_sq" or "max_exp_avg_sq".
@@ -50,6 +54,8 @@ def write_moment(state: Mapping[str, Any], key: str, values: Tensor, bits: Tenso
         codes, scales = encode(values, moment.dtype, random)
         moment.copy_(codes)
         local(state[SCALES[key]]).view(-1).copy_(scales)
+    elif moment.dtype == torch.float16:
+        moment.copy_(values.clamp(-_LARGEST_FP16, _LARGEST_FP16))
     else:
         moment.copy_(values)
 
@@ -71,6 +77,9 @@ def split_remainder(weight: Tensor) -> tuple[Tensor, Tensor]:
 def join_remainder(upper: Tensor, lower: Tensor) -> Tensor:
     """Return the float32 weight that `split_remainder` was given.
 
+    If another writer has changed `upper`, the two halves may be the bits of a NaN although `upper` is none. This happens
+    for 0 and for inf. `upper` alone counts then.
+
     Args:
         upper: bfloat16 of any shape.
         lower: int16 of the same shape.
@@ -80,13 +89,43 @@ def join_remainder(upper: Tensor, lower: Tensor) -> Tensor:
         >>> bool((join_remainder(*split_remainder(weight)) == weight).all())
         True
     """
-    return ((upper.view(torch.int16).to(torch.int32) << 16) + lower).view(torch.float32)
+    high = _bits(upper).to(torch.int32) << 16
+    joined = (high + lower).view(torch.float32)
+    return torch.where(joined.isnan(), high.view(torch.float32), joined)
+
+
+def join_compensation(near: Tensor, lost: Tensor) -> Tensor:
+    """Return the weight of a parameter and its Kahan compensation.
+
+    If another writer has changed the parameter, their sum may no longer round to the parameter. The parameter alone counts
+    then, because the compensation belongs to another value.
+
+    Args:
+        near: parameter, bfloat16 or float16 of any shape.
+        lost: compensation, of the same shape and dtype.
+
+    Returns:
+        float32 of the same shape.
+
+    Example:
+        >>> lost = torch.tensor([0.25, 0.25], dtype=torch.bfloat16)
+        >>> join_compensation(torch.tensor([100.0, 0.0], dtype=torch.bfloat16), lost)
+        tensor([100.2500,   0.0000])
+    """
+    # A compensation of exactly half the spacing would round to even, perhaps away from the parameter that it belongs to.
+    checked = (near.float() + lost.float() * (1 - 2.0**-8)).to(near.dtype)
+    return torch.where(_bits(checked) == _bits(near), near.float() + lost.float(), near.float())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bits of a 16-bit tensor as int16."""
+    return tensor.view(torch.int16)
 
 
 def read_weight(p: Tensor, state: Mapping[str, Any], kept: str) -> Tensor:
     """Return the weight that a step updates, as a new local float32 tensor. A float64 parameter with a companion gives float64.
 
-    If another writer has changed the parameter, an element of the parameter is no longer the rounded copy of its float32
+    If another writer has changed the parameter, an element of the parameter no longer has the bits of its rounded float32
     master weight. The parameter then counts, and the master weight of this element is ignored.
 
     Args:
@@ -101,8 +140,8 @@ def read_weight(p: Tensor, state: Mapping[str, Any], kept: str) -> Tensor:
     if held.dtype not in HALVES:
         return _read_widened(held, companion, kept)
     if kept == "master":
-        return torch.where(companion.to(held.dtype) == held, companion, held.float())
-    return join_remainder(held, companion) if kept == "remainder" else held.float() + companion
+        return torch.where(_bits(companion.to(held.dtype)) == _bits(held), companion, held.float())
+    return join_remainder(held, companion) if kept == "remainder" else join_compensation(held, companion)
 
 
 def _read_widened(held: Tensor, companion: Tensor, kept: str) -> Tensor:
@@ -115,7 +154,7 @@ def _read_widened(held: Tensor, companion: Tensor, kept: str) -> Tensor:
         copies = [companion.to(dtype).to(held.dtype) == held for dtype in HALVES]
         return torch.where(copies[0] | copies[1], companion.to(held.dtype), held)
     near = held.to(torch.bfloat16 if kept == "remainder" else companion.dtype)
-    whole = join_remainder(near, companion) if kept == "remainder" else near.float() + companion.float()
+    whole = join_remainder(near, companion) if kept == "remainder" else join_compensation(near, companion)
     return torch.where(near.to(held.dtype) == held, whole.to(held.dtype), held)
 
 

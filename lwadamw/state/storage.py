@@ -86,14 +86,12 @@ class Storage(NamedTuple):
     def moved_bytes(self, amsgrad: bool = False) -> float:
         """Return the bytes per element of a large parameter that a step has to read and write.
 
-        Every array is read once and written once, with two exceptions. The gradient is only read. A parameter with a
-        master weight counts as only written, because the master weight is read in its place.
+        Every array is read once and written once, except the gradient, which is only read.
 
         Args:
             amsgrad: whether the maximum of the second moment is kept too.
         """
-        param = self.param.itemsize * (1 if self.weight == "master" else 2)
-        return param + self.grad.itemsize + 2 * self.state_bytes(amsgrad)
+        return 2 * self.param.itemsize + self.grad.itemsize + 2 * self.state_bytes(amsgrad)
 
 
 def check_options(group: Mapping[str, Any], where: str) -> None:

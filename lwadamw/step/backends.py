@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state.members import Member, is_dense, local
+from ..state.members import Member, is_dense, is_fake, local
 from ..state.storage import CODES, FLOATS, MOMENTS
 
 
@@ -43,6 +43,8 @@ def triton_refusal(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
     if group["differentiable"]:
         return "differentiable=True needs autograd through the step. Use backend='torch'"
     p = local(p)
+    if is_fake(p):
+        return "it is a tensor of FakeTensorMode, which has no memory. Use backend='torch'"
     if p.layout != torch.strided:
         return f"its layout is {p.layout}. Use backend='torch'"
     if p.device.type == "cpu":

@@ -17,6 +17,7 @@ from ..state.groups import effective
 from ..state.members import Member, any_gradient, gradient_of, gradients_of
 from ..state.storage import storage_of
 from . import torch_fused_cpu as fused_cpu
+from .torch_paths import Path, check_group, leaves_open, path_of
 
 _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 _ARGUMENTS = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
@@ -104,12 +105,14 @@ def fill_buckets(
         The buckets, and the parameters that have no gradient, by the attribute that would hold it.
 
     Raises:
-        RuntimeError: a gradient is sparse, or has another shape than its parameter.
+        RuntimeError: a gradient is sparse or has another shape than its parameter, or torch cannot update a parameter. See
+            torch_paths.py.
+        TypeError: a hyperparameter is neither a number nor a tensor of one element.
     """
     without_gradient: dict[str, list[Tensor]] = {}
     buckets: dict[tuple[Any, ...], Bucket] = {}  # by everything that one call must agree in
-    by_group: dict[tuple[int, bool, bool], Bucket] = {}  # so that hyperparameters are computed once per group
-    implicit_groups: dict[int, bool] = {}
+    by_group: dict[tuple[int, Path, bool], Bucket] = {}  # so that hyperparameters are computed once per group
+    fused_groups: dict[int, bool] = {}  # whether torch's fused CPU kernel may be used, by the index of the group
     for m in members:
         # A framework may have replaced the group dict by a copy. So do not use the member's own group.
         p, group = m.param, groups[m.group_index]
@@ -124,35 +127,50 @@ def fill_buckets(
         entry = entries.get(m.order)
         if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
             entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if fused_cpu.serves(p, state[p]) else None)
-        entry.member = m
+        entry.member, entry.sums = m, None
+        if m.group_index not in fused_groups:
+            check_group(group, m.group_index)
+            fused_groups[m.group_index] = fused_cpu.serves_group(group)
         storage = storage_of(p, grad, group, entry.state, m.segments)
-        # A 16-bit parameter with huber decay counts as packed. Otherwise torch's step and the decay would round it twice.
-        packed = not storage.plain or (decay.is_huber(group) and p.dtype.itemsize < 4)
         entry.kept = storage.weight
-        implicit = implicit_groups.get(m.group_index)
-        if implicit is None:
-            implicit = implicit_groups[m.group_index] = fused_cpu.serves_group(group)
-        if implicit:
-            implicit = not packed and entry.address is not None and fused_cpu.is_plain(p, grad)
-        place = (m.group_index, implicit, packed)
+        path = path_of(m, grad, group, entry.state, storage)
+        if path == "asked" and grad.dtype != p.dtype:
+            grad = grad.to(p.dtype)
+        if (
+            path == "asked"
+            and fused_groups[m.group_index]
+            and entry.address is not None
+            and fused_cpu.is_plain(p, grad)
+        ):
+            path = "fused"
+        place = (m.group_index, path, p.device.type == "cpu")
         bucket = by_group.get(place)
         if bucket is None:
-            bucket = by_group[place] = _bucket_for(group, attribute, implicit, packed, buckets)
+            bucket = by_group[place] = _bucket_for(group, attribute, path, p.device.type == "cpu", buckets)
         bucket.entries.append(entry)
         bucket.grads.append(grad)
     return list(buckets.values()), without_gradient
 
 
 def _bucket_for(
-    group: Mapping[str, Any], attribute: str, implicit_fused: bool, packed: bool, buckets: dict[tuple[Any, ...], Bucket]
+    group: Mapping[str, Any], attribute: str, path: Path, on_cpu: bool, buckets: dict[tuple[Any, ...], Bucket]
 ) -> Bucket:
     """Return the bucket whose values agree with those of a group. Create it if there is none."""
     used, huber_decay = effective(group), None
     if decay.is_huber(group):
         huber_decay, used = used.lr * used.weight_decay, used._replace(weight_decay=0.0)
-    values = (*used, *group["betas"], *(group[flag] for flag in _FLAGS))
-    new = Bucket(dict(zip(_ARGUMENTS, values, strict=True)), attribute, implicit_fused, packed, huber_decay)
-    return buckets.setdefault((attribute, implicit_fused, packed, huber_decay, *values), new)
+    flags = {flag: group[flag] for flag in _FLAGS}
+    if path == "loop":
+        flags |= {"fused": False, "foreach": False}
+    if on_cpu:
+        flags["capturable"] = False  # nothing captures a CPU, and torch's loop would refuse
+    numbers = (*used, *group["betas"])
+    if leaves_open(group):
+        # torch would compute 1 - lr * weight_decay in the 16 bits of a tensor.
+        numbers = tuple(v.float() if isinstance(v, Tensor) and v.dtype.itemsize < 4 else v for v in numbers)
+    values = (*numbers, *flags.values())
+    new = Bucket(dict(zip(_ARGUMENTS, values, strict=True)), attribute, path == "fused", path == "packed", huber_decay)
+    return buckets.setdefault((attribute, path, huber_decay, *values), new)
 
 
 def refill_buckets(buckets: Sequence[Bucket], without_gradient: Mapping[str, Sequence[Tensor]]) -> bool:

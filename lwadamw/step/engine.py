@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..state.checks import capturing, check_capturable, check_state
+from ..state.checks import capturing, check_capturable, check_real, check_state
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
+from ..state.geometry import look
 from ..state.members import Member, ParamGroups, is_sharded, local, members_of
+from ..state.naming import Naming
 from ..tables.request import Request
 from .backends import use_triton
 from .nonfinite import DelayedNormCheck
@@ -31,10 +33,11 @@ class Engine:
 
     Args:
         backend: the optimizer's argument `backend`: None, "triton" or "torch".
+        naming: the names of the optimizer's parameters.
     """
 
-    def __init__(self, backend: str | None) -> None:
-        self._backend = backend
+    def __init__(self, backend: str | None, naming: Naming) -> None:
+        self._backend, self._naming = backend, naming
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
         self._norm_check = DelayedNormCheck()
@@ -47,9 +50,11 @@ class Engine:
         self._triton: TritonBackend | None = None
         self._torch = TorchBackend()
         self._torch_members: list[Member] = []
-        self._torch_members_by_id: dict[int, Member] = {}  # by id() of the parameter
-        # Gradient release: parameters of the torch backend that take their steps one by one, each with a backend of its
-        # own. By id() of the parameter.
+        # Gradient release. The member of each parameter, by id() of the parameter.
+        self._members: dict[int, Member] = {}
+        # The parameters of the torch backend as they were, by id(). See `released_member`.
+        self._looks: dict[int, tuple[Any, ...]] = {}
+        # Parameters of the torch backend that take their steps one by one, each with a backend of its own. By id().
         self._released: dict[int, tuple[Member, TorchBackend]] = {}
         self.grad_norm: Tensor | None = None
 
@@ -103,7 +108,7 @@ class Engine:
                 factor=None, grad_scale=request.grad_scale, found_inf=request.found_inf, norms=request.norms
             )
             if self._triton is None and request.found_inf is not None:
-                self._count_skipped(request.found_inf)
+                self.count_skipped(request.found_inf)
 
     def _run_clipped(self, request: Request) -> None:
         """Run the backends with gradients clipped by the norm over both backends."""
@@ -120,50 +125,93 @@ class Engine:
             if triton_backend is None:
                 self.grad_norm = norm
                 if stop is not None:
-                    self._count_skipped(stop)
+                    self.count_skipped(stop)
 
-    def _count_skipped(self, stop: Tensor) -> None:
-        """Count a step as skipped if `stop` is not zero, without waiting for the device."""
-        if self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.int64, device=stop.device)
-        self._skipped += (stop.reshape(()) != 0).to(self._skipped.device)
+    def count_skipped(self, stop: Tensor) -> None:
+        """Count a step as skipped if `stop` is not zero, without waiting for the device.
 
-    def step_released(self, groups: ParamGroups, state: State, p: Tensor, *, verify_state: bool, norms: bool) -> None:
+        Args:
+            stop: one element.
+        """
+        counter = self.skipped
+        if counter is None:
+            counter = self._skipped = torch.zeros((), dtype=torch.int64, device=stop.device)
+        counter += (stop.reshape(()) != 0).to(counter.device, non_blocking=True)
+
+    def released_member(self, groups: ParamGroups, state: State, p: Tensor) -> Member | None:
+        """Return the member of a parameter that is about to take its step alone, or None if it is in no group.
+
+        The parameters are sorted again if the groups have other parameters than before, or if this parameter belongs to
+        the torch backend and has another shape, other strides, another dtype or another device than before.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            state: the optimizer's state by parameter.
+            p: the parameter.
+        """
+        listed = self._fingerprint is not None and self._fingerprint.lists_hold(groups)
+        if not listed or (id(p) in self._looks and self._looks[id(p)] != look(p)):
+            self._sort_released(groups, state)
+        return self._members.get(id(p))
+
+    def step_released(
+        self, groups: ParamGroups, state: State, member: Member, request: Request, *, verify_state: bool
+    ) -> None:
         """Gradient release: update one parameter. Its gradient is complete, those of other parameters may not be.
 
         Args:
             groups: the optimizer's parameter groups.
             state: the optimizer's state by parameter. Missing state is created.
-            p: the parameter to update.
+            member: what `released_member` has just returned for a parameter that has a gradient.
+            request: norms and loss scaling of this step.
             verify_state: as in `step`.
-            norms: measure the norms of this parameter.
 
         Raises:
-            RuntimeError: parameters or state change while backward() runs, or the step is being captured in a CUDA graph.
+            RuntimeError: the parameter, its gradient or its state cannot be used, or the step is being captured in a CUDA
+                graph. Then the parameter has not been changed.
         """
+        p, found = member.param, member
         if capturing(local(p).device):
             raise RuntimeError(
-                "lwadamw.AdamW: a backward that releases gradients cannot be captured in a CUDA graph. Call remove() on the "
-                "handle of release_gradients(), and capture step()."
+                f"lwadamw.AdamW: the backward that releases the gradient of {member.name!r} {tuple(p.shape)} is being captured "
+                "in a CUDA graph. Call remove() on the handle of release_gradients(), and capture step()."
             )
-        if self._fingerprint is None or not self._fingerprint.lists_hold(groups):
-            self._sort(groups, state, idle=False)
-        member = self._torch_members_by_id.get(id(p))
-        if member is None:
-            for _ in range(2):
-                if self._triton is not None and self._triton.run_one(groups, p, norms, verify_state):
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            for _ in range(3):
+                if id(p) in self._looks:
+                    self._step_torch_member(found, groups, state, request)
                     return
-                self._sort(groups, state, idle=False)
-            raise RuntimeError("lwadamw.AdamW: parameters or state are being replaced while backward() runs.")
-        _, torch_backend = self._released.setdefault(id(p), (member, TorchBackend()))
+                if self._triton is not None and self._triton.run_one(groups, state, p, request, verify_state):
+                    return
+                self._sort_released(groups, state)
+                found = self._members[id(p)]
+        raise RuntimeError(
+            f"lwadamw.AdamW: {member.name!r} {tuple(p.shape)}, its group or its state is being replaced while it takes its "
+            "step inside backward."
+        )
+
+    def _step_torch_member(self, member: Member, groups: ParamGroups, state: State, request: Request) -> None:
+        _, torch_backend = self._released.setdefault(id(member.param), (member, TorchBackend()))
         torch_backend.prepare([member], groups, state, fresh=False)
-        torch_backend.run(factor=None, grad_scale=None, found_inf=None, norms=norms)
-        if norms:
+        torch_backend.run(factor=None, grad_scale=request.grad_scale, found_inf=request.found_inf, norms=request.norms)
+        if request.norms:
             torch_backend.measure()
+            for bucket in torch_backend.buckets:
+                bucket.skipped = False  # what was measured is right for a skipped step too
+
+    def _sort_released(self, groups: ParamGroups, state: State) -> None:
+        """Give every parameter to a backend. Keep what the torch backend has measured of steps inside backward."""
+        released = self._released
+        self._sort(groups, state, idle=False)
+        for key, (_, torch_backend) in released.items():
+            if key in self._looks:
+                self._released[key] = (self._members[key], torch_backend)
 
     def _prepare(self, groups: ParamGroups, state: State, request: Request, verify_state: bool) -> None:
         """Make both backends ready for this step. Sort the parameters again if any of them or any state is new."""
         fresh = self._fingerprint is not None and self._fingerprint.holds(groups, state, verify_state)
+        if fresh and self._torch_members:
+            fresh = self._torch.fits(groups)
         if not fresh:
             self._sort(groups, state)
         if self._triton is not None and not self._triton.stage(groups, request, verify_state):
@@ -181,26 +229,30 @@ class Engine:
         Args:
             groups: the optimizer's parameter groups.
             state: the optimizer's state by parameter.
-            idle: leave out parameters of the Triton backend that have neither a gradient nor state.
+            idle: leave out parameters of the Triton backend that have neither a gradient nor state. False: leave them
+                out only if they do not require a gradient either.
         """
-        members = list(members_of(groups))
-        if capturing() or any(map(capturing, {local(m.param).device for m in members})):
+        if capturing() or any(map(capturing, {local(p).device for group in groups for p in group["params"]})):
             raise RuntimeError(
                 "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
                 "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
             )
-        self._skipped = self.skipped
-        self.keep_captures(self)
-        self._forget()
+        self._naming.follow(groups)
+        members = list(members_of(groups))
+        check_real(members)
         for m in members:
             check_state(m, state.get(m.param, {}))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
+        self._skipped = self.skipped
+        self.keep_captures(self)
+        self._forget()
         for m in members:
             if state.get(m.param):
                 settle(m.param, state[m.param])
         chosen = {id(m.param) for m in for_triton}
         self._torch_members = [m for m in members if id(m.param) not in chosen]
-        self._torch_members_by_id = {id(m.param): m for m in self._torch_members}
+        self._members = {id(m.param): m for m in members}
+        self._looks = {id(m.param): look(m.param) for m in self._torch_members}
         if for_triton:
             from ..tables.triton_backend import TritonBackend
 
@@ -285,4 +337,6 @@ def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Te
     if found_inf is not None:
         found = found_inf.to(device, torch.float32, non_blocking=True).reshape(())
         stop = found if stop is None else torch.maximum(stop, found)
-    return norm.float(), factor, stop
+    # Conversion to float32 would make a large norm inf, and only a step that did not happen has this norm.
+    shown = torch.where(norm.isfinite(), norm.clamp(max=torch.finfo(torch.float32).max), norm)
+    return shown.float(), factor, stop

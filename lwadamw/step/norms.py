@@ -22,6 +22,9 @@ class Norms:
     A parameter that had no gradient in the last step has update, grad and angle 0. So has every parameter if the last
     step was skipped because of a non-finite gradient. NaN means that a value is not known.
 
+    The kernels add squares in float32. So a norm above 1.8e19 may be shown as inf, and elements below 1e-19 may be left out.
+    `grad` is the norm of the gradient that the moments took, whose elements are at most 1.8e19, see docs/storage.md.
+
     The angle has a limit of resolution. If the update hardly does more than change the length of the weight, angles
     below about 1e-3 update/weight are not accurate.
 

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from ..state import keys
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
+from ..state.naming import Naming
 from ..tables.request import Request
 from .engine import Engine
-from .gradient_release import GradientRelease, check_releasable
+from .gradient_release import GradientRelease, ReleaseHooks, check_releasable
 from .hooks import watched_only
 from .norms import Norms
 from .options import Options
@@ -58,7 +59,10 @@ class AdamW(StateExchange):
         differentiable: let autograd run through the step. This uses the torch backend.
         fused: as in torch: True asks for torch's fused kernel where the torch backend updates a parameter. False asks for
             another implementation of torch's and so for the torch backend. None: the torch backend chooses. On the CPU it
-            then takes torch's fused kernel, where torch.optim.AdamW would loop over a dozen operators.
+            then takes torch's fused kernel, where torch.optim.AdamW would loop over a dozen operators. 16-bit parameters
+            are then updated in float32, as the kernels do; with `foreach`, `fused` or `differentiable` they are updated in
+            torch's own arithmetic, where float16 rounds eps=1e-8 to 0. With fused=True and without `max_grad_norm`, the
+            torch backend leaves `p.grad` unscaled after a step under a GradScaler, as torch does.
         max_grad_norm: clip the gradients by their global norm inside the step. The result is that of
             `torch.nn.utils.clip_grad_norm_` before the step, but the gradients are not rewritten. None: no clipping.
         nonfinite: what happens to a step whose global gradient norm is not finite, if `max_grad_norm` is set. "skip": the
@@ -120,6 +124,9 @@ class AdamW(StateExchange):
         (2,)
     """
 
+    # torch.compile calls the constructor and step() as they are. torch.compiler.disable would do the same, but loads the
+    # compiler on import.
+    @_disable_dynamo
     def __init__(
         self,
         params: Iterable[Any],
@@ -169,8 +176,9 @@ class AdamW(StateExchange):
             },
         )
         self.max_grad_norm = max_grad_norm
-        self._engine = Engine(backend)
         self.evidence: dict[str, Any] = dict(getattr(params, "evidence", {}))
+        self._naming = Naming(self.evidence)
+        self._engine = Engine(backend, self._naming)
         super().__init__(
             params,
             lr,
@@ -184,7 +192,7 @@ class AdamW(StateExchange):
             differentiable=differentiable,
             fused=fused,
         )
-        self._released: GradientRelease | None = None
+        self._released: ReleaseHooks | None = None
         self._state_was_shared = False
 
     @property
@@ -251,27 +259,29 @@ class AdamW(StateExchange):
         Raises:
             ValueError: a width multiplier is not a finite number >= 0, a decay law is unknown or needs a `peak_lr`, a
                 storage option is not valid, or segments do not fit their parameter.
+            RuntimeError: gradients are released, and those of the group cannot be.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             for key, value in self.options.group.items():
                 group.setdefault(key, value)
+            self._naming.add(self.param_groups)
             complete_group(group, len(self.param_groups) - 1)
+            released: ReleaseHooks | None = getattr(self, "_released", None)
+            if released is not None:
+                check_releasable(self.param_groups, self._max_grad_norm)
+                released.follow(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
-        released: GradientRelease | None = getattr(self, "_released", None)
-        if released is not None:
-            released.add(group["params"])
 
     # torch's constructor wraps `step` in this.
     profile_hook_step = staticmethod(watched_only)  # type: ignore[assignment]
 
-    # torch.compile calls step() as it is. torch.compiler.disable would do the same, but loads the compiler on import.
     @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters once.
+        """Update all parameters once. While gradients are released: update those that still have a gradient.
 
         Args:
             closure: evaluates the model again, with gradients enabled, and returns the loss.
@@ -288,16 +298,23 @@ class AdamW(StateExchange):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._released:
-            request = Request(
-                self._max_grad_norm,
-                self.options.nonfinite,
-                self.options.norms,
-                getattr(self, "grad_scale", None),
-                getattr(self, "found_inf", None),
-            )
-            self._engine.step(self.param_groups, self.__dict__["state"], request, verify_state=self._state_was_shared)
+        state, verify = self.__dict__["state"], self._state_was_shared
+        if self._released is None:
+            self._engine.step(self.param_groups, state, self._request(), verify_state=verify)
+        else:
+            self._released.step(self._engine, self.param_groups, state, self._request(), verify)
         return loss
+
+    def _request(self) -> Request:
+        # A GradScaler that has looked at no gradient assigns the int 0.
+        found_inf = getattr(self, "found_inf", None)
+        return Request(
+            self._max_grad_norm,
+            self.options.nonfinite,
+            self.options.norms,
+            getattr(self, "grad_scale", None),
+            found_inf if isinstance(found_inf, Tensor) else None,
+        )
 
     def norms(self) -> Norms:
         """Return the norms of the last step by parameter name.
@@ -368,6 +385,8 @@ class AdamW(StateExchange):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch.amp.GradScaler may leave unscaling and skipping to the step."""
         fused = bool(self.defaults.get("fused"))
+        if self.__dict__.get("_released") is not None:
+            return True  # so that `step()` hears of an inf in a gradient that is gone
         return fused or self._engine.uses_triton(self.param_groups)
 
     @_step_supports_amp_scaling.setter
@@ -377,38 +396,61 @@ class AdamW(StateExchange):
     def release_gradients(self) -> GradientRelease:
         """Let every parameter take its step inside backward and drop its gradient, so that few gradients exist at a time.
 
-        A parameter takes its step when backward has accumulated its gradient. So one backward is one step. `step()` then
-        only calls its closure, and step hooks do not see these steps. Norms are measured as always.
+        A parameter takes its step when backward has accumulated its gradient. So each backward is one step: two backward
+        passes are two steps, not one step on the sum of their gradients. Step hooks do not see these steps. The norms of a
+        parameter are those of its own last step, and NaN on the Triton backend until its first one.
+
+        Go on calling `step()` after every backward. It takes the step of every parameter that still has a gradient: one
+        that was unfrozen or added since, or one whose gradient was assigned by a framework. It drops these gradients. From
+        the next backward on, such a parameter takes its step there.
+
+        Followed in every backward: hyperparameters and groups; parameters that are added, frozen or unfrozen; parameters
+        whose memory, shape or dtype was replaced; state that was deleted, replaced, loaded or converted. A parameter that
+        is in no group any more keeps its gradient. So does every parameter once the optimizer is gone. Python may collect a
+        deleted optimizer late, for instance one with a scheduler, so call `remove()` to end gradient release at once.
+
+        With a torch.amp.GradScaler, call `scaler.scale(loss).backward()`, `scaler.step(optimizer)` and `scaler.update()`
+        as always, with one backward per update. Each parameter takes its step on its unscaled gradient. If this gradient
+        has an inf or a NaN, this parameter alone skips its step, where a whole step would be skipped for all parameters.
+        The scaler hears of it, so its scale falls, and `skipped_steps` counts it once in `scaler.step`. `scaler.unscale_`
+        and functions such as `clip_grad_norm_` find no gradients.
+
+        Copies and pickles of the optimizer are not released.
+
+        Refused with an error: a backward inside another backward, as `torch.utils.checkpoint.checkpoint` runs it with
+        use_reentrant=True (pass use_reentrant=False); losses that several GradScalers have scaled in one backward; a
+        GradScaler with parameters that are sharded over processes; a parameter that another optimizer has released, or
+        whose gradient DistributedDataParallel or FullyShardedDataParallel averages over processes. Gradients of
+        `fully_shard` are taken by `step()`.
+
+        Not seen: frameworks other than torch's own, and a DistributedDataParallel that is built after this call, if they
+        average gradients over processes after autograd has accumulated them. Do not release gradients with them. A loss
+        that was scaled before this call, or by anything but a torch.amp.GradScaler or a subclass: its parameters take
+        steps on scaled gradients. If such a scaler calls `step()`, an error says so, but only then. On a GPU, a backward
+        that a hook starts inside another backward.
 
         Returns:
-            A handle. `remove()` ends gradient release. The handle is also a context manager.
+            A handle. `remove()` ends gradient release. The handle is also a context manager. With a GradScaler, end
+            gradient release after `scaler.step`.
 
         Raises:
             RuntimeError: `max_grad_norm` is set, whose global norm would be known too late; or a group has another
-                `grad_attribute` than "grad"; or gradients are released already.
+                `grad_attribute` than "grad"; or gradients are released already, by this or by another optimizer.
         """
         check_releasable(self.param_groups, self._max_grad_norm)
         if self._released is not None:
             raise RuntimeError(
                 "release_gradients(): gradients are released already. Call remove() on the first handle."
             )
+        self._released = ReleaseHooks(self)
+        return GradientRelease(self, self._released)
 
-        def done() -> None:
-            self._released = None
-
-        params = [p for group in self.param_groups for p in group["params"]]
-        self._released = GradientRelease(params, self._step_released, done)
-        return self._released
-
-    def _step_released(self, p: Tensor) -> None:
-        """Take the step of one parameter whose gradient is complete."""
-        self._engine.step_released(
-            self.param_groups,
-            self.__dict__["state"],
-            p,
-            verify_state=self._state_was_shared,
-            norms=self.options.norms,
-        )
+    def _step_released(self, p: Tensor) -> bool:
+        """Take the step of one parameter whose gradient is complete. Return False if it is in no group."""
+        if self._released is None:
+            return False
+        state, verify = self.__dict__["state"], self._state_was_shared
+        return self._released.take(self._engine, self.param_groups, state, p, self._request(), verify)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, as in torch.
@@ -430,6 +472,7 @@ class AdamW(StateExchange):
                         grad.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._naming.follow(self.param_groups)
         own = {key: self.__dict__[key] for key in ("options", "_max_grad_norm", "evidence")}
         return {**super().__getstate__(), **own}
 
@@ -451,8 +494,11 @@ class AdamW(StateExchange):
                     p_state["step"] = torch.tensor(
                         float(p_state["step"]), dtype=torch.float32, device=p.device if on_device else "cpu"
                     )
+        naming: Naming | None = self.__dict__.get("_naming")
+        self._naming = Naming(self.evidence) if naming is None else naming
+        self._naming.adopt(self.param_groups)
         former = self.__dict__.get("_engine")
-        self._engine = Engine(self.options.backend)
+        self._engine = Engine(self.options.backend, self._naming)
         if former is not None:
             self._engine.keep_captures(former)
         self._state_was_shared = True

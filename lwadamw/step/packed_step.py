@@ -5,6 +5,9 @@ The weight and the moments are unpacked to float32, updated, and packed again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -35,8 +38,7 @@ def step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> None
     keys_used = MOMENTS if bucket.options["amsgrad"] else MOMENTS[:2]
     moments: dict[str, Tensor] = {key: packing.read_moment(state, key) for key in keys_used if key in state}
     g = torch.empty_like(weight).copy_(local(grad))  # in the memory layout of the weight
-    if bucket.factor is not None:
-        torch._foreach_mul_([g], bucket.factor.to(p.device))
+    _limit(g, bucket.factor, state)
     _update([weight, g, *moments.values()], state["step"], bucket)
     if bucket.huber_decay is not None:
         decay.shrink(weight, state[decay.THRESHOLD], bucket.huber_decay)
@@ -50,6 +52,28 @@ def step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> None
         change = after - before
         pairs = ((after, after), (change, change), (g, g), (before, change))
         entry.sums = torch.stack([(a.double() * b.double()).sum() for a, b in pairs])
+
+
+def _limit(g: Tensor, factor: Tensor | None, state: Mapping[str, Any]) -> None:
+    """Multiply a gradient in place, and limit its elements so that no finite gradient makes a moment inf.
+
+    These are the limits of kernels/adamw.py. An element that is inf or NaN becomes NaN, and a factor that is inf or NaN makes
+    every element NaN.
+
+    Args:
+        g: float32.
+        factor: what to multiply by, one element; None: 1.
+        state: the state of the parameter; the dtypes of its moments set the limit.
+    """
+    half = torch.float16
+    limit = 255.875 if state["exp_avg_sq"].dtype == half else 65504.0 if state["exp_avg"].dtype == half else 1.8e19
+    if factor is None:
+        nan_or_zero = g * 0.0
+    else:
+        factor = factor.to(g.device)
+        nan_or_zero = g * (factor.float() * 0.0)
+        torch._foreach_mul_([g], factor)
+    g.clamp_(-limit, limit).add_(nan_or_zero)
 
 
 def _update(arrays: list[Tensor], step: Tensor, bucket: Bucket) -> None:

@@ -8,6 +8,7 @@ they are stored.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch.optim.adamw import adamw
 
 from ..state import creation, decay, keys
 from ..state.checks import capturing, check_state
-from ..state.identity import same
+from ..state.identity import same, snapshot
 from ..state.members import Member, local
 from ..state.storage import MOMENTS
 from . import torch_fused_cpu as fused_cpu
 from .buckets import Bucket, Entry, fill_buckets, refill_buckets
 from .packed_step import step_packed
-from .torch_norms import resting_sums, sums_of
+from .torch_norms import HalfNorms, resting_sums, sums_of
 
 
 class TorchBackend:
@@ -37,7 +38,19 @@ class TorchBackend:
         self.buckets: list[Bucket] = []
         self._entries: dict[int, Entry] = {}  # by the parameter's order
         self._without_gradient: dict[str, list[Tensor]] = {}  # by the attribute that would hold the gradient
-        self._group_referents: list[Any] = []  # every object in every group at the last step
+        # Every object in every group at the last step, with copies of lists and dicts.
+        self._group_referents: list[Any] = []
+        self._naming: list[Any] = []  # names and segments of every group at the last step
+        self._current: list[Any] | None = None  # every object in every group now, if `fits` has collected them already
+
+    def fits(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether the members that the last step had still have the names and segments that their groups give them.
+
+        Args:
+            groups: the optimizer's parameter groups.
+        """
+        self._current = gc.get_referents(*groups)
+        return same(self._current, self._group_referents) or same(_naming_of(groups), self._naming)
 
     def prepare(self, members: Iterable[Member], groups: Sequence[dict[str, Any]], state: Any, fresh: bool) -> bool:
         """Collect the parameters and gradients of this step, and create missing state.
@@ -53,16 +66,18 @@ class TorchBackend:
             Whether state has been created or moved.
 
         Raises:
-            RuntimeError: a gradient is sparse, or state does not fit its parameter. Nothing has been written then.
+            RuntimeError: a gradient is sparse, torch cannot update a parameter, or state does not fit its parameter.
+                Nothing has been written then.
+            TypeError: a hyperparameter is neither a number nor a tensor of one element.
         """
-        referents = gc.get_referents(*groups)
+        referents, self._current = self._current or gc.get_referents(*groups), None
         unchanged = fresh and same(referents, self._group_referents)
         if unchanged and refill_buckets(self.buckets, self._without_gradient):
             return False
         if not fresh:
             self._entries = {}
         self.buckets, self._without_gradient = fill_buckets(members, groups, state, self._entries)
-        self._group_referents = referents
+        self._group_referents, self._naming = snapshot(referents), snapshot(_naming_of(groups))
         return self._complete_state()
 
     def _complete_state(self) -> bool:
@@ -96,9 +111,7 @@ class TorchBackend:
         norms: dict[tuple[torch.device, type], list[Tensor]] = {}
         for grad in (grad for bucket in self.buckets for grad in bucket.grads):
             real = torch.view_as_real(grad) if grad.is_complex() else grad
-            # A norm that is computed in 16 bits would be wrong in the third digit.
-            dtype = torch.float32 if real.dtype.itemsize < 4 else None
-            norm = torch.linalg.vector_norm(real, dtype=dtype)
+            norm = _norm(real)
             norms.setdefault((norm.device, type(norm)), []).append(norm)
         totals = [torch.linalg.vector_norm(torch.stack([n.double() for n in alike])) for alike in norms.values()]
         return [(t.full_tensor() if hasattr(t, "full_tensor") else t).square() for t in totals]
@@ -114,7 +127,8 @@ class TorchBackend:
             grad_scale: divides the gradients, one element. None: the gradients are not scaled, or `factor` unscales them.
             found_inf: not zero if the step must change nothing, one element. torch's fused kernel reads it on the device
                 if the group asks for fused. Otherwise the host reads it. None: the step happens.
-            norms: measure packed parameters now. Later that is not possible, because weights and moments are rounded.
+            norms: measure 16-bit and packed parameters now. Later that is not possible, because weights and moments are
+                rounded.
         """
         for bucket in self.buckets:
             grads, bucket.grads = bucket.grads, []  # norms are read later; do not keep gradients alive until then
@@ -127,7 +141,12 @@ class TorchBackend:
                 for entry, grad in zip(bucket.entries, grads, strict=True):
                     step_packed(entry, grad, bucket, norms)
             else:
+                measured = HalfNorms(bucket, grads) if norms else None
                 _step_plain(bucket, grads, grad_scale, found_inf)
+                if measured is not None:
+                    measured.finish()
+                if bucket.fused and grad_scale is not None:
+                    bucket.factor = None  # torch's fused kernel has unscaled the gradients in place
             _keep_hyperparameters(bucket.options)
 
     @torch.no_grad()
@@ -153,6 +172,27 @@ class TorchBackend:
         done = {id(entry.member.param): sums_of(bucket, entry) for bucket in self.buckets for entry in bucket.entries}
         held = [m for m in members if state.get(m.param)]
         return [(m, done[id(m.param)] if id(m.param) in done else resting_sums(m, state[m.param])) for m in held]
+
+
+def _norm(grad: Tensor) -> Tensor:
+    """Return the norm of a real gradient. A square that float32 cannot hold does not spoil it."""
+    if grad.device.type != "cpu" or grad.dtype == torch.float64 or local(grad) is not grad:
+        double: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
+        return double
+    # A CPU takes 14 times as long for float64, because torch makes a copy first.
+    single: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float32)
+    if 1e-15 < single < math.inf or not grad.numel():
+        return single
+    largest: Tensor = torch.linalg.vector_norm(grad, ord=math.inf)
+    if not 0 < largest < math.inf:
+        return largest.float()
+    exact: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
+    return exact
+
+
+def _naming_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return what the groups say about the names and segments of their parameters."""
+    return [(group.get("param_names"), group.get(keys.SEGMENTS.name)) for group in groups]
 
 
 def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: bool) -> None:

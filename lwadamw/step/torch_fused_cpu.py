@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state.members import local
+from ..state.members import is_fake, local
 from ..state.storage import MOMENTS
 
 # Number of elements that are processed at a time where they are read more than once, so that they stay in the CPU's cache.
@@ -53,7 +53,7 @@ def serves(p: Tensor, state: Mapping[str, Any]) -> bool:
         p: the parameter.
         state: its optimizer state; may be empty.
     """
-    if p.device.type != "cpu" or p.dtype not in _DTYPES or local(p) is not p:
+    if p.device.type != "cpu" or p.dtype not in _DTYPES or local(p) is not p or is_fake(p):
         return False
     return all(state[key].dtype == p.dtype and state[key].is_contiguous() for key in MOMENTS if key in state)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..state import decay, packing
 from ..state.members import Member, local
-from ..state.storage import kept_weight
+from ..state.storage import HALVES, kept_weight
 from . import torch_fused_cpu as fused_cpu
 from .buckets import Bucket, Entry
 
@@ -35,6 +35,37 @@ def sums_of(bucket: Bucket, entry: Entry) -> Tensor:
         return resting_sums(entry.member, entry.state)
     huber = None if bucket.huber_decay is None or entry.threshold is None else (entry.threshold, bucket.huber_decay)
     return step_sums(entry.member, entry.state, bucket.options, bucket.factor, bucket.skipped, huber)
+
+
+class HalfNorms:
+    """Statistics of the 16-bit parameters of a bucket, from copies of their weights that are taken before the step.
+
+    The moments after a step do not tell what rounding to 16 bits did to the update.
+
+    Args:
+        bucket: the bucket that is about to be updated.
+        grads: its gradients, before the step.
+    """
+
+    def __init__(self, bucket: Bucket, grads: list[Tensor]) -> None:
+        self._rows = []
+        for entry, grad in zip(bucket.entries, grads, strict=True):
+            if entry.member.param.dtype in HALVES:
+                factor = _scalar(1.0 if bucket.factor is None else bucket.factor, grad)
+                square = torch.stack([g.square().sum() for (g,) in _pieces(grad)]).sum()
+                before = local(entry.member.param.detach()).clone()
+                self._rows.append((entry, before, square * factor**2))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Compute the statistics after the step, and keep them in `Entry.sums`."""
+        for entry, before, grad_square in self._rows:
+            rows = [
+                torch.stack([a.square().sum(), (a - b).square().sum(), (b * (a - b)).sum()])
+                for b, a in _pieces(before, entry.member.param)
+            ]
+            weight, change, dot = torch.stack(rows).sum(0)
+            entry.sums = torch.stack([weight, change, grad_square, dot])
 
 
 def resting_sums(member: Member, state: Mapping[str, Any]) -> Tensor:

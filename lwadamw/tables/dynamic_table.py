@@ -73,20 +73,24 @@ class DynamicTable:
         upload.send()
         self._gradients, self._sent = gradients, True
 
-    def stage_row(self, row: int, gradient: int) -> None:
-        """Make the device see the numbers for a step of one row alone, which knows no clipping and no loss scale.
+    def stage_row(self, row: int, gradient: int, header: Header) -> None:
+        """Make the device see the numbers for a step of one row alone.
 
         Args:
             row: index of the row.
             gradient: address of the row's gradient.
+            header: the numbers that belong to no row and no group.
         """
         upload, place = self._upload, layout.HEADER + row
         upload.words[place] = gradient
-        if self._sent and self._header == Header():
-            upload.send(place, place + 1)
-        else:
-            self._write_header(Header())
+        if not self._sent:
+            self._write_header(header)
             upload.send()
+        else:
+            if header != self._header:
+                self._write_header(header)
+                upload.send(0, layout.HEADER)
+            upload.send(place, place + 1)
         # No list equals the empty list here, so the next `stage` sends all addresses again.
         self._gradients, self._sent = [], True
 

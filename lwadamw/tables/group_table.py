@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from operator import is_, itemgetter
 from typing import Any, Literal
 
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from ..kernels import layout
 from ..state import decay, keys
-from ..state.identity import same
+from ..state.groups import check_numbers
+from ..state.identity import same, snapshot
 
 # The keys that decide which parameters the kernels update, and with which state: plans depend on their values.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
-_OPTIONAL_FLAGS = keys.named((keys.SEGMENTS, keys.DECAY, keys.HUBER_SCALE, *keys.STORAGE))
+# Names decide about segments and random bits.
+_OPTIONAL_FLAGS = ("param_names", *keys.named((keys.SEGMENTS, keys.DECAY, keys.HUBER_SCALE, *keys.STORAGE)))
 # The order of the first five words of a group, see GROUP in kernels/layout.py.
 _NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
@@ -46,18 +49,21 @@ class GroupTable:
         self._has_laws = any([decay.law_of(group, f"group {i}: ") != "coupled" for i, group in enumerate(groups)])
         for words in self.words.values():
             words[:, layout.GROUP_KINDS] = [(keys.DECAY.of(g) == "corrected") << layout.CORRECTED for g in groups]
-        self._referents: list[Any] = []  # every object that every group referred to when the words were written
+        # Every object that every group referred to when the words were written, with copies of lists and dicts.
+        self._referents: list[Any] = []
         self._lr_places = slice(0)  # where among the referents the learning rates are
         self._has_tensors = False  # whether some hyperparameter is a tensor
         # Whether some tensor is not on the device in a dtype that the kernels read. Its value is then read by the host, or
         # copied to the device, at every step.
         self._volatile = False
         self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
+        self._tensors: list[Tensor] = []  # hyperparameters that the kernels read where they are
+        self._addresses: list[int] = []  # where they were when the words were written
         self.capturable = False  # whether some group allows the step to be captured in a CUDA graph
 
-    def held(self) -> list[Any]:
-        """Return every object that the words point to."""
-        return [*self._referents, *self._copies]
+    def held(self) -> list[Tensor]:
+        """Return tensors with the memory of every hyperparameter that the kernels read, which keep this memory alive."""
+        return [*(t.detach() for t in self._tensors), *self._copies]
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> Literal["same", "changed", "replan"]:
         """Bring `words` up to date.
@@ -75,7 +81,7 @@ class GroupTable:
         # One loop in C collects every object that every group refers to.
         referents = gc.get_referents(*groups)
         if not self._volatile:
-            if same(referents, self._referents):
+            if same(referents, self._referents) and list(map(Tensor.data_ptr, self._tensors)) == self._addresses:
                 return "same"
             lrs = _column(groups, "lr")
             if self._only_lr_differs(referents, lrs):
@@ -89,7 +95,7 @@ class GroupTable:
     def _only_lr_differs(self, referents: list[Any], lrs: tuple[Any, ...]) -> bool:
         """Return whether somebody assigned learning rates, numbers for numbers, and nothing else. Remember the new ones."""
         places = self._lr_places
-        if self._has_tensors or len(referents) != len(self._referents) or _any_tensor(lrs):
+        if self._has_tensors or len(referents) != len(self._referents) or not _only_numbers(lrs):
             return False
         # If the groups do not all have their keys in the same order, other objects than the learning rates are there.
         if len(referents[places]) != len(lrs) or not all(map(is_, referents[places], lrs)):
@@ -99,9 +105,11 @@ class GroupTable:
 
     def _rewrite(self, groups: Sequence[Mapping[str, Any]], referents: list[Any]) -> None:
         """Write every word of every group."""
+        for index, group in enumerate(groups):
+            check_numbers(group, f"group {index}: ")
         per_lr = self._decay_multipliers(groups)
-        self._referents = referents
-        self._copies, self._volatile, self._has_tensors = [], False, False
+        self._referents = snapshot(referents)
+        self._copies, self._tensors, self._volatile, self._has_tensors = [], [], False, False
         self.capturable = any(_column(groups, "capturable"))
         columns = {key: _column(groups, key) for key in ("lr", "eps", "weight_decay")}
         columns["beta1"], columns["beta2"] = zip(*_column(groups, "betas"), strict=True)
@@ -117,6 +125,7 @@ class GroupTable:
         stride = len(referents) // len(groups)
         first = next(i for i, value in enumerate(referents) if value is columns["lr"][0])
         self._lr_places = slice(first, None, stride)
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def _decay_multipliers(self, groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:
         """Return by what each group's decay law multiplies weight_decay; empty if all laws are "coupled".
@@ -153,6 +162,7 @@ class GroupTable:
         if not isinstance(value, Tensor):
             return value, 0, 0
         if value.device == device and value.dtype in (torch.float32, torch.float64):
+            self._tensors.append(value)
             return 0.0, value.data_ptr(), int(value.dtype == torch.float64)
         self._volatile = True
         if value.device.type == "cpu":
@@ -167,8 +177,12 @@ def _column(groups: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, ...]:
 
 
 def _read_flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    optional = (tuple([g.get(key) for g in groups]) for key in _OPTIONAL_FLAGS)
-    return [*(_column(groups, key) for key in _FLAGS), *optional]
+    optional = (tuple(snapshot(g.get(key) for g in groups)) for key in _OPTIONAL_FLAGS)
+    return [*(_column(groups, key) for key in _FLAGS), *optional]  # with copies of lists and dicts
+
+
+def _only_numbers(column: tuple[Any, ...]) -> bool:
+    return all(issubclass(kind, Real) for kind in set(map(type, column)))
 
 
 def _any_tensor(column: tuple[Any, ...]) -> bool:

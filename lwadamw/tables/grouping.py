@@ -32,12 +32,15 @@ class PlanKey(NamedTuple):
     huber: bool
 
 
-def split_idle(members: Sequence[Member], state: Any) -> tuple[list[Member], dict[str, list[Tensor]]]:
+def split_idle(
+    members: Sequence[Member], state: Any, *, trainable: bool
+) -> tuple[list[Member], dict[str, list[Tensor]]]:
     """Separate the parameters to update from the idle ones, which have neither a gradient nor state.
 
     Args:
         members: parameters.
         state: state of each parameter, by parameter.
+        trainable: whether a parameter that requires a gradient counts as one to update.
 
     Returns:
         The members to update, and the idle parameters by the attribute that would hold their gradient.
@@ -45,7 +48,7 @@ def split_idle(members: Sequence[Member], state: Any) -> tuple[list[Member], dic
     busy: list[Member] = []
     idle: dict[str, list[Tensor]] = {}
     for m in members:
-        if m.gradient is None and not state.get(m.param):
+        if m.gradient is None and not state.get(m.param) and not (trainable and m.param.requires_grad):
             idle.setdefault(keys.GRAD_ATTRIBUTE.of(m.group), []).append(m.param)
         else:
             busy.append(m)

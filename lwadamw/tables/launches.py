@@ -26,6 +26,7 @@ class Tables(NamedTuple):
     device_totals: DeviceTotals
     total: Tensor  # float64[1]: square sum of the gradients of this plan
     skipped: Tensor  # int64[], number of skipped steps
+    uncounted: Tensor  # int64[]. The kernel always counts. What is counted here, nobody reads.
     steps: Tensor  # float32[n_rows], steps taken by each row
     coefficients: Tensor  # float32[n_rows, COEFFICIENTS]
     partials: Tensor  # float32[n_chunks, STATISTICS]
@@ -54,7 +55,9 @@ class Launches:
             kernels.total_kernel, 1, tables.partials, tables.total, static.n_chunks, BITS=total_bits(static.n_chunks)
         )
         # Indexed by whether the step clips, and by whether it measures norms.
-        self._coefficients = [self._coefficients_launch(0, self._n_rows, clip) for clip in (False, True)]
+        self._coefficients = [
+            self._coefficients_launch(0, self._n_rows, clip, tables.skipped) for clip in (False, True)
+        ]
         self._update = [self._update_launch(0, static.n_chunks, norms) for norms in (False, True)]
         self._after = () if tables.thresholds is None else (tables.thresholds.launch(0, self._n_rows),)
         self._first_chunk: list[int] | None = None  # [n_rows + 1], made when a row takes its first step alone
@@ -78,7 +81,7 @@ class Launches:
             launch()
 
     def run_row(self, row: int, norms: bool) -> None:
-        """Take the step of one row alone, without clipping and without loss scale.
+        """Take the step of one row alone, without clipping. A skipped step is not counted.
 
         Args:
             row: index of the row.
@@ -100,19 +103,19 @@ class Launches:
             rows = torch.arange(self._n_rows + 1, device=chunk_row.device)
             self._first_chunk = torch.searchsorted(chunk_row, rows).tolist()
         first, last = self._first_chunk[row : row + 2]
-        launches = [self._coefficients_launch(row, row + 1, False)]
+        launches = [self._coefficients_launch(row, row + 1, False, tables.uncounted)]
         launches += [self._update_launch(first, last, norms) for norms in (False, True)]
         if tables.thresholds is not None:
             launches.append(tables.thresholds.launch(row, 1))
         return launches
 
-    def _coefficients_launch(self, first: int, last: int, clip: bool) -> Launch:
-        """Launch the coefficients kernel for rows [first, last)."""
+    def _coefficients_launch(self, first: int, last: int, clip: bool, skipped: Tensor) -> Launch:
+        """Launch the coefficients kernel for rows [first, last), which counts a skipped step in `skipped`."""
         tables, totals = self._tables, self._tables.device_totals
         return make_launch(
             kernels.coefficients_kernel, -(-(last - first) // layout.ROWS),
             self._dynamic.words, tables.static.row_group, tables.steps, totals.square_sums, tables.coefficients,
-            totals.grad_norm, tables.skipped, self._n_rows, len(totals.square_sums), first, last, CLIP=clip,
+            totals.grad_norm, skipped, self._n_rows, len(totals.square_sums), first, last, CLIP=clip,
         )  # fmt: skip
 
     def _update_launch(self, first: int, last: int, norms: bool) -> Launch:

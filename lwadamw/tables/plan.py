@@ -70,14 +70,15 @@ class Plan:
         amsgrad = any("max_exp_avg_sq" in row.state for row in rows)
         length = chunk_length(sum(row.param.numel() for row in rows))
         with self.on_device():
+            uncounted = torch.zeros_like(device_totals.skipped)
             static = build_static_tables(device, rows, storage, length, amsgrad=amsgrad, huber=huber)
             coefficients = torch.zeros(len(rows), layout.COEFFICIENTS, dtype=torch.float32, device=device)
             self._tables = Tables(
                 static,
                 device_totals,
                 device_totals.square_sums[total_index : total_index + 1],
-                # The kernel always counts. What a plan counts that should not count, nobody reads.
-                device_totals.skipped if counts_skipped else torch.zeros_like(device_totals.skipped),
+                device_totals.skipped if counts_skipped else uncounted,
+                uncounted,
                 gather_steps(rows, device),
                 coefficients,
                 # The sums of a parameter stay NaN until its first step, because before this step no kernel has read its
@@ -173,15 +174,16 @@ class Plan:
         """
         self._staged.run(clip=clip, norms=norms)
 
-    def run_row(self, row: int, gradient: int, norms: bool) -> None:
-        """Take the step of one row alone, from the same tables, without clipping and without loss scale.
+    def run_row(self, row: int, gradient: int, header: Header, norms: bool) -> None:
+        """Take the step of one row alone, from the same tables, without clipping. A skipped step is not counted.
 
         Args:
             row: index of the row.
             gradient: address of the row's gradient.
+            header: the numbers that belong to no row and no group.
             norms: whether to measure the sums that `norm_sums` reads.
         """
-        self._dynamic.stage_row(row, gradient)
+        self._dynamic.stage_row(row, gradient, header)
         self._launches.run_row(row, norms)
 
     def norm_sums(self) -> Tensor:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from operator import is_not
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..state import keys
 from ..state.decay import THRESHOLD, is_huber
 from ..state.draws import rounding_row
+from ..state.geometry import look
+from ..state.identity import same
 from ..state.members import Member, local
 from ..state.storage import STATE, Storage
 from .device_totals import DeviceTotals
@@ -19,7 +22,6 @@ from .gradients import Gradients
 from .grouping import PlanKey
 from .plan import Plan
 from .row import NO_ROUNDING, Row
-from .versions import Versions
 
 _data_ptr = Tensor.data_ptr
 _STATE = (*STATE, THRESHOLD)
@@ -65,19 +67,32 @@ class TrackedPlan:
         for state, step in zip(states, self.plan.steps.unbind(), strict=True):
             state["step"] = step
         self.gradients = Gradients(members, key.attribute, key.storage.grad)
-        # Once somebody else has written to a parameter, the parameter is no longer the rounded copy of its master weight.
-        self.versions = Versions(self.params, states if key.storage.weight == "master" else [])
-
         # A DTensor's local tensor may be replaced, so for DTensors every step asks for the local tensor again.
         self._distributed = any(map(is_not, map(local, self.params), self.params))
         self._state = [state[name] for state in states for name in _STATE if name in state]
         ends = list(itertools.accumulate((sum(name in state for name in _STATE) for state in states), initial=0))
         self._state_places = [slice(*place) for place in itertools.pairwise(ends)]  # in `_state`, for each parameter
+        # For a parameter that takes its step alone: its state and what it held, and how all these tensors look.
+        self._states = states
+        self._items = [list(state.items()) for state in states]
+        self._param_looks = list(map(look, self.params))
+        self._state_looks = list(map(look, self._state))
         self._addresses = self._current_addresses(self.params)
         self._state_addresses = self._current_addresses(self._state)
 
     def _current_addresses(self, tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_data_ptr, map(local, tensors) if self._distributed else tensors))
+
+    def advance_versions(self, row: int | None = None) -> None:
+        """Tell autograd that the kernels have written to the parameters.
+
+        Autograd does not see what kernels write. Without this, a backward pass through the old weights would silently
+        use the new ones instead of raising an error.
+
+        Args:
+            row: index of the only parameter that has been written to; None: all of them.
+        """
+        torch._C._increment_version(self.params if row is None else [self.params[row]])
 
     def is_fresh(self, verify_state: bool) -> bool:
         """Return whether all tensors are at the addresses that the tables hold.
@@ -93,17 +108,27 @@ class TrackedPlan:
         """Return new tensors with the memory of all parameters and their state, which keep this memory alive."""
         return [local(t).detach() for t in (*self.params, *self._state)]
 
-    def row_is_fresh(self, row: int, verify_state: bool) -> bool:
-        """Return what `is_fresh` returns, for one parameter only.
+    def row_is_fresh(self, row: int, state: Any, verify_state: bool) -> bool:
+        """Return whether the tables hold for one parameter: its address and look, and those of its state.
 
         Args:
             row: index of the parameter.
-            verify_state: look at the state tensors too.
+            state: the optimizer's state by parameter.
+            verify_state: look at the state too. Any of its entries may have been replaced, added or deleted.
         """
-        if local(self.params[row]).data_ptr() != self._addresses[row]:
+        p = self.params[row]
+        if look(p) != self._param_looks[row] or local(p).data_ptr() != self._addresses[row]:
             return False
-        places = self._state_places[row]
-        return not verify_state or self._current_addresses(self._state[places]) == self._state_addresses[places]
+        if not verify_state:
+            return True
+        held, places = self._states[row], self._state_places[row]
+        tensors = self._state[places]
+        return (
+            state.get(p) is held
+            and same(list(held.items()), self._items[row])
+            and list(map(look, tensors)) == self._state_looks[places]
+            and self._current_addresses(tensors) == self._state_addresses[places]
+        )
 
 
 def _make_row(member: Member, state: dict[str, Any], storage: Storage) -> Row:

@@ -35,7 +35,8 @@ class TritonBackend:
         groups: the optimizer's `param_groups`.
         state: the optimizer's state, by parameter; completed in place.
         skipped: int64[], number of steps skipped so far, the start of the count; None: 0.
-        idle: whether to leave out the parameters with neither a gradient nor state.
+        idle: whether to leave out all parameters with neither a gradient nor state. False: those that require a gradient
+            stay in.
 
     Raises:
         RuntimeError: two tensors share memory. In this case nothing has been written.
@@ -50,7 +51,7 @@ class TritonBackend:
         skipped: Tensor | None = None,
         idle: bool = True,
     ) -> None:
-        self.members, self._idle = split_idle(members, state) if idle else (list(members), {})
+        self.members, self._idle = split_idle(members, state, trainable=not idle)
         self.sharded = next((m for m in self.members if is_sharded(m.param)), None)
         check_apart(self.members, state)
         for m in self.members:
@@ -100,18 +101,15 @@ class TritonBackend:
         for tracked, addresses in zip(self._plans, gradients, strict=True):
             plan = tracked.plan
             with plan.on_device():
-                if not captured:
-                    plan.device_totals.order.follow()
-                scale, inf = (self._address(scalar, plan.device) for scalar in (request.grad_scale, request.found_inf))
-                header = Header(request.max_grad_norm or 0.0, scale, inf, int(request.nonfinite == "pass"))
                 if captured:
+                    header = self._header(request, plan.device)
                     kept = (*tracked.aliases(), *tracked.gradients.copies, *self._scalars, *self._table.held())
                     plan.stage_captured(addresses or [], header, kept)
-                else:
-                    plan.stage(addresses or [], header)
-                    if self._table.capturable:
-                        plan.prepare_capture()
-                tracked.versions.follow()
+                    continue
+                plan.device_totals.order.follow()
+                plan.stage(addresses or [], self._header(request, plan.device))
+                if self._table.capturable:
+                    plan.prepare_capture()
         return True
 
     def _captured(self) -> bool:
@@ -151,6 +149,10 @@ class TritonBackend:
             for tracked in self._plans:
                 tracked.plan.set_groups(self._table.words[tracked.plan.device])
         return change != "replan"
+
+    def _header(self, request: Request, device: torch.device) -> Header:
+        scale, inf = (self._address(scalar, device) for scalar in (request.grad_scale, request.found_inf))
+        return Header(request.max_grad_norm or 0.0, scale, inf, int(request.nonfinite == "pass"))
 
     def _address(self, scalar: Tensor | None, device: torch.device) -> int:
         if scalar is None:
@@ -211,32 +213,36 @@ class TritonBackend:
             with tracked.plan.on_device():
                 tracked.plan.run(clip=clip, norms=norms)
             tracked.gradients.drop_copies()
-            tracked.versions.advance()
+            tracked.advance_versions()
 
-    def run_one(self, groups: Sequence[dict[str, Any]], p: Tensor, norms: bool, verify_state: bool) -> bool:
-        """Take the step of one parameter alone.
+    def run_one(
+        self, groups: Sequence[dict[str, Any]], state: Any, p: Tensor, request: Request, verify_state: bool
+    ) -> bool:
+        """Take the step of one parameter alone, without clipping. A skipped step is not counted.
 
         Args:
             groups: the optimizer's `param_groups`.
+            state: the optimizer's state, by parameter.
             p: the parameter.
-            norms: whether to measure the sums that `norm_sums` reads.
+            request: norms and loss scaling of this step.
             verify_state: whether somebody else may have replaced a state tensor.
 
         Returns:
             False if the caller has to make a new backend first. In this case the step has not happened.
         """
         tracked, row = self._rows.get(id(p), (None, 0))
-        if tracked is None or not tracked.row_is_fresh(row, verify_state) or not self.refresh(groups):
+        if tracked is None or not tracked.row_is_fresh(row, state, verify_state) or not self.refresh(groups):
             return False
         address = tracked.gradients.address(row)
         if address is None:
             return False
+        self._scalars = []
         with tracked.plan.on_device():
             tracked.plan.device_totals.order.follow()
-            tracked.versions.follow(row)
-            tracked.plan.run_row(row, address, norms)
+            header = self._header(request, tracked.plan.device)
+            tracked.plan.run_row(row, address, header, request.norms)
         tracked.gradients.drop_copies()
-        tracked.versions.advance(row)
+        tracked.advance_versions(row)
         return True
 
     @property

@@ -29,3 +29,16 @@ def test_the_bytes_in_the_readme_are_the_bytes_of_the_code():
     for (state, moved), name in zip(rows, names, strict=True):
         stored = COMBINATIONS[name].storage
         assert (float(state), float(moved)) == (stored.state_bytes(), stored.moved_bytes())
+
+
+def test_the_page_on_company_explains_every_act_that_is_refused_or_not_seen():
+    page = (DOCS / "company.md").read_text()
+    table_of_acts, _, text = page.partition("<!-- table:end -->")
+    rows = [line.strip("|").split(" | ") for line in table_of_acts.splitlines() if line.startswith("| ")][2:]
+    assert {cell.strip() for row in rows for cell in row[1:]} == {"followed", "refused", "not seen"}
+    for act, *cells in rows:
+        if {cell.strip() for cell in cells} - {"followed"}:
+            assert f"**{act.strip()}" in text, act
+    assert re.findall(r"`(tests/company/\w+\.py)`", page)
+    for path in re.findall(r"`(tests/company/\w+\.py)`", page):
+        assert (DOCS.parent / path).exists(), path

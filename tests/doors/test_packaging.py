@@ -27,7 +27,9 @@ print(pathlib.Path(kernels.__file__).resolve())
 def source(tmp_path_factory):
     """A clean copy of what git would check out."""
     copy = tmp_path_factory.mktemp("checkout") / "lwadamw"
-    ignored = shutil.ignore_patterns(".venv", ".git", "__pycache__", "*.egg-info", ".*_cache", "build", "dist")
+    ignored = shutil.ignore_patterns(
+        ".venv", ".git", ".hypothesis", "__pycache__", "*.egg-info", ".*_cache", "build", "dist"
+    )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     return copy
 

@@ -1,11 +1,11 @@
-"""A pretended CUDA driver on the CPU. It executes nothing until it is told to, as a device does that is far behind the host.
+"""A pretended CUDA driver on the CPU. It executes nothing until it is told to, like a device that is far behind the host.
 
-Tensors on "cuda:0" and "cuda:1" keep their memory on the CPU. Launches, copies and torch operations are put into the queue of the
-current stream of their device. `Driver.run` executes what is queued, in an order that streams and events allow. So a test sees
-what a kernel reads when it runs, and not what was there when the host launched it.
+Tensors on "cuda:0" and "cuda:1" keep their memory on the CPU. Launches, copies and torch operations are put into the queue of
+the current stream of their device. `Driver.run` executes what is queued, in an order that streams and events allow. So a test
+sees what a kernel reads when it runs, and not what was there when the host launched it.
 
-The driver refuses what a real device refuses or answers with silent damage: a launch while another device is the current one, and
-pinned allocations or event queries while a graph is being captured.
+The driver refuses what a real device refuses or answers with silent damage: a launch while another device is the current one,
+and pinned allocations or event queries while a graph is being captured.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class Driver(TorchDispatchMode):
         if copies and fakes and raw_args[0].data_ptr() in self.pinned_memory and raw_args[2:] == (True,):
             self.current_stream(fakes[0].device).put("call", lambda: func(*raw_args))
             return args[0]
-        if fakes and place.type == "cpu" or func is torch.ops.aten._local_scalar_dense.default and fakes:
+        if fakes and place.type == "cpu":
             self.waits += 1
             self.run()
         return func(*raw_args, **raw_kwargs)

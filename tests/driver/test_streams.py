@@ -54,6 +54,8 @@ def test_the_norm_of_a_late_step_is_checked_when_it_has_arrived(driver):
 def test_a_step_on_another_stream_waits_for_the_tables_of_the_step_before(order, driver):
     """Gradient release takes the steps of two parameters on two streams, as autograd does if forward used two streams."""
     twins = Twins(driver)
+    for optimizer in (twins.optimizer, twins.twin):
+        optimizer.release_gradients()
     streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
     for step in range(3):
         twins.give_grads()
@@ -100,6 +102,7 @@ def test_gradient_release_costs_no_more_than_its_parameters(lr, driver):
     n = 500
     params = [torch.nn.Parameter(torch.zeros(2).to("cuda:0")) for _ in range(n)]
     optimizer = AdamW(params, lr=lr, backend="triton")
+    optimizer.release_gradients()
     for backward in range(3):
         driver.queries = driver.pinned = driver.uploaded = 0
         for p in params:
@@ -115,6 +118,8 @@ def test_gradient_release_costs_no_more_than_its_parameters(lr, driver):
 def test_copies_of_gradients_do_not_outlive_their_step(released, driver):
     params = [torch.nn.Parameter(torch.randn(6, 5).to("cuda:0")) for _ in range(2)]
     optimizer = AdamW(params, backend="triton")
+    if released:
+        optimizer.release_gradients()
     for _ in range(2):
         for p in params:
             p.grad = torch.zeros(5, 6).to("cuda:0").t()

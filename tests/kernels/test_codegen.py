@@ -69,9 +69,7 @@ def test_each_access_takes_all_elements_of_a_thread_at_once(reports):
     for r, storage, amsgrad in _updates(reports):
         each = int(r["constants"]["BLOCK"]) // layout.THREADS
         read_and_written = [storage.exp_avg, *[storage.exp_avg_sq] * (1 + amsgrad), *filter(None, [storage.companion])]
-        arrays = [storage.grad, storage.param, *read_and_written * 2]
-        if storage.weight != "master":
-            arrays.append(storage.param)
+        arrays = [storage.grad, *[storage.param, *read_and_written] * 2]
         expected = Counter(each * dtype.itemsize for dtype in arrays)
         assert max(expected) == 16 or (_has_codes(storage) and max(expected) == 8), r
         scales = sum(dtype in CODES for dtype in storage[2:4])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lwadamw import AdamW
+from lwadamw.state import packing
 from tests.state.storages import B, F, H
 
 D = torch.float64
@@ -167,3 +168,35 @@ def test_a_double_parameter_gets_double_moments(backend):
     optimizer.step()
     assert optimizer.state[p]["exp_avg"].dtype == D
     torch.testing.assert_close(p.detach(), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [B, H])
+def test_a_compensation_always_belongs_to_the_parameter_that_it_was_made_with(dtype):
+    """Every exponent, every distance from the parameter up to half the spacing, and the two sides of a power of two."""
+    exponents = torch.arange(-120, 120) if dtype == B else torch.arange(-24, 15)
+    fractions = torch.cat([torch.rand(2000), torch.tensor([0.0, 0.5, 1.0]), 1 - torch.logspace(-8, -1, 200)])
+    ulp = torch.finfo(dtype).eps
+    mantissas = 1 + ulp * torch.tensor([0.0, 1.0, 2.0, 3.0, 1 / ulp - 1])[:, None] + ulp * (fractions - 0.5)
+    for sign in (1.0, -1.0):
+        weight = (sign * mantissas.flatten() * torch.pow(2.0, exponents.double())[:, None]).float().flatten()
+        near = weight.to(dtype)
+        lost = (weight - near.float()).to(dtype)
+        assert torch.equal(packing.join_compensation(near, lost), near.float() + lost.float())
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-3, -2.0, 3e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("kept", OPTIONS)
+def test_a_value_written_to_a_parameter_is_the_weight_to_half_a_digit(kept, value, backend):
+    if (kept, value) == ("remainder", float("inf")):
+        pytest.skip("an upper half of inf and a negative lower half are a finite weight above the largest bfloat16")
+    p, optimizer = _run(kept, B, backend)
+    p.data.fill_(value)
+    optimizer.param_groups[0]["lr"] = 0.0
+    expected = torch.full((7, 9), value).bfloat16().float()
+    bound = torch.finfo(B).eps / 2 if kept != "master" else 0.0
+    for _ in range(2):
+        torch.testing.assert_close(optimizer.master_weight(p), expected, rtol=bound, atol=1e-40, equal_nan=True)
+        if abs(value) < float("inf"):
+            p.grad = torch.randn_like(p)
+            optimizer.step()
+            assert torch.equal(p.float(), expected)

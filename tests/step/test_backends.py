@@ -186,8 +186,20 @@ def test_complex_parameters_go_to_torch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_go_to_torch(dtype):
+@pytest.mark.parametrize("asked", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
+def test_a_group_that_asks_for_an_implementation_of_torchs_gets_its_bits(dtype, asked):
     p = torch.nn.Parameter(torch.randn(70).to(dtype))
+    q = torch.nn.Parameter(p.detach().clone())
+    ours, theirs = AdamW([p], eps=1e-3, **asked), torch.optim.AdamW([q], eps=1e-3, **asked)
+    for _ in range(3):
+        set_grads([p], [q])
+        ours.step()
+        theirs.step()
+    assert torch.equal(p, q)
+
+
+def test_float64_parameters_go_to_torch():
+    p = torch.nn.Parameter(torch.randn(70).double())
     q = torch.nn.Parameter(p.detach().clone())
     ours, theirs = AdamW([p], eps=1e-3), torch.optim.AdamW([q], eps=1e-3)
     for _ in range(3):
@@ -212,8 +224,12 @@ def _tolerance(p):
 
 
 def test_backends_share_one_optimizer_and_one_norm(device, triton_takes_fp32_only):
-    """fp32 parameters on the Triton backend, bf16 and fp64 ones on the torch backend, clipped by their common norm."""
+    """fp32 parameters on the Triton backend, bf16 and fp64 ones on the torch backend, clipped by their common norm.
+
+    The bf16 parameter is updated in float32. So its twin is a float32 parameter that starts every step at its values.
+    """
     ours, theirs = _mixed_twins(device)
+    theirs[2] = torch.nn.Parameter(theirs[2].detach().float())
     a, b = (
         optimizer_class([{"params": params[:2]}, {"params": params[2:], "lr": 0.2}], lr=0.1, **options)
         for optimizer_class, params, options in (
@@ -222,7 +238,9 @@ def test_backends_share_one_optimizer_and_one_norm(device, triton_takes_fp32_onl
         )
     )
     for step in range(1, 4):
-        set_grads(ours, theirs)
+        set_grads(ours)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.to(q.dtype, copy=True)
         before = [p.detach().clone() for p in ours]
         total = torch.nn.utils.get_total_norm([p.grad.double() for p in theirs])
         torch.nn.utils.clip_grads_with_norm_(theirs, 1.0, total)
@@ -230,11 +248,11 @@ def test_backends_share_one_optimizer_and_one_norm(device, triton_takes_fp32_onl
         b.step()
         assert float(a.grad_norm) == pytest.approx(float(total), rel=1e-5)
         for p, q, old in zip(ours, theirs, before, strict=True):
-            torch.testing.assert_close(p, q, **_tolerance(p))
+            torch.testing.assert_close(p, q.to(p.dtype), **_tolerance(p))
             assert (p != old).double().mean() > 0.9
             assert float(a.state[p]["step"]) == step
             for key in ("exp_avg", "exp_avg_sq"):
-                torch.testing.assert_close(a.state[p][key], b.state[q][key], **_tolerance(p))
+                torch.testing.assert_close(a.state[p][key], b.state[q][key].to(p.dtype), **_tolerance(p))
         norms = a.norms()
         assert norms.names == ("0.0", "0.1", "1.0", "1.1")
         assert norms.weight == pytest.approx([p.detach().double().norm().item() for p in ours], rel=1e-5)

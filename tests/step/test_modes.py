@@ -1,9 +1,11 @@
 """Steps in inference mode, in a compiled training step and in the capture of a CUDA graph."""
 
 import copy
+import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lwadamw import AdamW
 from lwadamw.step import engine
@@ -72,3 +74,63 @@ def test_a_capture_with_new_gradient_tensors_is_refused(device, monkeypatch):
     params[0].grad = params[0].grad.clone()
     with pytest.raises(RuntimeError, match="gradients or hyperparameters changed"):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("named", [True, False])
+def test_an_optimizer_may_be_built_and_stepped_inside_a_compiled_function(named, backend, device):
+    def train(model, x):
+        params = model.named_parameters() if named else model.parameters()
+        optimizer = AdamW(params, lr=1e-2, backend=backend)
+        for _ in range(2):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer
+
+    torch._dynamo.reset()
+    model = torch.nn.Linear(6, 5).to(device)
+    twin, x = copy.deepcopy(model), torch.randn(7, 6, device=device)
+    ours, theirs = torch.compile(train, backend="eager")(model, x), train(twin, x)
+    assert ours.steps_taken() == 2
+    assert ours.norms().names == theirs.norms().names
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_real_parameter_is_not_updated_under_fake_tensor_mode(backend, device):
+    params = make_params(FEW_SHAPES, device)
+    optimizer = AdamW(params, backend=backend)
+    set_grads(params)
+    before = [p.detach().clone() for p in params]
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(RuntimeError, match=r"under FakeTensorMode, but '0.0' \(30,\) is a real"),
+    ):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert not optimizer.state
+    optimizer.step()
+    assert optimizer.steps_taken() == 1
+
+
+def test_fake_parameters_step_on_the_torch_backend_only():
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(3, 4))
+        p.grad = torch.ones(3, 4)
+        optimizer = AdamW([p])
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg"].shape == (3, 4)
+        with pytest.raises(RuntimeError, match="it is a tensor of FakeTensorMode, which has no memory"):
+            AdamW([p], backend="triton").step()
+
+
+def test_a_step_may_be_taken_in_another_thread(backend, device):
+    ours, theirs, mine, torchs = make_twins(backend, device)
+    for _ in range(2):
+        set_grads(ours, theirs)
+        thread = threading.Thread(target=mine.step)
+        thread.start()
+        thread.join()
+        torchs.step()
+        assert_equal(ours, theirs)

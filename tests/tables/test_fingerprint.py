@@ -17,9 +17,13 @@ CUTS = {
 }
 
 
+def _shape(name):
+    return (64, 70) if "8-bit" in name else (24, 6)  # moments of 8 bits need 4096 elements
+
+
 def _stepped(name, backend, **more):
     c = COMBINATIONS[name]
-    (p,), optimizer = make(c, [(64, 70)], backend=backend, **more)
+    (p,), optimizer = make(c, [_shape(name)], backend=backend, **more)
     give_grads(c, [p])
     optimizer.step()
     return c, p, optimizer
@@ -80,10 +84,10 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("attribute", ["grad", "main_grad", "decoupled_grad"])
 @pytest.mark.parametrize("what", GRADIENTS)
-@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize("name", ["fp32", "bf16, remainder", "fp32, 8-bit moments"])
 def test_a_gradient_of_another_shape_is_refused(what, name, attribute, backend):
     c = COMBINATIONS[name]
-    (p,), optimizer = make(c, [(64, 70)], backend=backend, grad_attribute=attribute)
+    (p,), optimizer = make(c, [_shape(name)], backend=backend, grad_attribute=attribute)
     for wrong in (False, True):
         gradient = torch.randn_like(p, dtype=c.grad)
         if attribute == "grad":
