@@ -15,17 +15,18 @@ class Twins:
         driver: the pretended driver.
         indices: the devices. Each of them gets a parameter for each shape.
         shapes: shapes of the parameters.
-        options: arguments of both optimizers.
+        backend: the backend of both optimizers.
+        options: other arguments of both optimizers.
     """
 
-    def __init__(self, driver, indices=(0,), shapes=SHAPES, **options):
+    def __init__(self, driver, indices=(0,), shapes=SHAPES, backend="triton", **options):
         self.driver = driver
         self.expected = [torch.nn.Parameter(torch.randn(shape)) for _ in indices for shape in shapes]
         places = [f"cuda:{i}" for i in indices for _ in shapes]
         pairs = zip(self.expected, places, strict=True)
         self.params = [torch.nn.Parameter(p.detach().to(place)) for p, place in pairs]
-        self.optimizer = AdamW(self.params, backend="triton", **options)
-        self.twin = AdamW(self.expected, backend="triton", **options)
+        self.optimizer = AdamW(self.params, backend=backend, **options)
+        self.twin = AdamW(self.expected, backend=backend, **options)
 
     def give_grads(self, scale=1.0):
         """Give both the same new random gradients, in new tensors."""
