@@ -44,7 +44,7 @@ def top_singular_values(matrices: Sequence[Tensor], start: Sequence[Tensor | Non
         matrix.
     """
     values = np.zeros((len(matrices), VECTORS))
-    vectors: list[Tensor] = [torch.empty(0)] * len(matrices)
+    vectors: list[Tensor] = [torch.empty(0, device="cpu")] * len(matrices)
     for indices in _batches(matrices):
         some = [_tall(matrices[i]) for i in indices]
         begin = [_start(w, start[i]) for w, i in zip(some, indices, strict=True)]
@@ -176,7 +176,8 @@ def _start(w: Tensor, vectors: Tensor | None) -> Tensor:
     if vectors is not None and vectors.shape == (w.shape[1], count):
         return vectors.to(w.device, w.dtype)
     # This uses its own generator, because a monitor must not change which random numbers the training sees.
-    drawn = torch.randn(w.shape[1], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(w.shape[1], count, generator=generator, dtype=torch.float64, device="cpu")
     basis: Tensor = torch.linalg.qr(drawn)[0]
     return basis.to(w.device, w.dtype)
 

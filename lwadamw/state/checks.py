@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import decay, keys
 from .companions import misfit
-from .members import Member, is_fake, is_sharded, local
+from .members import Member, is_fake, is_sharded, local, members_of
 from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_parameter, scale_shape
 
 _ANEW = "del optimizer.state[p] starts its moments at zero"
@@ -176,7 +176,7 @@ def check_real(members: Sequence[Member]) -> None:
     Raises:
         RuntimeError: the mode is active and a parameter is a real tensor.
     """
-    if not is_fake(torch.empty(0)):
+    if not is_fake(torch.empty(0, device="cpu")):
         return
     for member in members:
         if not is_fake(local(member.param)):
@@ -186,19 +186,29 @@ def check_real(members: Sequence[Member]) -> None:
             )
 
 
-def capturing() -> bool:
-    """Return whether the current CUDA stream is being captured in a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+def capturing(device: torch.device | None = None) -> bool:
+    """Return whether the current stream of a device is being captured in a CUDA graph.
+
+    Args:
+        device: the device; None: the current device. Nothing is ever captured on a CPU.
+    """
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not initialized or (device is not None and device.type == "cpu"):
+        return False
+    if device is None or device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
-def check_capturable(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise an error if a group was not built for capture in a CUDA graph. torch's optimizers do the same.
+def check_capturable(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise an error if a step over these groups cannot be captured in a CUDA graph.
 
     Args:
         groups: an optimizer's `param_groups`.
 
     Raises:
-        RuntimeError: a group has capturable=False.
+        RuntimeError: a group has capturable=False, or a parameter is on a device on which nothing is being captured.
     """
     for i, group in enumerate(groups):
         if not group["capturable"]:
@@ -206,3 +216,13 @@ def check_capturable(groups: Sequence[Mapping[str, Any]]) -> None:
                 f"step() is being captured in a CUDA graph, but group {i} has capturable=False. "
                 "Build the optimizer with capturable=True."
             )
+    captured: set[torch.device] = set()
+    for m in members_of(groups):
+        device = local(m.param).device
+        if device not in captured and not capturing(device):
+            raise RuntimeError(
+                f"step() is being captured in a CUDA graph, but nothing is being captured on {device}, where {m.name!r} "
+                f"{tuple(m.param.shape)} is. A replay would leave this parameter as it is. Give the parameters of {device} an "
+                "optimizer of their own."
+            )
+        captured.add(device)

@@ -187,7 +187,7 @@ class StateExchange(torch.optim.AdamW):
         member = self._member(p)
         state = self.state[p]
         amsgrad = member.group["amsgrad"] or name == "max_exp_avg_sq"
-        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
         held = torch.empty_like(local(p), dtype=torch.float32).copy_(local(values))
         if name == "master_param":
@@ -208,7 +208,7 @@ class StateExchange(torch.optim.AdamW):
             KeyError: `p` is not a parameter of this optimizer.
         """
         member = self._member(p)
-        self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32))
+        self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         creation.create_state(self.state[p], p, member.group, member.segments)
 
     def _members(self) -> list[Member]:

@@ -63,7 +63,7 @@ def hash_bits(index: Tensor, seed: int, stream: int, step: int) -> Tensor:
     Returns:
         int64 of the shape of `index`, 0 <= bits < 2^32.
     """
-    key = _mixed(torch.tensor((seed & _MASK) ^ 0x9E3779B9))
+    key = _mixed(torch.tensor((seed & _MASK) ^ 0x9E3779B9, device="cpu"))
     key = _mixed(_mixed(key ^ (seed >> 32 & _MASK) ^ stream) ^ step).to(index.device)
     return _mixed((_product(0x9E3779B1, index & _MASK)[1] + key) & _MASK)
 

@@ -17,7 +17,7 @@ from ..state.checks import capturing, check_capturable, check_real, check_state
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
-from ..state.members import Member, ParamGroups, is_sharded, members_of
+from ..state.members import Member, ParamGroups, is_sharded, local, members_of
 from ..state.naming import Naming
 from ..state.storage import check_options
 from ..tables.request import Request
@@ -42,6 +42,7 @@ class Engine:
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
         self._norm_check = DelayedNormCheck()
+        self._captured: list[TritonBackend] = []  # former backends whose tables some CUDA graph still reads
         self._forget()
 
     def _forget(self) -> None:
@@ -167,9 +168,15 @@ class Engine:
             verify_state: as in `step`.
 
         Raises:
-            RuntimeError: the parameter, its gradient or its state cannot be used. Then it has not been changed.
+            RuntimeError: the parameter, its gradient or its state cannot be used, or the step is being captured in a CUDA
+                graph. Then the parameter has not been changed.
         """
         p, found = member.param, member
+        if capturing(local(p).device):
+            raise RuntimeError(
+                f"lwadamw.AdamW: the backward that releases the gradient of {member.name!r} {tuple(p.shape)} is being captured "
+                "in a CUDA graph. Call remove() on the handle of release_gradients(), and capture step()."
+            )
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             for _ in range(3):
                 if id(p) in self._looks:
@@ -226,7 +233,7 @@ class Engine:
             idle: leave out parameters of the Triton backend that have neither a gradient nor state. False: leave them
                 out only if they do not require a gradient either.
         """
-        if capturing():
+        if capturing() or any(map(capturing, {local(p).device for group in groups for p in group["params"]})):
             raise RuntimeError(
                 "lwadamw.AdamW: parameters, state or groups are new to the optimizer, so this step cannot be captured in a "
                 "CUDA graph. Take one uncaptured step first, and change nothing between it and the capture."
@@ -240,6 +247,7 @@ class Engine:
             check_state(m, state.get(m.param, {}))
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
         self._skipped = self.skipped
+        self.keep_captures(self)
         self._forget()
         for m in members:
             if state.get(m.param):
@@ -253,6 +261,17 @@ class Engine:
 
             self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
         self._fingerprint = Fingerprint(groups)
+
+    def keep_captures(self, former: Engine) -> None:
+        """Keep the tables that CUDA graphs may still read.
+
+        Args:
+            former: an engine of the same optimizer. It may be this one.
+        """
+        if former is not self:
+            self._captured += former._captured
+        if former._triton is not None and former._triton.has_captures:
+            self._captured.append(former._triton)
 
     def norm_names(self, state: State) -> list[str]:
         """Return the names that `norm_sums` returns, without computing any sum.
@@ -288,7 +307,7 @@ class Engine:
             torch_sums += torch_backend.norm_sums([member], state)
         pieces += [(m.order, m.name, sums) for m, sums in torch_sums]
         if not pieces:
-            return [], torch.empty(0, 4, dtype=torch.float64)
+            return [], torch.empty(0, 4, dtype=torch.float64, device="cpu")
         pieces.sort(key=lambda piece: piece[0])
         device = pieces[0][2].device
         return [name for _, name, _ in pieces], torch.stack([t.to(device, non_blocking=True) for _, _, t in pieces])

@@ -31,10 +31,12 @@ class DelayedNormCheck:
         if norm.device.type == "cpu":
             _check(float(norm))
             return
-        pinned = torch.empty((), dtype=norm.dtype, pin_memory=True)
-        pinned.copy_(norm, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        # An event belongs to the device and the stream on which it is recorded. It has to be the stream of the copy.
+        with torch.cuda.device(norm.device):
+            pinned = torch.empty((), dtype=norm.dtype, device="cpu", pin_memory=True)
+            pinned.copy_(norm, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(norm.device))
         self._copies.append((pinned, event))
 
     def raise_if_arrived(self) -> None:

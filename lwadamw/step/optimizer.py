@@ -246,7 +246,7 @@ class AdamW(StateExchange):
         Reading its value on the host waits for the device.
         """
         counter = self._engine.skipped
-        return torch.zeros((), dtype=torch.int64) if counter is None else counter.clone()
+        return torch.zeros((), dtype=torch.int64, device="cpu") if counter is None else counter.clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch. If the group is not valid, the optimizer stays as it was.
@@ -497,5 +497,8 @@ class AdamW(StateExchange):
         naming: Naming | None = self.__dict__.get("_naming")
         self._naming = Naming(self.evidence) if naming is None else naming
         self._naming.adopt(self.param_groups)
+        former = self.__dict__.get("_engine")
         self._engine = Engine(self.options.backend, self._naming)
+        if former is not None:
+            self._engine.keep_captures(former)
         self._state_was_shared = True

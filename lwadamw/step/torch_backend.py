@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ..state import creation, decay, keys
-from ..state.checks import check_state
+from ..state.checks import capturing, check_state
 from ..state.identity import same, snapshot
 from ..state.members import Member, local
 from ..state.storage import MOMENTS
@@ -89,6 +89,11 @@ class TorchBackend:
             flags = (bool(options["amsgrad"]), on_device, bucket.huber_decay is not None)
             needs = [(*flags, entry.kept) for entry in bucket.entries]
             stale += [(bucket, e, n) for e, n in zip(bucket.entries, needs, strict=True) if e.completed_for != n]
+        if stale and capturing():
+            raise RuntimeError(
+                f"lwadamw.AdamW: {stale[0][1].member.name!r} has no state yet, and a CUDA graph would create it again at each "
+                "replay. Take one uncaptured step with the same gradients before the capture."
+            )
         for _, entry, _ in stale:
             check_state(entry.member, entry.state)
         for bucket, entry, needed in stale:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .stream_order import StreamOrder
+
 
 class DeviceTotals:
     """The square sums that make up the global gradient norm, the norm itself, and the number of skipped steps.
+
+    `order` makes steps on different streams of the device use all tables one after the other.
 
     Args:
         device: where the plans are.
@@ -19,3 +23,5 @@ class DeviceTotals:
         self.square_sums = torch.zeros(n_sums, dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
         self.skipped = skipped
+        self.order = StreamOrder(device)
+        self.order.add((self.square_sums, self.grad_norm, self.skipped))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import layout
 from .request import Header
-from .upload import Upload
+from .upload import CapturedUpload, Upload
 
 
 class DynamicTable:
@@ -20,11 +20,13 @@ class DynamicTable:
     Args:
         n_rows: number of rows of the plan.
         n_groups: number of the optimizer's groups.
-        device: where the kernels read the table.
+        device: where the kernels read the table. It has to be the current device whenever the table is made or staged.
+        captured: whether the table is for one step inside a CUDA graph. It can be staged only once.
     """
 
-    def __init__(self, n_rows: int, n_groups: int, device: torch.device) -> None:
-        self._upload = Upload(layout.HEADER + n_rows + n_groups * layout.GROUP, device)
+    def __init__(self, n_rows: int, n_groups: int, device: torch.device, *, captured: bool = False) -> None:
+        kind = CapturedUpload if captured else Upload
+        self._upload = kind(layout.HEADER + n_rows + n_groups * layout.GROUP, device)
         self._first_group = layout.HEADER + n_rows
         self._gradients: list[int] = []
         self._header = Header()
@@ -40,14 +42,21 @@ class DynamicTable:
         """int64[n_rows + n_groups*GROUP] on the device: the table from the first gradient address on."""
         return self._upload.table[layout.HEADER :]
 
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """int64[n_groups*GROUP]: the hyperparameters of every group as the host has them."""
+        return self._upload.words[self._first_group :]
+
     def set_groups(self, words: NDArray[np.int64]) -> None:
-        """Replace the hyperparameters of every group on the host. The next `stage` sends them to the device.
+        """Replace the hyperparameters of every group on the host. If they differ, the next `stage` sends them to the device.
 
         Args:
-            words: int64[n_groups, GROUP].
+            words: int64[n_groups, GROUP], or the same words in one dimension.
         """
-        self._upload.words[self._first_group :] = words.reshape(-1)
-        self._sent = False
+        new = words.reshape(-1)
+        if not np.array_equal(self.groups, new):
+            self.groups[:] = new
+            self._sent = False
 
     def stage(self, gradients: list[int], header: Header) -> None:
         """Make the device see the numbers of the next step. If nothing has changed since the last step, send nothing.
@@ -74,11 +83,14 @@ class DynamicTable:
         """
         upload, place = self._upload, layout.HEADER + row
         upload.words[place] = gradient
-        if self._sent and self._header == header:
-            upload.send(place, place + 1)
-        else:
+        if not self._sent:
             self._write_header(header)
             upload.send()
+        else:
+            if header != self._header:
+                self._write_header(header)
+                upload.send(0, layout.HEADER)
+            upload.send(place, place + 1)
         # No list equals the empty list here, so the next `stage` sends all addresses again.
         self._gradients, self._sent = [], True
 

@@ -38,7 +38,7 @@ class Gradients:
         self._empty = [i for i, p in enumerate(self._params) if local(p).numel() == 0]
         # Of gradients that the kernels could read as they were. None until a step had such a gradient for every parameter.
         self._geometry: Geometry | None = None
-        self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
+        self.copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
 
     def addresses(self) -> list[int] | None:
         """Return where the kernels read each gradient at this step.
@@ -69,10 +69,14 @@ class Gradients:
         addresses = self._checked(gradients_of(self._params[row : row + 1], self._attribute), row)
         return None if addresses is None else addresses[0]
 
+    def drop_copies(self) -> None:
+        """Free the copies. Call this after the launches: memory that is free is used again in the order of the stream."""
+        self.copies = []
+
     @torch.no_grad()
     def _checked(self, grads: Sequence[Any], first: int = 0) -> list[int] | None:
         """Look at each gradient by itself. `first` is the index of the parameter of the first gradient."""
-        self._copies = []
+        self.copies = []
         addresses = []
         for member, grad in zip(self._members[first : first + len(grads)], grads, strict=True):
             if grad is None:
@@ -84,9 +88,9 @@ class Gradients:
                 return None
             if g.dtype != self._dtype or g.device != p.device or g.stride() != p.stride():
                 g = torch.empty_like(p, dtype=self._dtype).copy_(g)
-                self._copies.append(g)
+                self.copies.append(g)
             addresses.append(g.data_ptr() if g.numel() else _EMPTY)
-        as_they_are = 0 not in addresses and not self._copies and all(map(is_, grads, map(local, grads)))
+        as_they_are = 0 not in addresses and not self.copies and all(map(is_, grads, map(local, grads)))
         if self._geometry is None and as_they_are and len(grads) == len(self._params):
             self._geometry = Geometry(grads)
         return addresses

@@ -59,6 +59,11 @@ class GroupTable:
         self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
         self._tensors: list[Tensor] = []  # hyperparameters that the kernels read where they are
         self._addresses: list[int] = []  # where they were when the words were written
+        self.capturable = False  # whether some group allows the step to be captured in a CUDA graph
+
+    def held(self) -> list[Tensor]:
+        """Return tensors with the memory of every hyperparameter that the kernels read, which keep this memory alive."""
+        return [*(t.detach() for t in self._tensors), *self._copies]
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> Literal["same", "changed", "replan"]:
         """Bring `words` up to date.
@@ -105,6 +110,7 @@ class GroupTable:
         per_lr = self._decay_multipliers(groups)
         self._referents = snapshot(referents)
         self._copies, self._tensors, self._volatile, self._has_tensors = [], [], False, False
+        self.capturable = any(_column(groups, "capturable"))
         columns = {key: _column(groups, key) for key in ("lr", "eps", "weight_decay")}
         columns["beta1"], columns["beta2"] = zip(*_column(groups, "betas"), strict=True)
         for j, key in enumerate(_NUMBERS):

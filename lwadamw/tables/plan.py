@@ -10,9 +10,9 @@ A plan knows tensors and numbers. It knows no optimizer and no model. Nothing in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Final
 
 import numpy as np
 import torch
@@ -22,15 +22,22 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import layout
 from ..state.storage import Storage
+from .capture import Capture
 from .chunks import chunk_length
 from .device_totals import DeviceTotals
 from .dynamic_table import DynamicTable
-from .launch import Launch
+from .launches import Launches, Tables, make_launch
 from .request import Header
 from .row import Row, gather_steps
-from .static_tables import build_static_tables
+from .static_tables import StaticTables, build_static_tables
 from .thresholds import Thresholds
-from .variants import TRITON_TYPES, current_backend, launch_options, total_bits, update_constants
+from .variants import current_backend, launch_options, update_constants
+
+NO_SPARE: Final = (
+    "lwadamw.AdamW: a captured step needs device tables of its own, and nobody has prepared them. Take one uncaptured step "
+    "with capturable=True before each capture, and capture one step() in each graph."
+)
+_NOTHING: Final = nullcontext()
 
 
 class Plan:
@@ -58,90 +65,63 @@ class Plan:
         counts_skipped: bool = True,
     ) -> None:
         self.device, self.storage, self.n_rows = device, storage, len(rows)
-        self.device_totals = device_totals
-        self.total = device_totals.square_sums[total_index : total_index + 1]
-        # The kernel always counts. What is counted here, nobody reads.
-        self._uncounted = torch.zeros_like(device_totals.skipped)
-        self._skipped = device_totals.skipped if counts_skipped else self._uncounted
-
+        self.device_totals, self._n_groups = device_totals, n_groups
         huber = any(row.huber_scale is not None for row in rows)
         amsgrad = any("max_exp_avg_sq" in row.state for row in rows)
         length = chunk_length(sum(row.param.numel() for row in rows))
-        self._static = build_static_tables(device, rows, storage, length, amsgrad=amsgrad, huber=huber)
-        self._dynamic = DynamicTable(len(rows), n_groups, device)
-        self._constants = update_constants(storage, self._static.strided, amsgrad, huber)
+        with self.on_device():
+            uncounted = torch.zeros_like(device_totals.skipped)
+            static = build_static_tables(device, rows, storage, length, amsgrad=amsgrad, huber=huber)
+            coefficients = torch.zeros(len(rows), layout.COEFFICIENTS, dtype=torch.float32, device=device)
+            self._tables = Tables(
+                static,
+                device_totals,
+                device_totals.square_sums[total_index : total_index + 1],
+                device_totals.skipped if counts_skipped else uncounted,
+                uncounted,
+                gather_steps(rows, device),
+                coefficients,
+                # The sums of a parameter stay NaN until its first step, because before this step no kernel has read its
+                # weight.
+                torch.full((static.n_chunks, layout.STATISTICS), float("nan"), dtype=torch.float32, device=device),
+                _make_thresholds(rows, static, coefficients) if huber else None,
+            )
+            self._constants = update_constants(storage, static.strided, amsgrad, huber)
+            self._dynamic = DynamicTable(len(rows), n_groups, device)
+        self._launches = Launches(self._tables, self._dynamic, storage, self._constants)
+        self._staged = self._launches  # the launches of the step that has been staged
+        self._spare: Capture | None = None  # for the next captured step
+        self.captures: list[Capture] = []  # of all captured steps so far
+        thresholds = () if self._tables.thresholds is None else self._tables.thresholds.tables
+        held = (*static, *self._tables, *thresholds, self._dynamic.words)
+        device_totals.order.add(table for table in held if isinstance(table, Tensor))
 
-        self.steps = gather_steps(rows, device)
-        self._coefficients = torch.zeros(len(rows), layout.COEFFICIENTS, dtype=torch.float32, device=device)
-        # The sums of a parameter stay NaN until its first step, because before this step no kernel has read its weight.
-        self._partials = torch.full(
-            (self._static.n_chunks, layout.STATISTICS), float("nan"), dtype=torch.float32, device=device
-        )
-        self._thresholds = self._make_thresholds(rows) if huber else None
-        self._first_chunk: list[int] | None = None  # [n_rows + 1], made when a row takes its first step alone
-        self._row_launches: dict[int, list[Launch]] = {}
-        self._prepare_launches()
+    @property
+    def total(self) -> Tensor:
+        """float64[1], the square sum of the gradients of this plan."""
+        return self._tables.total
 
-    def _make_thresholds(self, rows: Sequence[Row]) -> Thresholds:
-        factors = [(row.huber_scale or 0.0) / max(row.param.numel(), 1) for row in rows]
-        addresses = self._static.addresses
-        options = launch_options(current_backend())
-        thresholds = Thresholds(factors, addresses[-2], self._coefficients, self._static.chunk_row, options)
-        addresses[-1] = thresholds.absolutes.data_ptr()
-        return thresholds
-
-    def _launch(
-        self,
-        kernel: Any,
-        programs: int,
-        *arguments: Tensor | int,
-        options: Mapping[str, Any] | None = None,
-        **constants: Any,
-    ) -> Launch:
-        return Launch(kernel, programs, arguments, constants, options or launch_options(current_backend()))
-
-    def _prepare_launches(self) -> None:
-        static = self._static
-        self._launch_squares = self._launch(
-            kernels.grad_norm_kernel, static.n_chunks,
-            static.chunk_row, static.chunk_span, self._dynamic.gradients, self._partials,
-            GRAD=TRITON_TYPES[self.storage.grad],
-        )  # fmt: skip
-        self._launch_total = self._launch(
-            kernels.total_kernel, 1, self._partials, self.total, static.n_chunks, BITS=total_bits(static.n_chunks)
-        )
-        # Indexed by whether the step clips, and by whether it measures norms.
-        self._launch_coefficients = [
-            self._coefficients_launch(0, self.n_rows, clip, self._skipped) for clip in (False, True)
-        ]
-        self._launch_update = [self._update_launch(0, static.n_chunks, norms) for norms in (False, True)]
-        self._launch_after = () if self._thresholds is None else (self._thresholds.launch(0, self.n_rows),)
-
-    def _coefficients_launch(self, first: int, last: int, clip: bool, skipped: Tensor) -> Launch:
-        """Launch the coefficients kernel for rows [first, last), which counts a skipped step in `skipped`."""
-        totals = self.device_totals
-        return self._launch(
-            kernels.coefficients_kernel, -(-(last - first) // layout.ROWS),
-            self._dynamic.words, self._static.row_group, self.steps, totals.square_sums, self._coefficients,
-            totals.grad_norm, skipped, self.n_rows, len(totals.square_sums), first, last, CLIP=clip,
-        )  # fmt: skip
-
-    def _update_launch(self, first: int, last: int, norms: bool) -> Launch:
-        """Launch the update kernel for chunks [first, last)."""
-        static = self._static
-        options = launch_options(current_backend(), self.storage, self._constants["BLOCK"], static.strided)
-        return self._launch(
-            kernels.adamw_kernel, last - first,
-            static.chunk_row, static.chunk_span, static.addresses, self._dynamic.gradients, self._coefficients,
-            self._partials, self.steps, static.rounding, self.n_rows, first,
-            **self._constants, NORMS=norms, options=options,
-        )  # fmt: skip
+    @property
+    def steps(self) -> Tensor:
+        """float32[n_rows], the number of steps that each row has taken."""
+        return self._tables.steps
 
     def on_device(self) -> AbstractContextManager[object]:
         """Return a context in which the plan's device is the current one, as every launch needs it."""
         if self.device.type == "cpu" or self.device.index == torch.cuda.current_device():
-            return nullcontext()
+            return _NOTHING
         return torch.cuda.device(self.device)
+
+    def prepare_capture(self) -> None:
+        """Allocate what a captured step needs, because nothing can be allocated safely during a capture."""
+        if self._spare is None and self.device.type != "cpu":
+            dynamic = DynamicTable(self.n_rows, self._n_groups, self.device, captured=True)
+            self._spare = Capture(dynamic, Launches(self._tables, dynamic, self.storage, self._constants))
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether `stage_captured` may be called."""
+        return self._spare is not None
 
     def set_groups(self, words: NDArray[np.int64]) -> None:
         """Replace the hyperparameters of every group, from the next `stage` on.
@@ -159,23 +139,40 @@ class Plan:
             header: the numbers that belong to no row and no group.
         """
         self._dynamic.stage(gradients, header)
+        self._staged = self._launches
+
+    def stage_captured(self, gradients: list[int], header: Header, kept: Iterable[object]) -> None:
+        """Do what `stage` does for a step that is being captured in a CUDA graph.
+
+        Args:
+            gradients: as for `stage`.
+            header: as for `stage`.
+            kept: what else the kernels read at a replay. It is kept alive with this plan.
+
+        Raises:
+            RuntimeError: no uncaptured step has prepared tables for this one.
+        """
+        capture, self._spare = self._spare, None
+        if capture is None:
+            raise RuntimeError(NO_SPARE)
+        self.captures.append(capture)
+        capture.kept += kept
+        capture.dynamic.set_groups(self._dynamic.groups)
+        capture.dynamic.stage(gradients, header)
+        self._staged = capture.launches
 
     def sum_gradients(self) -> None:
         """Write the square sum of this plan's gradients to `total`."""
-        self._launch_squares()
-        self._launch_total()
+        self._staged.sum_gradients()
 
     def run(self, *, clip: bool, norms: bool) -> None:
-        """Take the step of every row, in two launches. Plans with huber decay need a third one for the thresholds.
+        """Take the step that has been staged.
 
         Args:
             clip: whether to clip by the global norm, which is made of the shared square sums.
             norms: whether to measure the sums that `norm_sums` reads.
         """
-        self._launch_coefficients[clip]()
-        self._launch_update[norms]()
-        for launch in self._launch_after:
-            launch()
+        self._staged.run(clip=clip, norms=norms)
 
     def run_row(self, row: int, gradient: int, header: Header, norms: bool) -> None:
         """Take the step of one row alone, from the same tables, without clipping. A skipped step is not counted.
@@ -187,25 +184,7 @@ class Plan:
             norms: whether to measure the sums that `norm_sums` reads.
         """
         self._dynamic.stage_row(row, gradient, header)
-        launches = self._row_launches.get(row)
-        if launches is None:
-            launches = self._row_launches[row] = self._make_row_launches(row)
-        launches[0]()
-        launches[1 + norms]()
-        for launch in launches[3:]:
-            launch()
-
-    def _make_row_launches(self, row: int) -> list[Launch]:
-        """Make the launches of one row: coefficients, update without norms, update with norms, huber threshold."""
-        if self._first_chunk is None:
-            rows = torch.arange(self.n_rows + 1, device=self.device)
-            self._first_chunk = torch.searchsorted(self._static.chunk_row, rows).tolist()
-        first, last = self._first_chunk[row : row + 2]
-        launches = [self._coefficients_launch(row, row + 1, False, self._uncounted)]
-        launches += [self._update_launch(first, last, norms) for norms in (False, True)]
-        if self._thresholds is not None:
-            launches.append(self._thresholds.launch(row, 1))
-        return launches
+        self._launches.run_row(row, norms)
 
     def norm_sums(self) -> Tensor:
         """Add up what the last step of each row has measured.
@@ -214,9 +193,20 @@ class Plan:
             float64[n_segments, STATISTICS]: square sums of the weight after the step, of the update and of the gradient,
             and the scalar product of the weight before the step with the update.
         """
-        static = self._static
-        sums = torch.empty(static.n_segments, layout.STATISTICS, dtype=torch.float64, device=self.device)
-        arguments = (self._partials, static.segment_chunk, static.chunk_row, self._coefficients, sums)
+        tables, static = self._tables, self._tables.static
         with self.on_device():
-            self._launch(kernels.norms_kernel, static.n_segments, *arguments)()
+            self.device_totals.order.follow()
+            sums = torch.empty(static.n_segments, layout.STATISTICS, dtype=torch.float64, device=self.device)
+            make_launch(
+                kernels.norms_kernel, static.n_segments,
+                tables.partials, static.segment_chunk, static.chunk_row, tables.coefficients, sums,
+            )()  # fmt: skip
         return sums
+
+
+def _make_thresholds(rows: Sequence[Row], static: StaticTables, coefficients: Tensor) -> Thresholds:
+    factors = [(row.huber_scale or 0.0) / max(row.param.numel(), 1) for row in rows]
+    options = launch_options(current_backend())
+    thresholds = Thresholds(factors, static.addresses[-2], coefficients, static.chunk_row, options)
+    static.addresses[-1] = thresholds.absolutes.data_ptr()
+    return thresholds

@@ -23,6 +23,9 @@ class Thresholds:
         coefficients: float32[n_rows, COEFFICIENTS]; the column ACTIVE says which rows took the step.
         chunk_row: int32[n_chunks], the row of each chunk.
         options: options of Triton's compiler.
+
+    Attributes:
+        tables: the tensors that the kernel reads and writes.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Thresholds:
         first_chunk = torch.searchsorted(
             chunk_row, torch.arange(len(factors) + 1, device=device, dtype=chunk_row.dtype)
         )
-        self._tables = (
+        self.tables = (
             self.absolutes,
             first_chunk.to(torch.int32),
             torch.tensor(factors, dtype=torch.float64, device=device),
@@ -57,4 +60,4 @@ class Thresholds:
             n_rows: number of rows.
         """
         constants = {"RATE": decay.RATE}
-        return Launch(kernels.threshold_kernel, n_rows, (*self._tables, first), constants, self._options)
+        return Launch(kernels.threshold_kernel, n_rows, (*self.tables, first), constants, self._options)

@@ -104,6 +104,10 @@ class TrackedPlan:
             return False
         return not verify_state or self._current_addresses(self._state) == self._state_addresses
 
+    def aliases(self) -> list[Tensor]:
+        """Return new tensors with the memory of all parameters and their state, which keep this memory alive."""
+        return [local(t).detach() for t in (*self.params, *self._state)]
+
     def row_is_fresh(self, row: int, state: Any, verify_state: bool) -> bool:
         """Return whether the tables hold for one parameter: its address and look, and those of its state.
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..state.checks import capturing
 from ..state.members import Member, any_gradient, is_sharded, local
 from .device_totals import DeviceTotals
 from .group_table import GroupTable
 from .grouping import PlanKey, check_apart, complete_state, group_by_plan, split_idle
+from .plan import NO_SPARE
 from .request import Header, Request
 from .tracked_plan import TrackedPlan
 
@@ -86,8 +88,10 @@ class TritonBackend:
             False if the caller has to make a new backend before the step can happen.
 
         Raises:
-            RuntimeError: the kernels cannot read some gradient. In this case nothing has been written.
+            RuntimeError: the kernels cannot read some gradient, or the step is being captured and nobody has prepared tables
+                for it. In this case nothing has been written.
         """
+        captured = self._captured()
         if any_gradient(self._idle) or not all(tracked.is_fresh(verify_state) for tracked in self._plans):
             return False
         gradients = [tracked.gradients.addresses() for tracked in self._plans]
@@ -95,8 +99,41 @@ class TritonBackend:
             return False
         self._scalars = []
         for tracked, addresses in zip(self._plans, gradients, strict=True):
-            tracked.plan.stage(addresses or [], self._header(request, tracked.plan.device))
+            plan = tracked.plan
+            with plan.on_device():
+                if captured:
+                    header = self._header(request, plan.device)
+                    kept = (*tracked.aliases(), *tracked.gradients.copies, *self._scalars, *self._table.held())
+                    plan.stage_captured(addresses or [], header, kept)
+                    continue
+                plan.device_totals.order.follow()
+                plan.stage(addresses or [], self._header(request, plan.device))
+                if self._table.capturable:
+                    plan.prepare_capture()
         return True
+
+    def _captured(self) -> bool:
+        """Return whether the next step is being captured in a CUDA graph.
+
+        Raises:
+            RuntimeError: only some devices are being captured, or nobody has prepared tables for the captured step.
+        """
+        captured = capturing()
+        for device in self._device_totals:
+            if capturing(device) != captured:
+                raise RuntimeError(
+                    "lwadamw.AdamW: a CUDA graph is being captured on the current device or on "
+                    f"{device}, but not on both. Call step() under torch.cuda.device({device.index!r}), and capture the step "
+                    "on every device that has parameters."
+                )
+        if captured and not all(tracked.plan.can_capture for tracked in self._plans):
+            raise RuntimeError(NO_SPARE)
+        return captured
+
+    @property
+    def has_captures(self) -> bool:
+        """Whether some CUDA graph may replay a step of this backend. Then its tables have to be kept."""
+        return any(tracked.plan.captures for tracked in self._plans)
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Bring the hyperparameters of every plan up to date.
@@ -157,6 +194,7 @@ class TritonBackend:
             return
         self._had_others = bool(others)
         for device, totals in self._device_totals.items():
+            # Copies and sums happen on the current stream of the device where the tensors are, whatever the current device.
             sums = totals.square_sums
             for i, tracked in enumerate(self._plans):
                 if tracked.plan.device != device:
@@ -174,6 +212,7 @@ class TritonBackend:
         for tracked in self._plans:
             with tracked.plan.on_device():
                 tracked.plan.run(clip=clip, norms=norms)
+            tracked.gradients.drop_copies()
             tracked.advance_versions()
 
     def run_one(
@@ -198,9 +237,11 @@ class TritonBackend:
         if address is None:
             return False
         self._scalars = []
-        header = self._header(request, tracked.plan.device)
         with tracked.plan.on_device():
+            tracked.plan.device_totals.order.follow()
+            header = self._header(request, tracked.plan.device)
             tracked.plan.run_row(row, address, header, request.norms)
+        tracked.gradients.drop_copies()
         tracked.advance_versions(row)
         return True
 

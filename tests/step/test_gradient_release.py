@@ -87,14 +87,14 @@ def test_released_steps_use_the_tables_of_the_whole_step(device, monkeypatch):
     _train(model, optimizer, device)
     assert len(made) == 1
     (device_plan,) = optimizer._engine._triton._plans
-    plan = device_plan.plan
-    for launches in plan._row_launches.values():
+    plan, whole = device_plan.plan, device_plan.plan._launches
+    for launches in whole._row_launches.values():
         for launch in launches:
             tables = [t for t in launch._arguments if isinstance(t, torch.Tensor)]
             assert {t.data_ptr() for t in tables} <= {
-                t.data_ptr() for t in (*plan._launch_coefficients[0]._arguments, *plan._launch_update[0]._arguments)
+                t.data_ptr() for t in (*whole._coefficients[0]._arguments, *whole._update[0]._arguments)
                 if isinstance(t, torch.Tensor)
-            } | {plan._uncounted.data_ptr()}  # fmt: skip
+            } | {plan._tables.uncounted.data_ptr()}  # fmt: skip
 
 
 def test_norms_of_released_steps_equal_those_of_whole_steps(backend, device):

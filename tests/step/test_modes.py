@@ -1,4 +1,4 @@
-"""Steps in inference mode, in a compiled training step and in the capture of a CUDA graph."""
+"""Steps in inference mode, in a compiled training step, under FakeTensorMode and in another thread."""
 
 import copy
 import threading
@@ -8,8 +8,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lwadamw import AdamW
-from lwadamw.step import engine
-from lwadamw.tables import upload
 from tests.cases import FEW_SHAPES, assert_equal, make_params, make_twins, set_grads
 
 
@@ -45,35 +43,6 @@ def test_a_compiled_training_step_may_contain_the_optimizer_step(backend, device
     for p, q, old in zip(model.parameters(), twin.parameters(), start, strict=True):
         torch.testing.assert_close(p, q)
         assert not torch.equal(p, old)
-
-
-def test_a_capture_that_would_go_wrong_is_refused(backend, device, monkeypatch):
-    params = make_params(FEW_SHAPES, device)
-    optimizer = AdamW(params, backend=backend)
-    set_grads(params)
-    monkeypatch.setattr(engine, "capturing", lambda: True)
-    monkeypatch.setattr(upload, "capturing", lambda: True)
-    before = [p.detach().clone() for p in params]
-    with pytest.raises(RuntimeError, match="group 0 has capturable=False"):
-        optimizer.step()
-    optimizer.param_groups[0]["capturable"] = True
-    with pytest.raises(RuntimeError, match="Take one uncaptured step first"):
-        optimizer.step()
-    for p, b in zip(params, before, strict=True):
-        assert torch.equal(p, b)
-
-
-def test_a_capture_with_new_gradient_tensors_is_refused(device, monkeypatch):
-    params = make_params(FEW_SHAPES, device)
-    optimizer = AdamW(params, backend="triton", capturable=True)
-    set_grads(params)
-    optimizer.step()
-    monkeypatch.setattr(engine, "capturing", lambda: True)
-    monkeypatch.setattr(upload, "capturing", lambda: True)
-    optimizer.step()
-    params[0].grad = params[0].grad.clone()
-    with pytest.raises(RuntimeError, match="gradients or hyperparameters changed"):
-        optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

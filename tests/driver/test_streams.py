@@ -1,0 +1,143 @@
+"""What kernels read when they run late: the numbers of their own step, on every device and on every stream."""
+
+import pytest
+import torch
+
+from lwadamw import AdamW
+from lwadamw.kernels import layout
+from tests.driver.twins import SHAPES, Twins
+
+ORDERS = ("first", "last")
+
+
+@pytest.mark.parametrize("indices", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "nonfinite": "raise"}])
+def test_late_kernels_read_the_numbers_of_their_own_step(indices, options, driver):
+    twins = Twins(driver, indices, **options)
+    for step in range(5):
+        twins.give_grads()
+        twins.set(lr=1e-3 * (step + 1))
+        twins.step()
+        driver.run_device(0)  # the current device is idle, the other one is far behind
+    assert driver.waits == 0
+    twins.assert_equal()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_late_kernels_on_a_side_stream_read_the_numbers_of_their_own_step(order, driver):
+    twins = Twins(driver, (1,))
+    side = driver.new_stream(1)
+    for step in range(4):
+        with driver.stream(side):
+            twins.give_grads()
+            twins.set(lr=1e-3 * (step + 1))
+            twins.step()
+        driver.current_stream(1).wait_stream(side)
+    twins.assert_equal(order)
+
+
+def test_the_norm_of_a_late_step_is_checked_when_it_has_arrived(driver):
+    twins = Twins(driver, (1,), max_grad_norm=1.0, nonfinite="raise")
+    optimizer = twins.optimizer
+    twins.give_grads()
+    twins.params[0].grad = torch.full_like(twins.params[0], float("inf")).detach()
+    optimizer.step()
+    driver.run_device(0)
+    twins.give_grads()
+    optimizer.step()
+    driver.run()
+    with pytest.raises(RuntimeError, match="global gradient norm of a step was inf"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_step_on_another_stream_waits_for_the_tables_of_the_step_before(order, driver):
+    """Gradient release takes the steps of two parameters on two streams, as autograd does if forward used two streams."""
+    twins = Twins(driver)
+    for optimizer in (twins.optimizer, twins.twin):
+        optimizer.release_gradients()
+    streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
+    for step in range(3):
+        twins.give_grads()
+        twins.set(lr=1e-3 * (step + 1))
+        for p, stream in zip(twins.params, streams, strict=True):
+            with driver.stream(stream):
+                # The user orders what he knows: a parameter is always updated on the stream of its own gradient.
+                stream.wait_stream(driver.streams[0]) if step == 0 else None
+                twins.optimizer._step_released(p)
+        for q in twins.expected:
+            twins.twin._step_released(q)
+    twins.assert_equal(order)
+
+
+def test_norms_on_another_stream_wait_for_the_step(driver):
+    twins = Twins(driver)
+    twins.give_grads()
+    twins.step()
+    with driver.stream(driver.new_stream(0)):
+        sums = twins.optimizer.norm_sums()
+    driver.run("last")
+    assert torch.equal(sums.raw, twins.twin.norm_sums())
+
+
+def test_the_allocator_learns_of_every_stream_that_uses_the_tables(driver):
+    twins = Twins(driver)
+    twins.give_grads()
+    twins.step()
+    assert not driver.recorded
+    side = driver.new_stream(0)
+    with driver.stream(side):
+        twins.step()
+    (tracked,) = twins.optimizer._engine._triton._plans
+    launches = [*tracked.plan._launches._coefficients, *tracked.plan._launches._update]
+    tables = {a.raw.data_ptr() for launch in launches for a in launch._arguments if isinstance(a, torch.Tensor)}
+    recorded = {address for address, stream in driver.recorded if stream is side}
+    # The launches read the dynamic table from its beginning, and from the first gradient on.
+    inner = {tracked.plan._dynamic.gradients.raw.data_ptr()}
+    assert tables - inner - {0} <= recorded
+
+
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)])
+def test_gradient_release_costs_no_more_than_its_parameters(lr, driver):
+    n = 500
+    params = [torch.nn.Parameter(torch.zeros(2).to("cuda:0")) for _ in range(n)]
+    optimizer = AdamW(params, lr=lr, backend="triton")
+    optimizer.release_gradients()
+    for backward in range(3):
+        driver.queries = driver.pinned = driver.uploaded = 0
+        for p in params:
+            p.grad = torch.zeros_like(p).detach()
+            optimizer._step_released(p)
+            p.grad = None
+        assert driver.queries <= 2
+        assert driver.pinned <= 2
+        assert driver.uploaded <= (layout.HEADER + n + layout.GROUP if backward == 0 else 0) + n
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_copies_of_gradients_do_not_outlive_their_step(released, driver):
+    params = [torch.nn.Parameter(torch.randn(6, 5).to("cuda:0")) for _ in range(2)]
+    optimizer = AdamW(params, backend="triton")
+    if released:
+        optimizer.release_gradients()
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.zeros(5, 6).to("cuda:0").t()
+            if released:
+                optimizer._step_released(p)
+        if not released:
+            optimizer.step()
+        held = [t for tracked in optimizer._engine._triton._plans for t in tracked.gradients.copies]
+        assert not held
+
+
+def test_pinned_memory_is_on_the_cpu_whatever_the_default_device(driver):
+    twins = Twins(driver, shapes=SHAPES[:1], max_grad_norm=1.0, nonfinite="raise", capturable=True)
+    twins.give_grads()
+    torch.set_default_device("meta")
+    try:
+        twins.step()
+    finally:
+        torch.set_default_device(None)
+    assert driver.pinned == 3, "a page of the table, a page for a capture, and a norm"
+    twins.assert_equal()
