@@ -15,7 +15,7 @@ from .members import local
 # How often a geometry remakes its guard. A guard also depends on requires_grad and on the dispatcher's state, for instance
 # on autocast. So a guard may fail although no tensor has changed.
 _REMAKES = 8
-_shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+_shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", "layout"))
 
 
 def look(tensor: Tensor) -> tuple[Any, ...]:
@@ -68,6 +68,7 @@ class Geometry:
 def _describe(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
     return (
         list(map(type, tensors)),
+        list(map(_layout, tensors)),
         list(map(_shape, tensors)),
         list(map(Tensor.stride, tensors)),
         list(map(_dtype, tensors)),

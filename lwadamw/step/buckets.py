@@ -23,6 +23,9 @@ _FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fus
 _ARGUMENTS = ("lr", "weight_decay", "eps", "beta1", "beta2", *_FLAGS)
 
 
+Needs = tuple[bool, bool, bool, bool, str]  # see `Entry.completed_for`
+
+
 @dataclass(slots=True)
 class Entry:
     """A parameter of the torch backend and its state.
@@ -32,7 +35,8 @@ class Entry:
         state: its optimizer state, the dict that the optimizer holds.
         address: data_ptr() of the parameter, if torch's fused CPU kernel can update it at this address as far as the
             parameter and its state are concerned. None: it cannot. The group and the gradient are checked elsewhere.
-        completed_for: what the state was completed for: (amsgrad, step on the parameter's device, huber decay, kept). None: not
+        completed_for: what the state was completed for: (amsgrad, step on the parameter's device, huber decay, packed, kept).
+            None: not
             yet.
         kept: how the weight is kept: "plain", "master", "remainder", "kahan" or "stochastic". See state/storage.py.
         sums: statistics of the last step, float64[4], if the step itself measured them. None: they are computed when norms
@@ -43,7 +47,7 @@ class Entry:
     member: Member
     state: dict[str, Any]
     address: int | None
-    completed_for: tuple[bool, bool, bool, str] | None = None
+    completed_for: Needs | None = None
     kept: str = "plain"
     sums: Tensor | None = None
     threshold: Tensor | None = None

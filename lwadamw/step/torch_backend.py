@@ -22,7 +22,7 @@ from ..state.identity import same, snapshot
 from ..state.members import Member, local
 from ..state.storage import MOMENTS
 from . import torch_fused_cpu as fused_cpu
-from .buckets import Bucket, Entry, fill_buckets, refill_buckets
+from .buckets import Bucket, Entry, Needs, fill_buckets, refill_buckets
 from .packed_step import step_packed
 from .torch_norms import HalfNorms, resting_sums, sums_of
 
@@ -82,11 +82,11 @@ class TorchBackend:
 
     def _complete_state(self) -> bool:
         """Create the state that the parameters of this step lack. Return whether there was any."""
-        stale: list[tuple[Bucket, Entry, tuple[bool, bool, bool, str]]] = []
+        stale: list[tuple[Bucket, Entry, Needs]] = []
         for bucket in self.buckets:
             options = bucket.options
             on_device = bool(options["capturable"] or bucket.fused or bucket.implicit_fused)
-            flags = (bool(options["amsgrad"]), on_device, bucket.huber_decay is not None)
+            flags = (bool(options["amsgrad"]), on_device, bucket.huber_decay is not None, bucket.packed)
             needs = [(*flags, entry.kept) for entry in bucket.entries]
             stale += [(bucket, e, n) for e, n in zip(bucket.entries, needs, strict=True) if e.completed_for != n]
         if stale and capturing():

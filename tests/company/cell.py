@@ -7,7 +7,6 @@ import pytest
 
 from lwadamw.state import keys
 from lwadamw.state.combinations import COMBINATIONS
-from tests.company.pending import PENDING
 from tests.company.storages import COLUMNS, gradient, options_of, weights
 from tests.company.world import World
 
@@ -27,7 +26,6 @@ class Row:
         outcome: what happens, from backend and column. "" if the act cannot be done to this storage.
         match: the start of the error message, where the act is refused.
         error: the type of the error.
-        pending: the key of `PENDING` that an act of this backend and column waits for, or None.
         shapes: the shapes of the parameters, from the column.
         options: more group keys.
     """
@@ -37,13 +35,8 @@ class Row:
     outcome: Callable[[str, str], str]
     match: str = ""
     error: object = RuntimeError
-    pending: Callable[[str, str], str | None] = lambda backend, column: None
     shapes: Callable[[str], tuple] = lambda column: (_shape_of(column),)
     options: dict = field(default_factory=dict)
-
-    def xfail(self, backend, column):
-        """Return why the test of a cell is expected to fail, or None."""
-        return PENDING.get(self.pending(backend, column))
 
 
 def _shape_of(column):
@@ -108,14 +101,6 @@ def cases():
     for row in ROWS:
         for backend in ("torch", "triton"):
             for column in COLUMNS:
-                marks = []
-                if row.xfail(backend, column):
-                    # Otherwise the step may read or write past the end of an array.
-                    safe = (
-                        row.outcome(backend, column) == FOLLOWED and row.pending(backend, column) != "companion dtype"
-                    )
-                    marks.append(pytest.mark.xfail(strict=True, run=safe, reason=row.xfail(backend, column)))
-                if backend == "triton" and column not in _QUICK:
-                    marks.append(pytest.mark.slow)
+                marks = [pytest.mark.slow] if backend == "triton" and column not in _QUICK else []
                 if row.outcome(backend, column):
                     yield pytest.param(row, backend, column, marks=marks, id=f"{row.name}-{backend}-{column}")

@@ -9,7 +9,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from lwadamw.state.combinations import COMBINATIONS
 from tests.company import acts
 from tests.company.choices import NUMBERS, act_rule, pick
-from tests.company.pending import PENDING
 from tests.company.storages import LARGE, LAYOUTS, SMALL, B, D, F, H, dtypes_of, gradient, options_of, weights
 from tests.company.world import World
 
@@ -25,7 +24,7 @@ class Company(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.world, self.kinds, self.made, self.cleared = None, [], 0, False
+        self.world, self.kinds, self.made = None, [], 0
 
     @initialize(
         seed=st.integers(0, 2**16),
@@ -62,8 +61,6 @@ class Company(RuleBasedStateMachine):
         params = []
         for _ in range(n):
             dtype = pick(dtypes_of(combination, self.backend))
-            if dtype == H and self.backend == "torch" and not options_of(combination) and "fp16 torch" in PENDING:
-                dtype = F
             large = "8-bit" in combination and pick([self.backend == "torch", self.thorough, False, False])
             shape = LARGE if large else pick(SMALL)
             layout = "rows" if large else pick(LAYOUTS if self.backend == "torch" else LAYOUTS[:-1])
@@ -97,7 +94,7 @@ class Company(RuleBasedStateMachine):
             return
         self.steps -= 1
         world = self.world
-        norms = norms and not ("stale norms" in PENDING and self.backend == "torch") and pick([not self.short, True])
+        norms = norms and pick([not self.short, True])
         for h, give in zip(world.held, has, strict=True):
             if h.place is None:
                 continue
@@ -110,7 +107,6 @@ class Company(RuleBasedStateMachine):
                 grad = grad.mT.contiguous().mT
             world.give(h, grad if give and h.p.requires_grad else None)
         world.step(norms=norms, **more)
-        self.cleared = False
 
     @precondition(lambda self: self.world.max_grad_norm is not None)
     @rule(i=_ANY)
@@ -153,15 +149,11 @@ class Company(RuleBasedStateMachine):
 
     @act_rule(i=_ANY, data=st.booleans(), share=st.sampled_from([0.0, 0.5, 1.0]))
     def write(self, i, data, share):
-        h = self._held(i)
-        data = data and not ("data write" in PENDING and self.world.storage(h).weight == "master")
-        acts.write(self.world, h, data, share)
+        acts.write(self.world, self._held(i), data, share)
 
     @act_rule(i=_ANY, share=st.sampled_from([0.5, 1.0]))
     def mask(self, i, share):
-        h = self._held(i)
-        if not ("remainder zero" in PENDING and self.world.storage(h).weight == "remainder"):
-            acts.mask(self.world, h, share)
+        acts.mask(self.world, self._held(i), share)
 
     @act_rule(i=_ANY, what=st.sampled_from([acts.halve, acts.swap]))
     def write_digits(self, i, what):
@@ -172,8 +164,6 @@ class Company(RuleBasedStateMachine):
         h = self._held(i)
         if (layout == "gaps" and self.backend == "triton") or self._keeps_layout(h):
             layout = "rows"
-        if "packed layout" in PENDING and self.backend == "torch":
-            layout = None
         acts.replace_data(self.world, h, layout, shift)
 
     @staticmethod
@@ -185,15 +175,12 @@ class Company(RuleBasedStateMachine):
     def flatten(self, i):
         dtype = self._held(i).p.dtype
         some = [h for h in self.world.held if h.p.dtype == dtype]
-        if "packed layout" in PENDING and self.backend == "torch":
-            some = [h for h in some if h.p.is_contiguous()]
-        if some:
-            acts.flatten(self.world, some)
+        acts.flatten(self.world, some)
 
     @act_rule(i=_ANY)
     def transpose(self, i):
         h = self._held(i)
-        if h.p.shape == (6, 6) and "same address" not in PENDING:
+        if h.p.shape == (6, 6):
             acts.transpose(self.world, h)
 
     @act_rule(i=_ANY, frozen=st.booleans())
@@ -234,10 +221,9 @@ class Company(RuleBasedStateMachine):
 
     @act_rule(j=_ANY, value=_ANY)
     def edit_betas(self, j, value):
-        if "list in place" not in PENDING:
-            group = self.world.optimizer.param_groups[self._place(j)]
-            group["betas"] = list(group["betas"])
-            acts.edit_betas(self.world, self._place(j), NUMBERS["betas"][value % 4])
+        group = self.world.optimizer.param_groups[self._place(j)]
+        group["betas"] = list(group["betas"])
+        acts.edit_betas(self.world, self._place(j), NUMBERS["betas"][value % 4])
 
     @precondition(lambda self: self.made < 5)
     @act_rule(combination=st.sampled_from(list(COMBINATIONS)))
@@ -264,7 +250,6 @@ class Company(RuleBasedStateMachine):
 
     @act_rule(i=_ANY, by=st.sampled_from(["pop", "clear", "all"]))
     def delete_state(self, i, by):
-        self.cleared = by == "clear"
         acts.delete_state(self.world, self._held(i), by)
 
     @act_rule(i=_ANY, j=_ANY, how=st.sampled_from(["zero", "copy", "replace"]))
@@ -279,17 +264,12 @@ class Company(RuleBasedStateMachine):
         dtypes = dtypes_of(combination, self.backend)
         inside = [h for h in self.world.held if h.place == place]
         amsgrad = self.world.groups[place].amsgrad and "8-bit" in combination
-        companion = self.backend == "torch" or any(self.world.optimizer.state.get(h.p) for h in inside)
-        if "new companion" in PENDING and companion and COMBINATIONS[combination].storage.companion:
-            return
         if all(h.p.dtype in dtypes for h in inside) and not amsgrad:
             acts.convert(self.world, place, combination)
             self.kinds[place] = combination
 
     @rule()
     def read_norms(self):
-        if "norms without state" in PENDING and self.backend == "torch" and self.cleared:
-            return
         before = self.world.bits()
         self.world.optimizer.norms()
         self.world.assert_unwritten(before, "norms()")

@@ -36,6 +36,11 @@ def test_a_geometry_does_not_hold_for_another_tensor(what, guards):
     assert known.holds([t.clone() for t in tensors])
 
 
+def test_a_geometry_does_not_hold_for_a_sparse_tensor_without_dimensions(guards):
+    tensor = torch.tensor(1.0)
+    assert not Geometry([tensor]).holds([tensor.to_sparse()])
+
+
 def test_a_geometry_holds_in_every_mode_of_torch(guards):
     tensors = [torch.nn.Parameter(torch.randn(3, 2).T) for _ in range(3)] + [torch.nn.Parameter(torch.tensor(1.0))]
     known = Geometry(tensors)

@@ -236,3 +236,18 @@ def test_a_wide_parameter_refuses_moments_that_would_lose_digits_or_a_part(dtype
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to(torch.complex128)
     with pytest.raises(RuntimeError, match=r"exp_avg of '0.0' \(50,\) is torch.complex128, and beside a parameter"):
         optimizer.step()
+
+
+def test_moments_follow_a_layout_that_only_a_later_path_needs():
+    """torch's loop updates arrays of any strides. The packed path, which a gradient of another dtype takes, needs one layout."""
+    p = torch.nn.Parameter(torch.randn(6, 6).t())
+    q = torch.nn.Parameter(p.detach().clone())
+    ours, theirs = AdamW([p], grad_attribute="main_grad"), torch.optim.AdamW([q])
+    for step in range(4):
+        if step == 1:
+            p.data = p.data.contiguous()
+        q.grad = torch.randn(6, 6).bfloat16().float()
+        p.main_grad = q.grad.bfloat16() if step > 1 else q.grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
