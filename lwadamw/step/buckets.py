@@ -35,9 +35,8 @@ class Entry:
         state: its optimizer state, the dict that the optimizer holds.
         address: data_ptr() of the parameter, if torch's fused CPU kernel can update it at this address as far as the
             parameter and its state are concerned. None: it cannot. The group and the gradient are checked elsewhere.
-        completed_for: what the state was completed for: (amsgrad, step on the parameter's device, huber decay, packed, kept).
-            None: not
-            yet.
+        completed_for: what the state was completed for: amsgrad, step on the device, huber decay, packed, kept. None:
+            not yet.
         kept: how the weight is kept: "plain", "master", "remainder", "kahan" or "stochastic". See state/storage.py.
         sums: statistics of the last step, float64[4], if the step itself measured them. None: they are computed when norms
             are read.

@@ -239,7 +239,7 @@ def test_a_wide_parameter_refuses_moments_that_would_lose_digits_or_a_part(dtype
 
 
 def test_moments_follow_a_layout_that_only_a_later_path_needs():
-    """torch's loop updates arrays of any strides. The packed path, which a gradient of another dtype takes, needs one layout."""
+    """torch's loop takes arrays of any strides. The packed path, which a gradient of another dtype takes, needs one layout."""
     p = torch.nn.Parameter(torch.randn(6, 6).t())
     q = torch.nn.Parameter(p.detach().clone())
     ours, theirs = AdamW([p], grad_attribute="main_grad"), torch.optim.AdamW([q])
