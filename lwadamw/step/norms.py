@@ -20,7 +20,8 @@ class Norms:
     the parameter `name` are called `name[0]`, `name[1]`, ...
 
     A parameter that had no gradient in the last step has update, grad and angle 0. So has every parameter if the last
-    step was skipped because of a non-finite gradient. NaN means that a value is not known.
+    step was skipped because of a non-finite gradient. NaN means that a value is not known. On the Triton backend, the weight
+    of such a parameter counts as its own last step left it: what others have written since is not seen.
 
     The kernels add squares in float32. So a norm above 1.8e19 may be shown as inf, and elements below 1e-19 may be left out.
     `grad` is the norm of the gradient that the moments took, whose elements are at most 1.8e19, see docs/storage.md.
