@@ -104,7 +104,8 @@ def run_suite(seconds: float) -> str:
     command += [f"tests/{name}" for name in SUITE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=harness.ROOT)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as expired:
+        print((expired.stdout or b"").decode(errors="replace")[-4000:])
         return f"not finished within {seconds:.0f} s"
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
     if done.returncode:
