@@ -95,16 +95,21 @@ def run_tests() -> list[dict[str, str]]:
 
 
 def run_suite(seconds: float) -> str:
-    """Run the test files of SUITE on this device for at most `seconds`, and return the last line that pytest prints."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    """Run the test files of SUITE on this device for at most `seconds`, and return the last line that pytest prints.
+
+    Tests that fail are printed, one a line. A failure does not end the run: it would hide what comes after it.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-o", "filterwarnings=default"]
     command += [f"tests/{name}" for name in SUITE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=harness.ROOT)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as expired:
+        print((expired.stdout or b"").decode(errors="replace")[-4000:])
         return f"not finished within {seconds:.0f} s"
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
     if done.returncode:
-        print(done.stdout[-4000:])
+        print(done.stdout[-20000:])
     return lines[-1]
 
 

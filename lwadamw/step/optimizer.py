@@ -53,9 +53,10 @@ class AdamW(StateExchange):
         maximize: maximize the objective instead of minimizing it.
         foreach: as in torch. If it is given and `fused` is not True, torch's own implementation takes the step, on the
             torch backend.
-        capturable: allow the step to be captured in a CUDA graph. Take one step before the capture. Keep the gradients at
-            their addresses with `zero_grad(set_to_none=False)`. A hyperparameter that changes between replays has to be a
-            tensor on the device.
+        capturable: allow the step to be captured in a CUDA graph, alone or with forward and backward. Take one uncaptured
+            step before each capture. Uncaptured steps may come between replays. A hyperparameter that changes between
+            replays has to be a tensor on the device; numbers stay as they were at the capture. Parameters, state or groups
+            that are replaced after a capture need a new capture. docs/graphs.md says what a replay sees.
         differentiable: let autograd run through the step. This uses the torch backend.
         fused: as in torch: True asks for torch's fused kernel where the torch backend updates a parameter. False asks for
             another implementation of torch's and so for the torch backend. None: the torch backend chooses. On the CPU it

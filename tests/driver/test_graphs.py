@@ -1,5 +1,7 @@
 """Captured steps: a replay works on the tensors and numbers of its own capture, whatever happens in between."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -52,6 +54,21 @@ def test_a_captured_training_step_replays_between_uncaptured_steps(options, driv
         twins.set(lr=1e-3)  # the graph keeps the learning rate of its capture
     twins.assert_equal()
     assert int(twins.twin.steps_taken()) == int(twins.optimizer._engine._triton._plans[0].plan.steps.raw[0]) == 7
+
+
+@pytest.mark.parametrize("master", [torch.float32, "remainder"])
+def test_a_replay_follows_what_others_have_written_to_a_parameter(master, driver):
+    twins = _warm_up(Twins(driver, dtype=torch.bfloat16, capturable=True, master_weights=master, lr=1e-2))
+    graph, _, same = _capture(driver, twins, _values(twins))
+    for value in (0.5, -2.0):
+        for p, q in zip(twins.params, twins.expected, strict=True):
+            p.detach().fill_(value)
+            q.detach().fill_(value)
+        graph.replay()
+        same()
+    twins.assert_equal()
+    for p in twins.expected:
+        assert (p + 2.0).abs().max() < 0.1
 
 
 def test_two_graphs_keep_their_own_numbers(driver):
@@ -116,8 +133,6 @@ def test_a_graph_reads_its_own_tables_after_the_plan_was_made_again(replace, dri
 
 def _tables(optimizer):
     """Weak references to what the captured step reads."""
-    import weakref
-
     plan = optimizer._engine._triton._plans[0].plan
     dynamic = plan.captures[0].dynamic
     return [weakref.ref(t) for t in (dynamic.words, plan.steps, plan._tables.coefficients, dynamic._upload._only_page)]

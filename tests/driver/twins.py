@@ -16,12 +16,13 @@ class Twins:
         indices: the devices. Each of them gets a parameter for each shape.
         shapes: shapes of the parameters.
         backend: the backend of both optimizers.
+        dtype: dtype of the parameters.
         options: other arguments of both optimizers.
     """
 
-    def __init__(self, driver, indices=(0,), shapes=SHAPES, backend="triton", **options):
+    def __init__(self, driver, indices=(0,), shapes=SHAPES, backend="triton", dtype=torch.float32, **options):
         self.driver = driver
-        self.expected = [torch.nn.Parameter(torch.randn(shape)) for _ in indices for shape in shapes]
+        self.expected = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for _ in indices for shape in shapes]
         places = [f"cuda:{i}" for i in indices for _ in shapes]
         pairs = zip(self.expected, places, strict=True)
         self.params = [torch.nn.Parameter(p.detach().to(place)) for p, place in pairs]

@@ -222,19 +222,80 @@ def test_a_captured_step_replays_with_a_new_learning_rate():
         torch.testing.assert_close(p, q, rtol=1.3e-6, atol=1e-5)
 
 
-def test_capturing_a_step_whose_tables_would_change_is_refused():
+def _train(model, optimizer, x):
+    optimizer.zero_grad(set_to_none=True)
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_captured_training_step_replays_between_uncaptured_steps():
+    """Forward, backward and step are in one graph, with gradients of the graph's own. Uncaptured steps have others."""
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 7)).cuda()
+    theirs = copy.deepcopy(ours)
+    optimizer = AdamW(ours.parameters(), lr=1e-2, capturable=True, max_grad_norm=1.0, backend="triton")
+    twin = AdamW(theirs.parameters(), lr=1e-2, max_grad_norm=1.0, backend="triton")
+    static = torch.randn(16, 64, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            _train(ours, optimizer, static)
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        _train(theirs, twin, static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _train(ours, optimizer, static)
+    for step in range(4):
+        static.copy_(torch.randn_like(static))
+        graph.replay()
+        _train(theirs, twin, static)
+        if step % 2:  # as for a last batch of another size
+            x = torch.randn(5, 64, device="cuda")
+            _train(ours, optimizer, x)
+            _train(theirs, twin, x)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert optimizer.steps_taken() == twin.steps_taken() == 9
+
+
+def test_a_second_captured_step_without_prepared_tables_is_refused():
     params = _params((100,))
     optimizer = AdamW(params, capturable=True, backend="triton")
     _new_grads(params)
     optimizer.step()
-    params[0].grad = params[0].grad.clone()
+    torch.cuda.synchronize()
     try:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             optimizer.step()
+            optimizer.step()
     except RuntimeError as error:
-        assert "cannot be captured" in str(error)
+        assert "Take one uncaptured step" in str(error), error
     else:
-        raise AssertionError("the step was captured")
+        raise AssertionError("the second step was captured")
+
+
+def test_parameters_of_another_device_than_the_current_one():
+    """The current device is idle, and the device of the parameters is far behind the host."""
+    if torch.cuda.device_count() < 2:
+        return
+    start = _params((1000, 5000))
+    params = [torch.nn.Parameter(p.detach().to("cuda:1")) for p in start]
+    twins = _twins(params)
+    ours, theirs = AdamW(params, backend="triton"), torch.optim.AdamW(twins, fused=True)
+    grads = [[torch.randn_like(p) for p in params] for _ in range(20)]
+    busy = torch.randn(8192, 8192, device="cuda:1")
+    for optimizer, own in ((ours, params), (theirs, twins)):
+        for _ in range(30):
+            busy = busy @ busy * 1e-4
+        for step, step_grads in enumerate(grads):
+            for p, grad in zip(own, step_grads, strict=True):
+                p.grad = grad
+            optimizer.param_groups[0]["lr"] = 1e-3 * (1 + step % 7)
+            optimizer.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-5)
 
 
 def test_a_grad_scaler_skips_and_unscales_as_with_torch():

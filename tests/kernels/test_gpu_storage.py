@@ -103,28 +103,48 @@ def _cloned(state):
 
 
 def test_scaled_and_skipped_steps_never_wait_for_the_device():
+    """The loss scale and found_inf are given as GradScaler gives them. It cannot look at bfloat16 gradients itself."""
     for options in ({}, {"max_grad_norm": 1.0}):
         for c in (COMBINATIONS["fp32"], COMBINATIONS["bf16, remainder, 8-bit moments"]):
             params = _params(c)
             optimizer = _optimizer(c, params, **options)
-            scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+            optimizer.grad_scale = torch.full((), 1024.0, device=DEVICE)
             for step in range(4):
-                optimizer.zero_grad()
-                scaler.scale(
-                    sum((p.float() * torch.randn_like(p, dtype=torch.float32)).sum() for p in params)
-                ).backward()
-                if step == 2:
-                    params[0].grad[0, 0] = float("inf")
+                for p in params:
+                    p.grad = (torch.randn_like(p, dtype=torch.float32) * 1024.0).to(c.grad)
+                optimizer.found_inf = torch.full((), float(step == 2), device=DEVICE)
                 before = [p.detach().clone() for p in params]
                 torch.cuda.set_sync_debug_mode("error" if step else "default")
                 try:
-                    scaler.step(optimizer)
-                    scaler.update()
+                    optimizer.step()
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
                 assert all(map(torch.equal, params, before)) == (step == 2)
             assert int(optimizer.skipped_steps) == 1
             assert float(optimizer.state[params[0]]["step"]) == 3
+
+
+def test_a_grad_scaler_never_waits_for_the_device():
+    for name in ("fp32", "fp16, master"):
+        c = COMBINATIONS[name]
+        params = _params(c)
+        optimizer = _optimizer(c, params)
+        scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+        scaler.scale(torch.ones((), device=DEVICE))  # creates the scale on the device
+        for step in range(4):
+            for p in params:
+                p.grad = torch.randn_like(p).to(c.grad)
+            if step == 2:
+                params[0].grad.fill_(float("inf"))
+            before = [p.detach().clone() for p in params]
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                scaler.step(optimizer)
+                scaler.update()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert all(map(torch.equal, params, before)) == (step == 2), name
+        assert int(optimizer.skipped_steps) == 1
 
 
 def test_an_infinite_norm_raises_at_a_later_step_and_never_waits_for_the_device():

@@ -66,21 +66,21 @@ def test_a_monitor_that_nobody_holds_is_freed_with_its_optimizer():
     assert len(seen) == 1
 
 
-def test_steps_with_a_closure_and_a_scaler_are_seen():
-    model = nn.Linear(4, 3)
+def test_steps_with_a_closure_and_a_scaler_are_seen(device):
+    model = nn.Linear(4, 3, device=device)
     optimizer = AdamW(model.parameters(), backend="triton")
     monitor = Monitor(optimizer, every=1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=8.0)
 
     def closure():
         optimizer.zero_grad()
-        loss = model(torch.randn(2, 4)).square().sum()
+        loss = model(torch.randn(2, 4, device=device)).square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
     optimizer.zero_grad()
-    loss = model(torch.randn(2, 4)).square().sum()
+    loss = model(torch.randn(2, 4, device=device)).square().sum()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()

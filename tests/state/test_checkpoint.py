@@ -294,12 +294,12 @@ def test_checkpoint_of_a_plain_optimizer_loads_into_width_groups_and_back():
     assert torch.equal(same_groups.state[model.bias]["exp_avg_sq"], plain.state[model.bias]["exp_avg_sq"])
 
 
-def test_distributed_checkpoint_reads_without_moving_weights(backend):
+def test_distributed_checkpoint_reads_without_moving_weights(backend, device):
     """torch's DCP creates state with a step of zero gradients at lr 0. The weights must not change by a bit."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     def build():
-        model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16))
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16)).to(device)
         groups = param_groups(model, 4, width=16)
         return model, AdamW(groups, lr=1e-2, weight_decay=0.5, backend=backend)
 

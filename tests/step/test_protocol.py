@@ -276,8 +276,8 @@ def test_effective_values_are_base_times_multiplier():
     assert optimizer.param_groups[0]["lr"] == 1e-2
 
 
-def test_a_profiler_sees_every_step_and_hooks_run_in_it(backend):
-    model = torch.nn.Linear(3, 3)
+def test_a_profiler_sees_every_step_and_hooks_run_in_it(backend, device):
+    model = torch.nn.Linear(3, 3, device=device)
     optimizer = AdamW(model.parameters(), backend=backend)
     seen = []
     for p in model.parameters():
