@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.optim.optimizer as torch_optimizer
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 # Tells low-level observers about a range, and costs nothing where there are none. torch 2.6 and later have it.
@@ -25,6 +26,7 @@ def watched_only(step: Callable[..., Any]) -> Callable[..., Any]:
     """
     watched: Callable[..., Any] = Optimizer.profile_hook_step(step)
 
+    @_disable_dynamo
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         hooks = (

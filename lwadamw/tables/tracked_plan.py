@@ -132,9 +132,11 @@ class TrackedPlan:
 
 
 def _make_row(member: Member, state: dict[str, Any], storage: Storage) -> Row:
+    # The state may still have the maximum of a group with amsgrad from which the parameter has been taken.
+    names = [name for name in _STATE if name in state and (name != "max_exp_avg_sq" or member.group["amsgrad"])]
     return Row(
         local(member.param),
-        {name: local(state[name]) for name in _STATE if name in state},
+        {name: local(state[name]) for name in names},
         state["step"],
         member.group_index,
         member.segments,

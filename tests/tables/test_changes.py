@@ -218,3 +218,26 @@ def test_a_parameter_that_grew_under_its_state_is_refused(backend, device):
     set_grads([p])
     with pytest.raises(RuntimeError, match=r"exp_avg of '0.0' has shape \(5,\), the parameter \(5000,\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["the group is edited", "the parameter is moved"])
+def test_a_maximum_is_left_alone_while_the_group_has_no_amsgrad(how, backend, device):
+    (p, q), twins = make_params([(70,), (3,)], device), make_params([(70,), (3,)], device)
+    for mine, theirs in zip((p, q), twins, strict=True):
+        theirs.data.copy_(mine.data)
+    groups = [{"params": [p], "amsgrad": True}, {"params": [q]}]
+    optimizer = AdamW(groups, lr=0.1, backend=backend)
+    theirs = torch.optim.AdamW([{"params": [twins[0]], "amsgrad": True}, {"params": [twins[1]]}], lr=0.1)
+    for step in range(3):
+        if step == 1:
+            for some in (optimizer.param_groups, theirs.param_groups):
+                if how == "the group is edited":
+                    some[0]["amsgrad"] = False
+                else:
+                    some[1]["params"].append(some[0]["params"].pop())
+        set_grads((p, q), twins, scale=0.1 if step else 1.0)
+        optimizer.step()
+        theirs.step()
+        torch.testing.assert_close(p, twins[0], rtol=1.3e-6, atol=1e-5)
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            torch.testing.assert_close(optimizer.state[p][key], theirs.state[twins[0]][key], rtol=1.3e-6, atol=1e-5)
