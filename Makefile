@@ -1,5 +1,6 @@
 # make demo   trains a small language model at two widths and shows its norms
 # make test   runs lint, types and tests: everything that CI runs
+# make test-matrix   runs every combination of what others may do; CI runs it after make test
 # make check  runs lint and types
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
 # make gpu    runs the GPU tests, then the benchmarks; needs only python3, torch, triton and numpy
@@ -12,7 +13,7 @@ OUT ?= bench/results
 JOBS ?= auto
 BIN := .venv/bin
 
-.PHONY: demo test check bench study gpu clean
+.PHONY: demo test test-matrix check bench study gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,6 +30,9 @@ check: .venv/.installed
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-matrix: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m matrix
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json

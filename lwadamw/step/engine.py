@@ -241,10 +241,10 @@ class Engine:
         self._naming.follow(groups)
         members = list(members_of(groups))
         check_real(members)
-        for i, group in enumerate(groups):
-            check_options(group, f"group {i}: ")
         for m in members:
             check_state(m, state.get(m.param, {}))
+        for i, group in enumerate(groups):
+            check_options(group, f"group {i}: ")
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
         self._skipped = self.skipped
         self.keep_captures(self)

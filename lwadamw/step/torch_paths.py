@@ -46,7 +46,8 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
         RuntimeError: a hyperparameter is a tensor, and torch's foreach implementation cannot read it.
     """
     check_numbers(group, f"group {index}: ")
-    check_options(group, f"group {index}: ")
+    # `check_state` knows whether amsgrad meets 8-bit moments, and the remedy.
+    check_options({**group, "amsgrad": False}, f"group {index}: ")
     if not group["foreach"] or group["fused"] or group["capturable"]:
         return
     for key, value in {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}.items():

@@ -8,6 +8,8 @@ from lwadamw import AdamW
 from lwadamw.state.members import members_of
 from tests.cases import FEW_SHAPES, assert_equal, clone_params, make_params, set_grads
 
+pytestmark = pytest.mark.matrix
+
 
 def _fill(value, number):
     value.fill_(number)
