@@ -11,6 +11,8 @@ from lwadamw import AdamW
 from lwadamw.state import packing
 from tests.state.storages import B, F, H
 
+pytestmark = pytest.mark.matrix
+
 D = torch.float64
 OPTIONS = {
     "master": {"master_weights": torch.float32},

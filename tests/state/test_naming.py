@@ -11,6 +11,8 @@ import torch
 from lwadamw import AdamW, param_groups
 from lwadamw.state.members import members_of
 
+pytestmark = pytest.mark.matrix
+
 NAMES = ["a", "b", "c"]
 
 

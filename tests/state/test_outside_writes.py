@@ -10,7 +10,10 @@ from lwadamw.state.storage import MOMENTS
 from tests.state.storages import ALIKE, BETAS, B, F, give_grads, make
 
 # NumPy, which runs the interpreted kernels, reports what a GPU does silently.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.matrix,
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 
 
 def _in_place(p, values):

@@ -9,6 +9,8 @@ import torch
 from lwadamw import AdamW, Monitor
 from lwadamw.state.combinations import COMBINATIONS
 
+pytestmark = pytest.mark.matrix
+
 OPTIONS = {
     "clipped": {"max_grad_norm": 0.5, "amsgrad": True},
     "huber": {"decay": "huber", "weight_decay": 0.5},

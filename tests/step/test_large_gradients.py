@@ -11,7 +11,10 @@ from lwadamw.state.storage import storage_of
 from tests.state.storages import ALIKE, BETAS, optimizer_of, shapes_of
 
 # NumPy, which runs the interpreted kernels, reports what a GPU does silently: products and sums of squares become inf.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.matrix,
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 LR = 1e-2
 ALL = [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in COMBINATIONS]
 

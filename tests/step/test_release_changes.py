@@ -14,6 +14,8 @@ from lwadamw import AdamW
 from tests.cases import assert_equal
 from tests.state.storages import assert_same_bits
 
+pytestmark = pytest.mark.matrix
+
 
 def _model(device, dtype=torch.float32, sizes=(6, 5, 3)):
     torch.manual_seed(0)

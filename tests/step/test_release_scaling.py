@@ -12,6 +12,8 @@ from lwadamw.step import loss_scaling
 from tests.cases import assert_equal
 from tests.step.test_amp import Reads
 
+pytestmark = pytest.mark.matrix
+
 INF = float("inf")
 
 

@@ -6,6 +6,8 @@ import torch
 from lwadamw import AdamW
 from tests.cases import FEW_SHAPES, assert_equal, clone_params, make_params, set_grads
 
+pytestmark = pytest.mark.matrix
+
 HALVES = [torch.bfloat16, torch.float16]
 ASKED = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}]
 

@@ -7,6 +7,8 @@ from lwadamw import AdamW
 from lwadamw.state.combinations import COMBINATIONS
 from tests.state.storages import assert_same_bits, give_grads, make, optimizer_of
 
+pytestmark = pytest.mark.matrix
+
 STORAGES = ("fp32", "bf16", "bf16, master", "bf16, remainder", "bf16, kahan", "bf16, stochastic", "fp32, 8-bit moments")
 CUTS = {
     "rows cut off": lambda d: d[:20],
