@@ -1,63 +1,14 @@
 """Gradient release: what others change between two backward passes is followed, and step() takes what no hook has taken."""
 
 import copy
-import gc
-import io
-import itertools
-import pickle
-import weakref
 
 import pytest
 import torch
 
 from lwadamw import AdamW
-from tests.cases import assert_equal
-from tests.state.storages import assert_same_bits
+from tests.step.releases import Pair, backward, model_of_two_layers
 
 pytestmark = pytest.mark.matrix
-
-
-def _model(device, dtype=torch.float32, sizes=(6, 5, 3)):
-    torch.manual_seed(0)
-    pairs = itertools.pairwise(sizes)
-    return torch.nn.Sequential(*(torch.nn.Linear(a, b, device=device, dtype=dtype) for a, b in pairs))
-
-
-def _backward(model, seed):
-    torch.manual_seed(seed)
-    p = next(model.parameters())
-    model(torch.randn(4, 6, device=p.device, dtype=p.dtype)).square().sum().backward()
-
-
-class Pair:
-    """A model whose gradients are released, and its twin that takes whole steps."""
-
-    def __init__(self, backend, device, dtype=torch.float32, **options):
-        self.models = [_model(device, dtype), _model(device, dtype)]
-        self.optimizers = [AdamW(m.parameters(), lr=1e-2, backend=backend, **options) for m in self.models]
-        self.handle = self.optimizers[0].release_gradients()
-        self.seed = 0
-
-    def both(self, change):
-        for model, optimizer in zip(self.models, self.optimizers, strict=True):
-            change(model, optimizer)
-
-    def train(self, steps=1, call_step=True):
-        for _ in range(steps):
-            self.seed += 1
-            for model in self.models:
-                _backward(model, self.seed)
-            if call_step:
-                self.optimizers[0].step()
-            self.optimizers[1].step()
-            self.optimizers[1].zero_grad()
-
-    def check(self):
-        assert_same_bits(*self.optimizers)
-        for p, q in zip(self.models[0].parameters(), self.models[1].parameters(), strict=True):
-            assert torch.equal(p, q)
-        held = [p for group in self.optimizers[0].param_groups for p in group["params"]]
-        assert all(p.grad is None for p in held)
 
 
 def _reset_state(_, optimizer):
@@ -227,7 +178,7 @@ def test_a_parameter_that_turns_float64_is_refused_by_name_with_backend_triton(d
     _double_data(pair.models[0], pair.optimizers[0])
     before = [p.detach().clone() for p in pair.models[0].parameters()]
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot update .* its dtype is torch.float64"):
-        _backward(pair.models[0], 5)
+        backward(pair.models[0], 5)
     assert all(map(torch.equal, pair.models[0].parameters(), before))
 
 
@@ -240,7 +191,7 @@ def test_state_that_stopped_fitting_is_refused_by_name(backend, device):
     before = rest.clone()
     model[1].weight.data, model[1].bias.data = model[1].weight.data[:2], model[1].bias.data[:2]
     with pytest.raises(RuntimeError, match=r"exp_avg of '0\.\d' has shape"):
-        _backward(model, 5)
+        backward(model, 5)
     assert torch.equal(rest, before)
 
 
@@ -258,16 +209,16 @@ def test_unfrozen_parameters_take_their_steps(call_step, backend, device):
 
 
 def test_a_parameter_that_was_unfrozen_steps_within_backward_from_the_second_time_on(backend, device):
-    model = _model(device)
+    model = model_of_two_layers(device)
     model[1].bias.requires_grad_(False)
     optimizer = AdamW(model.parameters(), backend=backend)
     optimizer.release_gradients()
-    _backward(model, 1)
+    backward(model, 1)
     model[1].bias.requires_grad_(True)
-    _backward(model, 2)
+    backward(model, 2)
     optimizer.step()
     assert float(optimizer.state[model[1].bias]["step"]) == 1
-    _backward(model, 3)
+    backward(model, 3)
     assert model[1].bias.grad is None
     assert float(optimizer.state[model[1].bias]["step"]) == 2
 
@@ -302,13 +253,13 @@ def test_parameters_added_later_take_their_steps(how, backend, device):
 
 
 def test_a_parameter_that_left_the_groups_is_not_touched(backend, device):
-    model = _model(device)
+    model = model_of_two_layers(device)
     optimizer = AdamW(model.parameters(), backend=backend)
     optimizer.release_gradients()
-    _backward(model, 1)
+    backward(model, 1)
     p = optimizer.param_groups[0]["params"].pop(0)
     before = p.detach().clone()
-    _backward(model, 2)
+    backward(model, 2)
     assert torch.equal(p, before)
     assert p.grad is not None
     first = p.grad.clone()
@@ -316,7 +267,7 @@ def test_a_parameter_that_left_the_groups_is_not_touched(backend, device):
     assert torch.equal(p.grad, first)
     assert not p._post_accumulate_grad_hooks
     optimizer.param_groups[0]["params"].append(p)
-    _backward(model, 3)
+    backward(model, 3)
     optimizer.step()
     assert p.grad is None
     assert not torch.equal(p, before)
@@ -358,7 +309,7 @@ def test_norms_where_some_parameters_step_in_backward_and_some_in_step(backend, 
     pair.train()
     for model in pair.models:
         model[1].requires_grad_(False)
-        _backward(model, 7)
+        backward(model, 7)
         for p in model[1].parameters():
             p.grad = torch.ones_like(p)
     for optimizer in pair.optimizers:
@@ -376,7 +327,7 @@ def test_a_sparse_gradient_is_refused_before_any_parameter_is_updated(backend, d
     model, optimizer = pair.models[0], pair.optimizers[0]
     pair.train()
     model[1].requires_grad_(False)
-    _backward(model, 2)
+    backward(model, 2)
     before = [p.detach().clone() for p in model.parameters()]
     model[0].weight.grad = torch.ones_like(model[0].weight)
     model[1].weight.grad = torch.ones_like(model[1].weight).to_sparse()
@@ -396,7 +347,7 @@ def test_a_sparse_gradient_is_refused_in_backward(backend, device):
 
 
 def test_a_group_whose_gradients_are_elsewhere_is_refused(backend, device):
-    model = _model(device)
+    model = model_of_two_layers(device)
     optimizer = AdamW(model.parameters(), backend=backend)
     optimizer.release_gradients()
     late = torch.nn.Parameter(torch.zeros(3, device=device))
@@ -406,133 +357,5 @@ def test_a_group_whose_gradients_are_elsewhere_is_refused(backend, device):
     optimizer.param_groups[0]["grad_attribute"] = "main_grad"
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match="group 0 has grad_attribute='main_grad'"):
-        _backward(model, 1)
+        backward(model, 1)
     assert all(map(torch.equal, model.parameters(), before))
-
-
-def test_a_closure_is_evaluated_once_and_its_loss_is_returned(backend, device):
-    pair = Pair(backend, device)
-    losses = []
-
-    def closure(model):
-        model.zero_grad()
-        torch.manual_seed(3)
-        loss = model(torch.randn(4, 6, device=device)).square().sum()
-        loss.backward()
-        losses.append(loss.detach())
-        return loss
-
-    for model, optimizer in zip(pair.models, pair.optimizers, strict=True):
-        assert optimizer.step(lambda model=model: closure(model)).detach() == losses[-1]
-    pair.optimizers[1].zero_grad()
-    assert len(losses) == 2
-    pair.check()
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "together"])
-def test_a_copy_is_not_released(how, backend, device):
-    model = _model(device)
-    optimizer = AdamW(model.parameters(), backend=backend)
-    optimizer.release_gradients()
-    _backward(model, 1)
-    if how == "together":
-        twin, other = copy.deepcopy((model, optimizer))
-    elif how == "deepcopy":
-        other = copy.deepcopy(optimizer)
-        twin = None
-    elif how == "pickle":
-        twin, other = pickle.loads(pickle.dumps((model, optimizer)))
-    else:
-        file = io.BytesIO()
-        torch.save((model, optimizer), file)
-        file.seek(0)
-        twin, other = torch.load(file, weights_only=False)
-    params = other.param_groups[0]["params"]
-    before = [p.detach().clone() for p in params]
-    originals = [p.detach().clone() for p in model.parameters()]
-    if twin is None:
-        for p in params:
-            (p * 2).sum().backward()
-    else:
-        _backward(twin, 2)
-    assert all(map(torch.equal, params, before))
-    other.step()
-    assert not any(map(torch.equal, params, before))
-    assert {float(other.state[p]["step"]) for p in params} == {2}
-    assert all(p.grad is not None for p in params)
-    assert all(map(torch.equal, model.parameters(), originals))
-    other.release_gradients()
-
-
-def test_a_deleted_optimizer_takes_no_more_steps(backend, device):
-    model = _model(device)
-    optimizer = AdamW(model.parameters(), backend=backend)
-    optimizer.release_gradients()
-    _backward(model, 1)
-    gone = weakref.ref(optimizer)
-    before = [p.detach().clone() for p in model.parameters()]
-    del optimizer
-    gc.collect()
-    assert gone() is None
-    _backward(model, 2)
-    assert all(map(torch.equal, model.parameters(), before))
-    assert all(p.grad is not None and not p._post_accumulate_grad_hooks for p in model.parameters())
-
-
-def test_a_handle_keeps_its_optimizer(backend, device):
-    model = _model(device)
-    with AdamW(model.parameters(), backend=backend).release_gradients():
-        gc.collect()
-        _backward(model, 1)
-        assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_handle_may_be_removed_twice_and_leaves_a_later_one_alone(backend, device):
-    model = _model(device)
-    optimizer = AdamW(model.parameters(), backend=backend)
-    first = optimizer.release_gradients()
-    first.remove()
-    first.remove()
-    optimizer.release_gradients()
-    first.remove()
-    _backward(model, 1)
-    assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(RuntimeError, match="released already"):
-        optimizer.release_gradients()
-
-
-def test_an_exception_ends_the_context(backend, device):
-    model = _model(device)
-    optimizer = AdamW(model.parameters(), backend=backend)
-    with pytest.raises(ZeroDivisionError), optimizer.release_gradients():
-        raise ZeroDivisionError
-    _backward(model, 1)
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_two_optimizers_may_not_release_one_parameter(backend, device):
-    model = _model(device)
-    first, second = (AdamW(model.named_parameters(), backend=backend) for _ in range(2))
-    handle = first.release_gradients()
-    with pytest.raises(RuntimeError, match=r"another optimizer has released the gradient of '0.weight' \(5, 6\)"):
-        second.release_gradients()
-    handle.remove()
-    second.release_gradients()
-    _backward(model, 1)
-    assert second.steps_taken() == 1
-    assert first.steps_taken() == 0
-
-
-def test_the_weights_of_a_released_step_equal_those_of_torch(backend, device):
-    model, twin = _model(device), _model(device)
-    optimizer, theirs = (
-        AdamW(model.parameters(), lr=1e-2, backend=backend),
-        torch.optim.AdamW(twin.parameters(), lr=1e-2),
-    )
-    optimizer.release_gradients()
-    for step in range(4):
-        _backward(model, step)
-        _backward(twin, step)
-        theirs.step()
-        theirs.zero_grad()
-    assert_equal(list(model.parameters()), list(twin.parameters()))
