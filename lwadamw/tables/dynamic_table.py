@@ -54,7 +54,7 @@ class DynamicTable:
             words: int64[n_groups, GROUP], or the same words in one dimension.
         """
         new = words.reshape(-1)
-        if not np.array_equal(self.groups, new):
+        if not (self.groups == new).all():
             self.groups[:] = new
             self._sent = False
 

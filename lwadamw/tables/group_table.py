@@ -182,7 +182,8 @@ def _read_flags(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def _only_numbers(column: tuple[Any, ...]) -> bool:
-    return all(issubclass(kind, Real) for kind in set(map(type, column)))
+    kinds = set(map(type, column))
+    return kinds <= {float, int} or all(issubclass(kind, Real) for kind in kinds)
 
 
 def _any_tensor(column: tuple[Any, ...]) -> bool:

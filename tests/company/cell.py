@@ -12,8 +12,8 @@ from tests.company.world import World
 
 FOLLOWED, REFUSED, NOT_SEEN = "followed", "refused", "not seen"
 
-# On the interpreter the other columns run with the slow tests.
-_QUICK = ("plain fp32", "fp32 master", "remainder")
+# On the interpreter the other columns run with `-m matrix`.
+_QUICK = ("plain fp32", "remainder")
 
 
 @dataclass
@@ -101,6 +101,6 @@ def cases():
     for row in ROWS:
         for backend in ("torch", "triton"):
             for column in COLUMNS:
-                marks = [pytest.mark.slow] if backend == "triton" and column not in _QUICK else []
+                marks = [pytest.mark.matrix] if backend == "triton" and column not in _QUICK else []
                 if row.outcome(backend, column):
                     yield pytest.param(row, backend, column, marks=marks, id=f"{row.name}-{backend}-{column}")

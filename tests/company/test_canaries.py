@@ -38,6 +38,7 @@ def _world(name, backend, **arguments):
     return c, world
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_no_step_touches_or_uses_memory_around_its_tensors(name, backend):
     c, world = _world(name, backend, max_grad_norm=2.0)
