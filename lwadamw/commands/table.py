@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..width.groups import Groups
-    from ..width.roles import RoleSpec
+    from ..width.specs import RoleSpec
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -129,7 +129,7 @@ def _whole(value: str, text: str) -> int:
 
 
 def _role(text: str) -> tuple[str, RoleSpec]:
-    from ..width.roles import Matrix, Output
+    from ..width.specs import Matrix, Output
 
     pattern, _, spec = text.rpartition("=")
     role, colon, dimension = spec.partition(":")

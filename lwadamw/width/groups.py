@@ -14,9 +14,10 @@ from ..state import keys
 from ..state.names import layer_type
 from .patterns import as_mapping, first_match, matches_any, separating
 from .ratios import Decided, Ratio, ratios
-from .roles import Decision, RoleSpec, check_spec, decide
+from .roles import Decision, decide
 from .rules import Multipliers, Role, Rule, Scale, get_rule, with_output
 from .sites import sites
+from .specs import RoleSpec, check_spec
 
 
 @dataclass(frozen=True, slots=True)

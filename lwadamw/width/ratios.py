@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..state.names import layer_type
 from .patterns import as_mapping, first_match, matches_any, separating
-from .roles import Decision, RoleSpec, decide
+from .roles import Decision, decide
 from .rules import Role
 from .sites import sites
+from .specs import RoleSpec
 
 _log = logging.getLogger("lwadamw")
 _CONFIG_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "width")

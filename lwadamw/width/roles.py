@@ -16,6 +16,7 @@ width of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -23,34 +24,9 @@ from typing import Final
 from torch import Tensor, nn
 
 from .patterns import first_match
-from .rules import ROLES, Role
+from .rules import Role
 from .sites import Site
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """The role `matrix` for a tensor of any shape.
-
-    Args:
-        fan_in: the dimension of the tensor whose size is the fan_in. For packed experts of shape (experts, out, in) it is -1.
-    """
-
-    fan_in: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """The role `output` (untied head, router) for a tensor of any shape.
-
-    Args:
-        fan_in: the dimension of the tensor whose size is the fan_in.
-    """
-
-    fan_in: int = -1
-
-
-# A role as a user gives it: the name of a role, or a role with the dimension that is its fan_in.
-RoleSpec = Role | Matrix | Output
+from .specs import Matrix, Output, RoleSpec, check_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +86,6 @@ def register_role(module: type[nn.Module], roles: Mapping[str, RoleSpec]) -> Non
     _REGISTERED[module] = dict(roles)
 
 
-def check_spec(spec: object) -> None:
-    """Raise a ValueError if this is not a role as a user gives it."""
-    if not isinstance(spec, (Matrix, Output)) and spec not in ROLES:
-        raise ValueError(
-            f"{spec!r} is not a role. Roles are {', '.join(ROLES)}, Matrix(fan_in=dim), Output(fan_in=dim)."
-        )
-
-
 def decide(p: Tensor, places: list[Site], model: nn.Module, roles: Mapping[str, RoleSpec]) -> Decision:
     """Decide the role of one parameter.
 
@@ -165,12 +133,14 @@ def _apply(spec: RoleSpec, p: Tensor, why: str, name: str) -> Decision:
                 "their dimension."
             )
         spec = Matrix() if spec == "matrix" else Output()
-    if not -p.ndim <= spec.fan_in < p.ndim:
+    dims = spec.fan_in if isinstance(spec.fan_in, tuple) else (spec.fan_in,)
+    if not all(-p.ndim <= dim < p.ndim for dim in dims):
         raise ValueError(
             f"param_groups: {why} gives dimension {spec.fan_in} of {name!r}, which has shape {tuple(p.shape)}. Give a "
             f"dimension from {-p.ndim} to {p.ndim - 1}."
         )
-    return Decision("matrix" if isinstance(spec, Matrix) else "output", p.shape[spec.fan_in], why)
+    fan_in = math.prod(p.shape[dim] for dim in dims)
+    return Decision("matrix" if isinstance(spec, Matrix) else "output", fan_in, why)
 
 
 def _from_evidence(p: Tensor, site: Site, model: nn.Module) -> Decision:
