@@ -14,7 +14,7 @@ from .step.norms import Norms
 from .step.optimizer import AdamW
 from .version import __version__ as __version__
 from .width.groups import Groups, param_groups
-from .width.roles import register_role
+from .width.registry import register_role
 from .width.rules import RULES, Rule, Scale
 from .width.specs import Matrix, Output
 from .width.steady_state import SteadyState

@@ -82,6 +82,7 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(d, d, 4, groups=d)
         self.A_log, self.D = nn.Parameter(torch.randn(d, 16)), nn.Parameter(torch.ones(d))
         self.dt_proj = nn.Linear(d // 16, d)
+        self.mixture = nn.Parameter(torch.randn(d, 16))
 
 
 class ViT(nn.Module):
@@ -91,7 +92,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, d, 4, 4)
         self.attention = nn.MultiheadAttention(d, 4)
         self.mixer = nn.Conv2d(d, d, 3, padding=1)
-        self.temperature = nn.Parameter(torch.zeros(()))
+        self.probe, self.temperature = nn.Parameter(torch.zeros(1, 5, d)), nn.Parameter(torch.zeros(()))
         self.head = nn.Linear(d, 10)
 
 

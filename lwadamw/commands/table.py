@@ -148,10 +148,9 @@ def _role(text: str) -> tuple[str, RoleSpec]:
 
 def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[str, tuple[int, ...], str]]:
     from ..width.roles import decide
-    from ..width.sites import sites
 
-    found = [(p, places[0].name, decide(p, places, model, roles)) for p, places in sites(model) if p.requires_grad]
-    return [(name, tuple(p.shape), decision.why) for p, name, decision in found if decision.role is None]
+    undecided = [d for d in decide(model, roles) if d.param.requires_grad and d.decision.role is None]
+    return [(d.name, tuple(d.param.shape), d.decision.why) for d in undecided]
 
 
 def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool) -> str:

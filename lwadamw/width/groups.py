@@ -6,18 +6,22 @@ import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 
 from ..state import keys
 from ..state.names import layer_type
-from .patterns import as_mapping, first_match, matches_any, separating
-from .ratios import Decided, Ratio, ratios
-from .roles import Decision, decide
+from . import remedies
+from .evidence import Decision
+from .patterns import first_match, matcher, separating
+from .ratios import Ratio, ratios
+from .roles import Decided, decide
 from .rules import Multipliers, Role, Rule, Scale, get_rule, with_output
-from .sites import sites
 from .specs import RoleSpec, check_spec
+
+# For each width multiplier, the key of the base value that it multiplies.
+_BASE_KEYS: Final = {"lr": "lr", "wd": "weight_decay", "eps": "eps"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,8 @@ def param_groups(
         width: the width of this model, for an int `base_width`. None: the hidden size of the model's config, or else the
             width of its embedding.
         output: "vector" if the model divides its logits by m itself.
-        overrides: patterns to group keys that win over the rule, for example {"*.A_log": {"lr": 1e-4}}.
+        overrides: patterns to group keys that win over the rule, for example {"*.A_log": {"lr": 1e-4}}. A base value that is
+            given here is the effective value: its width multiplier is 1.
         segments: patterns to the segments of a parameter, which have norms of their own. An int is a number of equal parts
             of the first dimension (experts). A sequence has the number of rows of each part (q, k, v of a fused projection).
         include_frozen: whether parameters that do not require a gradient are grouped too.
@@ -125,9 +130,7 @@ def param_groups(
             "param_groups: fold=True multiplies base values, so it needs lr and weight_decay. Give lr=... and weight_decay=...."
         )
 
-    found = [
-        Decided(p, tuple(site.name for site in places), decide(p, places, model, roles)) for p, places in sites(model)
-    ]
+    found = decide(model, roles)
     _check_patterns({"roles": roles, "overrides": overrides, "segments": segments}, found, strict)
     left_out = {d.name for d in found if not (include_frozen or d.param.requires_grad)}
     found = _settle_undecided(found, left_out, strict)
@@ -146,43 +149,56 @@ def _is_constant(scale: Scale) -> bool:
 
 def _check_patterns(given: Mapping[str, Mapping[str, Any]], found: Sequence[Decided], strict: bool) -> None:
     names = [name for d in found for name in d.names]
-    for argument, patterns in given.items():
-        for pattern in patterns:
-            if matches_any(pattern, names):
-                continue
-            # Where the glob of a layer type would match other parameters too, the hint is a pattern that does not.
-            types = separating({d.names: layer_type(d.name) for d in found})
-            known = {name: name for name in names} | {kind: own for own, kind in types.items()}
-            close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.3)
-            hint = f" Closest: {known[close[0]]!r}." if close else " Correct the pattern or leave it out."
-            message = f"param_groups: {argument} pattern {pattern!r} matches no parameter.{hint}"
-            if strict:
-                raise ValueError(message)
-            warnings.warn(message, stacklevel=3)
+    unmatched = [
+        (argument, pattern)
+        for argument, patterns in given.items()
+        for pattern in patterns
+        if not any(map(matcher(pattern), names))
+    ]
+    if not unmatched:
+        return
+    # Where the glob of a layer type would match other parameters too, the hint is a pattern that does not.
+    types = {kind: own for own, kind in separating({d.names: layer_type(d.name) for d in found}).items()}
+    types |= {kind: kind for kind in map(layer_type, names) if kind not in types}
+    taken = set(names)
+    lines = []
+    for argument, pattern in unmatched:
+        close = difflib.get_close_matches(layer_type(pattern), types, n=1, cutoff=0.3)
+        hint = (
+            f"Closest: {_numbered(close[0], pattern, taken) or types[close[0]]!r}."
+            if close
+            else "Correct it or leave it out."
+        )
+        lines.append(f"{argument} pattern {pattern!r} matches no parameter. {hint}")
+    if strict:
+        raise ValueError("param_groups: " + "\n".join(lines))
+    for line in lines:
+        warnings.warn(f"param_groups: {line}", stacklevel=3)
+
+
+def _numbered(kind: str, pattern: str, names: set[str]) -> str | None:
+    """Return the parameter of a layer type that has the layer numbers of a pattern; None where there is none."""
+    numbers = [part for part in pattern.split(".") if part.isdigit()]
+    if not numbers or len(numbers) != kind.count("*"):
+        return None
+    filled = iter(numbers)
+    name = "".join(next(filled) if character == "*" else character for character in kind)
+    return name if name in names else None
 
 
 def _settle_undecided(found: Sequence[Decided], left_out: set[str], strict: bool) -> list[Decided]:
     """Return the parameters with a decision for each that is to be grouped."""
     undecided = [d for d in found if d.decision.role is None and d.name not in left_out]
-    if undecided:
-        listed = "".join(f"\n  {d}: {d.decision.why}" for d in undecided[:8])
-        listed += f"\n  and {len(undecided) - 8} more" if len(undecided) > 8 else ""
-        if strict:
-            grouped = [d for d in found if d.name not in left_out]
-            patterns = separating({d.names: d.decision.role is None for d in grouped}, unlisted=[False])
-            raise ValueError(
-                f"param_groups: cannot decide a role for{listed}\n"
-                f"Give these roles, before any others: roles={as_mapping(patterns, lambda _: '<role>')}\nA <role> is one of\n"
-                '  "vector"                    constant lr, no decay\n'
-                "  lwadamw.Matrix(fan_in=-1)   the rule of matrices; the last dimension is the fan_in\n"
-                "  lwadamw.Output(fan_in=-1)   the rule of heads and routers\n"
-                "lwadamw.register_role decides it for all modules of a class."
-            )
-        warnings.warn(
-            f"param_groups: no role is decided, taken as matrices whose fan_in is the last dimension:{listed}",
-            stacklevel=3,
-        )
-    guessed = {d.name: Decision("matrix", d.fan_in, f"guessed: {d.decision.why}") for d in undecided}
+    if not undecided:
+        return list(found)
+    if strict:
+        raise ValueError(remedies.for_undecided(undecided, [d for d in found if d.name not in left_out]))
+    listed = "".join(f"\n  {d}: {d.decision.why}" for d in undecided[:8])
+    listed += f"\n  and {len(undecided) - 8} more" if len(undecided) > 8 else ""
+    warnings.warn(
+        f"param_groups: no role is decided, taken as matrices whose fan_in is the last dimension:{listed}", stacklevel=3
+    )
+    guessed = {d.name: Decision("matrix", f"guessed: {d.decision.why}", (-1,)) for d in undecided}
     return [replace(d, decision=guessed.get(d.name, d.decision)) for d in found]
 
 
@@ -190,13 +206,13 @@ def _evidence(found: Sequence[Decided], left_out: set[str], scaled: set[str], ra
     evidence = {}
     for d in found:
         m, remark = ratio(d) if d.name in scaled else (None, "")
-        evidence[d.name] = Evidence(d.role, d.decision.fan_in, m, d.decision.why + remark, frozen=d.name in left_out)
+        evidence[d.name] = Evidence(d.role, d.fan_in, m, d.decision.why + remark, frozen=d.name in left_out)
     return evidence
 
 
 def _merged(
     parameters: Sequence[Decided],
-    evidence: Mapping[str, Evidence],
+    evidence: dict[str, Evidence],
     rule: Rule,
     overrides: Mapping[str, Mapping[str, Any]],
     segments: Mapping[str, int | Sequence[int]],
@@ -206,7 +222,12 @@ def _merged(
     for d in parameters:
         m = evidence[d.name].m
         multipliers = rule[d.role].at(1.0 if m is None else m)
-        _, own = first_match(overrides, d.names) or ("", {})
+        pattern, own = first_match(overrides, d.names) or ("", {})
+        if own:
+            # The user's value is the effective value, so the rule has nothing to multiply.
+            multipliers = multipliers._replace(**{of: 1.0 for of, key in _BASE_KEYS.items() if key in own})
+            note = f"; overrides[{pattern!r}]: {', '.join(own)}"
+            evidence[d.name] = replace(evidence[d.name], why=evidence[d.name].why + note)
         key = (d.role, multipliers, tuple(sorted(own.items(), key=lambda item: item[0])))
         group = groups.get(key)
         if group is None:

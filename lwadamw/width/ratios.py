@@ -3,56 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ..state.names import layer_type
-from .patterns import as_mapping, first_match, matches_any, separating
-from .roles import Decision, decide
-from .rules import Role
-from .sites import sites
+from . import remedies
+from .evidence import fan_in_of
+from .patterns import ALL, first_match, matches_any
+from .roles import Decided, decide
 from .specs import RoleSpec
+from .widths import model_width, width_at
 
 _log = logging.getLogger("lwadamw")
-_CONFIG_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "width")
-# Stands for a number that only the user knows. It is not valid Python, so nobody can run a remedy without filling it in.
-_TO_FILL = "<its fan_in at the proxy>"
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """One distinct parameter of a model, and what was decided about its role.
-
-    Attributes:
-        param: the parameter.
-        names: its name, then its aliases where it is tied.
-        decision: its role and the evidence.
-    """
-
-    param: Tensor
-    names: tuple[str, ...]
-    decision: Decision
-
-    @property
-    def name(self) -> str:
-        """The name that groups and norms use."""
-        return self.names[0]
-
-    @property
-    def role(self) -> Role:
-        """The role; `matrix` where nothing decided it, so that nothing loses its decay."""
-        return self.decision.role or "matrix"
-
-    @property
-    def fan_in(self) -> int:
-        """fan_in of any role. Rules may scale vectors too, and for a vector it is the last dimension, 1 for a single number."""
-        return _fan_in(self.param, self.decision)
-
-    def __str__(self) -> str:
-        return f"{self.name!r} {tuple(self.param.shape)}"
-
 
 # Gives the width ratio m of a parameter and a remark for its evidence.
 Ratio = Callable[[Decided], tuple[float, str]]
@@ -78,8 +41,8 @@ def ratios(
 
     Raises:
         TypeError: `base_width` has another type.
-        ValueError: `base_width` does not determine the ratio of every parameter in `scaled`. With patterns and with a proxy
-            model, the returned function raises it.
+        ValueError: `base_width` does not determine the ratio of every parameter in `scaled`. With a proxy model, the returned
+            function raises it.
     """
     if isinstance(base_width, nn.Module):
         return _from_model(base_width, roles)
@@ -90,15 +53,11 @@ def ratios(
             f"param_groups: base_width is {type(base_width).__name__}. Give the proxy's width as an int, a mapping of name "
             "patterns to the fan_in at the proxy, or the proxy model."
         )
-    width = _model_width(model) if width is None else width
+    width = model_width(model) if width is None else width
     for name, value, whose in (("base_width", base_width, "the proxy"), ("width", width, "this model")):
         if value < 1:
             raise ValueError(f"param_groups: {name}={value} is not a positive width. Give the width of {whose}.")
     return _from_int(base_width, width, scaled)
-
-
-def _fan_in(p: Tensor, decision: Decision) -> int:
-    return decision.fan_in if decision.fan_in is not None else (p.shape[-1] if p.ndim else 1)
 
 
 def _from_int(base_width: int, width: int, scaled: Sequence[Decided]) -> Ratio:
@@ -107,33 +66,32 @@ def _from_int(base_width: int, width: int, scaled: Sequence[Decided]) -> Ratio:
             "width == base_width == %d: this model is the proxy, so every multiplier is 1. Vectors still get no decay.",
             width,
         )
-    odd = [d for d in scaled if d.decision.fan_in is not None and d.decision.fan_in % width]
+    widths: dict[int, int | None] = {}
+    apart = {d.name: own for d in scaled if (own := width_at(d.site, widths)) not in (None, width)}
+    odd = [d for d in scaled if d.name in apart or (d.fan_in is not None and d.fan_in % width)]
     if odd:
-        raise ValueError(
-            f"param_groups: fan_in {odd[0].fan_in} of {odd[0]} is not a multiple of the width {width}, so "
-            f"base_width={base_width} does not determine its width ratio. Pass the proxy model, for example built under "
-            f'torch.device("meta"). Or pass this mapping, with the fan_in at the proxy filled in: '
-            f"base_width={_mapping_for(base_width, width, scaled)}"
+        raise ValueError(remedies.for_int(base_width, width, scaled, odd, apart))
+    numbered = any(part.isdigit() for d in scaled for part in d.site.path)
+    assumed = {d.name: d for d in scaled if numbered and d.fan_in is not None and not _is_inside(d)}
+    if assumed and width != base_width:
+        _log.warning(
+            "base_width=%d assumes that the inputs of these matrices outside the layers follow the width: %s. If the inputs of "
+            'one are of the same size at the proxy, give its role as "vector", or the proxy model as base_width.',
+            base_width,
+            ", ".join(f"{d} fan_in {d.fan_in}" for d in assumed.values()),
         )
 
     def ratio(found: Decided) -> tuple[float, str]:
-        factor = (found.decision.fan_in or width) // width
-        return width / base_width, f", base fan_in {factor * base_width}" if factor > 1 else ""
+        factor = (found.fan_in or width) // width
+        remark = f", base fan_in {factor * base_width}" if factor > 1 else ""
+        return width / base_width, remark + (" assumed" if found.name in assumed else "")
 
     return ratio
 
 
-def _mapping_for(base_width: int, width: int, scaled: Sequence[Decided]) -> str:
-    """Return the base_width mapping that says what an int base_width means, with a place to fill where it says nothing."""
-
-    def base_fan_in(found: Decided) -> int | tuple[str, int]:
-        factor, rest = divmod(found.fan_in, width)
-        # Parameters of the same layer type but another fan_in need places of their own.
-        return (_TO_FILL, found.fan_in) if rest or factor == 0 else factor * base_width
-
-    patterns = separating({d.names: base_fan_in(d) for d in scaled}, unlisted=[base_width])
-    patterns.setdefault("*", base_width)
-    return as_mapping(patterns, lambda value: str(value) if isinstance(value, int) else value[0])
+def _is_inside(found: Decided) -> bool:
+    """Return whether a matrix is inside the numbered layers or is a head, so that its inputs are the model's own."""
+    return found.role == "output" or any(part.isdigit() for part in found.site.path)
 
 
 def _from_map(base: Mapping[str, int], parameters: Sequence[Decided], scaled: Sequence[Decided]) -> Ratio:
@@ -147,45 +105,50 @@ def _from_map(base: Mapping[str, int], parameters: Sequence[Decided], scaled: Se
             raise ValueError(
                 f"param_groups: base_width pattern {pattern!r} matches no parameter. Correct the pattern or leave it out."
             )
+    chosen = {d.name: first_match(base, d.names) for d in scaled}
+    missing = [d for d in scaled if chosen[d.name] is None]
+    if missing:
+        raise ValueError(remedies.for_missing(missing))
+    members: dict[str, list[Decided]] = {}
+    for d in scaled:
+        if (by_user := chosen[d.name]) is not None and d.fan_in is not None:
+            members.setdefault(by_user[0], []).append(d)
+    for pattern, matched in members.items():
+        if not pattern.startswith(ALL) and len({d.fan_in for d in matched}) > 1:
+            raise ValueError(remedies.for_unlike(pattern, base[pattern], matched, scaled))
 
     def ratio(found: Decided) -> tuple[float, str]:
-        by_user = first_match(base, found.names)
-        if by_user is not None:
-            return found.fan_in / by_user[1], f", base fan_in {by_user[1]}"
-        missing = {d.names: d.fan_in for d in scaled if first_match(base, d.names) is None}
-        entries = as_mapping(separating(missing), lambda _: _TO_FILL)
-        raise ValueError(
-            f"param_groups: no base_width pattern matches {found}, fan_in {found.fan_in}. Add to the end of base_width: "
-            f'{entries}. Or add "*" as the last pattern, with the fan_in of all remaining parameters at the proxy.'
-        )
+        by_user = chosen[found.name]
+        base_fan_in = by_user[1] if by_user else found.inputs
+        return found.inputs / base_fan_in, f", base fan_in {base_fan_in}"
 
     return ratio
 
 
 def _from_model(base: nn.Module, roles: Mapping[str, RoleSpec]) -> Ratio:
-    fan_ins: dict[str, int] = {}
-    by_type: dict[str, set[int]] = {}
-    for p, places in sites(base):
-        fan_in = _fan_in(p, decide(p, places, base, roles))
-        for site in places:
-            fan_ins[site.name] = fan_in
-            by_type.setdefault(layer_type(site.name), set()).add(fan_in)
+    there = {name: d for d in decide(base, roles) for name in d.names}
+    by_type: dict[str, list[Decided]] = {}
+    for name, d in there.items():
+        for kind in _depth_types(name):
+            by_type.setdefault(kind, []).append(d)
 
     def ratio(found: Decided) -> tuple[float, str]:
-        differing: set[int] = set()
+        differing: dict[int, str] = {}
         for name in found.names:
-            # A base model with fewer layers has no parameter of this name. Its layers of this type answer, if they agree.
-            there = {fan_ins[name]} if name in fan_ins else by_type.get(layer_type(name), set())
-            if len(there) == 1:
-                (base_fan_in,) = there
-                note = f", base fan_in {base_fan_in}" if found.decision.fan_in is not None else ""
-                return found.fan_in / base_fan_in, note
-            differing |= there
+            # A base model with fewer layers has no parameter of this name. Its other layers answer, if they agree.
+            at_proxy = [there[name]] if name in there else _of_other_layers(name, by_type)
+            fan_ins = {_same_dimensions(found, d): d.name for d in at_proxy}
+            if len(fan_ins) == 1:
+                (base_fan_in,) = fan_ins
+                note = f", base fan_in {base_fan_in}" if found.decision.dims else ""
+                return found.inputs / base_fan_in, note
+            differing |= fan_ins
         if differing:
+            listed = ", ".join(f"{name!r} {fan_in}" for fan_in, name in sorted(differing.items()))
             raise ValueError(
                 f"param_groups: the base model has no parameter {found.name!r}, and its parameters "
-                f"{layer_type(found.name)!r} have the fan_ins {sorted(differing)}. Build the base model with as many layers "
-                "as this model."
+                f"{layer_type(found.name)!r} have different fan_ins: {listed}. Build the base model with as many layers as "
+                "this model."
             )
         raise ValueError(
             f"param_groups: the base model has no parameter {found.name!r}. Build the base model with the model's own class "
@@ -195,13 +158,38 @@ def _from_model(base: nn.Module, roles: Mapping[str, RoleSpec]) -> Ratio:
     return ratio
 
 
-def _model_width(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    for name in _CONFIG_NAMES:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            return module.embedding_dim
-    raise ValueError("param_groups: cannot tell the model's width. Pass width=..., or the proxy model as base_width.")
+def _depth_types(name: str) -> Iterator[str]:
+    """Yield a name with `*` in place of one number, from the innermost to the outermost number, and then of all numbers."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    for i in reversed(numbers):
+        yield ".".join([*parts[:i], "*", *parts[i + 1 :]])
+    if len(numbers) > 1:
+        yield layer_type(name)
+
+
+def _of_other_layers(name: str, by_type: Mapping[str, list[Decided]]) -> list[Decided]:
+    """Return the parameters of the proxy that differ from a name in one layer number, or else in several."""
+    return next((by_type[kind] for kind in _depth_types(name) if kind in by_type), [])
+
+
+def _same_dimensions(found: Decided, at_proxy: Decided) -> int:
+    """Return the fan_in at the proxy, from the dimensions that are the fan_in at this model.
+
+    Raises:
+        ValueError: the two parameters differ in more than their sizes.
+    """
+    p: Tensor = at_proxy.param
+    if p.ndim != found.param.ndim:
+        raise ValueError(
+            f"param_groups: {found} has the shape {tuple(p.shape)} at the base model. Build the base model with the "
+            "model's own class and another width."
+        )
+    here, proxy = found.decision, at_proxy.decision
+    if here.role != proxy.role and proxy.role is not None and not (here.by_size or proxy.by_size):
+        raise ValueError(
+            f"param_groups: {found} is {here.role!r} ({here.why}), but {at_proxy} of the base model is {proxy.role!r} "
+            f"({proxy.why}). Build the base model with the same options, or give "
+            f'roles={{"{found.name}": ...}} with the role that both have.'
+        )
+    return fan_in_of(p, at_proxy.site, here.dims) if here.dims else at_proxy.inputs

@@ -24,18 +24,36 @@ class Site:
     """One place at which a parameter sits. A tied parameter has several sites.
 
     Attributes:
-        name: full name of the parameter, without the attributes of wrappers.
         attribute: name of the parameter within its module.
-        module: the module that holds the parameter.
-        parent: the module that holds `module`; None where `module` is the model itself.
-        in_stack: whether the module is inside numbered layers, for example of a ModuleList or a Sequential.
+        path: names of the modules from the model, which has no name itself, to the module that holds the parameter. They
+            leave out the attributes of wrappers.
+        trail: the modules from the model to the module that holds the parameter, one more than `path`.
     """
 
-    name: str
     attribute: str
-    module: nn.Module
-    parent: nn.Module | None
-    in_stack: bool
+    path: tuple[str, ...]
+    trail: tuple[nn.Module, ...]
+
+    @property
+    def name(self) -> str:
+        """Full name of the parameter, without the attributes of wrappers."""
+        return ".".join((*self.path, self.attribute))
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds the parameter."""
+        return self.trail[-1]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that a wrapper such as DistributedDataParallel holds; a model without a wrapper itself.
+
+    Args:
+        model: any module.
+    """
+    while (inner := model._modules.get(_WRAPPERS.get(type(model).__name__, ""))) is not None:
+        model = inner
+    return model
 
 
 def sites(model: nn.Module) -> Iterator[tuple[Tensor, list[Site]]]:
@@ -45,22 +63,48 @@ def sites(model: nn.Module) -> Iterator[tuple[Tensor, list[Site]]]:
         model: any module.
     """
     places: dict[int, tuple[Tensor, list[Site]]] = {}
-    for site, p in _walk(model, [], None, False):
+    for site, p in _walk(model, (), (model,)):
         places.setdefault(id(p), (p, []))[1].append(site)
     yield from places.values()
 
 
-def _walk(
-    module: nn.Module, path: list[str], parent: nn.Module | None, in_stack: bool
-) -> Iterator[tuple[Site, Tensor]]:
+def _walk(module: nn.Module, path: tuple[str, ...], trail: tuple[nn.Module, ...]) -> Iterator[tuple[Site, Tensor]]:
     for attribute, p in module._parameters.items():
         if p is not None:
-            yield Site(".".join([*path, attribute]), attribute, module, parent, in_stack), p
+            yield Site(attribute, path, trail), p
     wrapped = _WRAPPERS.get(type(module).__name__)
     for name, child in module._modules.items():
         if child is None:
             continue
         if name == wrapped:
-            yield from _walk(child, path, parent, in_stack)
+            yield from _walk(child, path, (*trail[:-1], child))
         else:
-            yield from _walk(child, [*path, name], module, in_stack or name.isdigit())
+            yield from _walk(child, (*path, name), (*trail, child))
+
+
+def plain(site: Site) -> Site:
+    """Return a site as it would be without PEFT and without parametrizations.
+
+    A module in PEFT's `modules_to_save`, and the layer that a LoRA layer wraps, take the place of the wrapper. The tensors
+    that weight norm, spectral norm and other parametrizations keep of a weight sit where the weight would be. The magnitude
+    of weight norm gets the name `weight_g`, as torch's older form of weight norm calls it.
+
+    Args:
+        site: where a parameter sits.
+    """
+    path: list[str] = []
+    trail, attribute = [site.trail[0]], site.attribute
+    steps = iter(zip(site.path, site.trail[1:], strict=True))
+    for name, module in steps:
+        inner = next(steps, None) if name in ("modules_to_save", "parametrizations") else None
+        if inner is not None and name == "parametrizations":
+            magnitude = attribute == "original0" and type(inner[1]._modules.get("0")).__name__ == "_WeightNorm"
+            attribute = f"{inner[0]}_g" if magnitude else inner[0]
+        elif inner is not None or name in ("original_module", "base_layer"):
+            trail[-1] = inner[1] if inner else module
+        else:
+            path.append(name)
+            trail.append(module)
+    if attribute in ("weight_v", "weight_orig"):
+        attribute = "weight"
+    return Site(attribute, tuple(path), tuple(trail))

@@ -24,7 +24,7 @@ def moves(): return nn.Linear(3, 4).to("cpu")
 def nothing(): pass
 def frozen():
     model = Mamba(64)
-    model.A_log.requires_grad_(False)
+    model.mixture.requires_grad_(False)
     return model
 built = nn.Linear(2, 2)
 """
@@ -62,13 +62,13 @@ CASES = {
             "--base-width",
             "16",
             "--width=64",
-            "--role=cls_token=vector",
+            "--role=probe=vector",
             "--role=re:^(?=pos)=vector",
         ],
         zoo.ViT,
         (64,),
         16,
-        {"width": 64, "roles": {"cls_token": "vector", "re:^(?=pos)": "vector"}},
+        {"width": 64, "roles": {"probe": "vector", "re:^(?=pos)": "vector"}},
     ),
     "fan_in": (
         ["MoE", "--args", "d=64", "--base-width", "16", "--width", "64", "--role", "experts.*=matrix:-1"],
@@ -120,9 +120,9 @@ def test_table_as_json_has_a_row_for_every_parameter(models, capsys):
 
 
 UNDECIDED = {
-    "Mamba": ["A_log"],
+    "Mamba": ["mixture"],
     "MoE": ["experts.gate_up", "experts.down"],
-    "ViT": ["cls_token", "pos_embed"],
+    "ViT": ["probe"],
     "LoRALinear": ["lora_A.weight", "lora_B.weight"],
     "Recurrent": ["bilinear.weight"],
 }
@@ -147,7 +147,7 @@ def test_a_frozen_parameter_needs_no_role(models, capsys):
     assert main(["table", f"{models}:frozen"]) == 0
     assert "frozen 1 (left out)" in capsys.readouterr().out
     assert main(["table", f"{models}:frozen", "--json"]) == 0
-    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["name"] == "A_log"]
+    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["name"] == "mixture"]
     assert row["frozen"] is True
 
 
@@ -158,10 +158,10 @@ def test_undecided_parameters_of_many_layers_share_a_line(models, capsys, tmp_pa
     assert main(["table", f"{models}:deep"]) == 1
     complaint = capsys.readouterr().err
     assert "20 parameter(s)" in complaint
-    assert "*.A_log x20  (16, 16)" in complaint
+    assert "*.mixture x20  (16, 16)" in complaint
     assert main(["table", f"{models}:deep", "--full"]) == 1
-    assert capsys.readouterr().err.count("A_log  (16, 16)") == 20
-    assert main(["table", f"{models}:deep", "--role", "*.A_log=vector"]) == 0
+    assert capsys.readouterr().err.count("mixture  (16, 16)") == 20
+    assert main(["table", f"{models}:deep", "--role", "*.mixture=vector"]) == 0
 
 
 LLAMA = ["models_of_mine:Llama", "--args", "d=64"]

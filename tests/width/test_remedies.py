@@ -116,7 +116,7 @@ def _printed(text):
 def _remedy(model, base_width, *args, **kwargs):
     with pytest.raises(ValueError, match="is not a multiple of the width") as error:
         param_groups(model, base_width, *args, **kwargs)
-    return re.search(r"base_width=(\{.*\})$", str(error.value)).group(1)
+    return re.search(r"base_width=(\{.*\})$", str(error.value), re.DOTALL).group(1)
 
 
 @pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
@@ -175,7 +175,7 @@ def test_the_error_of_an_incomplete_mapping_completes_it():
     base = {"*.wq.weight": 16}
     with pytest.raises(ValueError, match="no base_width pattern matches 'layers.0.w1.weight'") as error:
         param_groups(model, base)
-    added = _fill(re.search(r"to the end of base_width: (\{.*\})\. Or", str(error.value)).group(1), there)
+    added = _fill(re.search(r"proxy filled in:\n(\{.*\})$", str(error.value), re.DOTALL).group(1), there)
     assert set(added) == {"layers.*.w1.weight", "layers.*.w2.weight", "layers.*.w3.weight", "lm_head.weight"}
     evidence = param_groups(model, base | added).evidence
     assert {n: e.m for n, e in evidence.items() if e.m} == {n: f / there[n] for n, f in _fan_ins(model).items()}
@@ -185,7 +185,7 @@ def _undecided(model, width):
     """The mapping of roles in the error, each open place still in it."""
     with pytest.raises(ValueError, match="cannot decide a role for") as error:
         param_groups(model, 16, width=width)
-    return re.search(r"roles=(\{.*\})\n", str(error.value)).group(1)
+    return re.search(r"roles=(\{.*?\n\})\n", str(error.value), re.DOTALL).group(1)
 
 
 @pytest.mark.parametrize("role", ['"vector"', "lwadamw.Matrix(fan_in=-1)", "lwadamw.Output(fan_in=-1)"])
@@ -204,7 +204,7 @@ def test_a_remedy_for_one_parameter_changes_no_decided_one():
     """Both have the layer type `*.weight`. As a pattern it would take the decay from the decided one."""
     model = nn.Sequential(nn.Bilinear(64, 64, 64, bias=False), nn.Linear(64, 64, bias=False))
     remedy = _undecided(model, 64)
-    assert remedy == '{"0.weight": <role>}'
+    assert remedy == '{\n    "0.weight": <role>,  # (64, 64, 64): Parameter on Bilinear, not a known module\n}'
     evidence = param_groups(model, 16, width=64, roles={"0.weight": "vector"}).evidence
     assert {name: e.role for name, e in evidence.items()} == {"0.weight": "vector", "1.weight": "matrix"}
 

@@ -5,18 +5,13 @@ import torch
 from torch import nn
 
 from lwadamw import Matrix, Output, param_groups, register_role
-from lwadamw.width import roles
-from lwadamw.width.sites import sites
+from lwadamw.width import registry, roles
 from tests import zoo
 
 
 def _decided(model, given=None):
     """Return {name: (role, fan_in)} for every distinct parameter. Both are None where nothing decided the role."""
-    return {
-        places[0].name: (d.role, d.fan_in)
-        for p, places in sites(model)
-        for d in [roles.decide(p, places, model, given or {})]
-    }
+    return {d.name: (d.decision.role, d.fan_in) for d in roles.decide(model, given or {})}
 
 
 V = ("vector", None)
@@ -54,14 +49,15 @@ GOLDEN = {
         "in_proj.weight": ("matrix", 64),
         "conv1d.weight": V,
         "conv1d.bias": V,
-        "A_log": (None, None),
+        "A_log": V,
         "D": V,
         "dt_proj.weight": ("matrix", 4),
         "dt_proj.bias": V,
+        "mixture": (None, None),
     },
     "ViT": {
-        "cls_token": (None, None),
-        "pos_embed": (None, None),
+        "cls_token": V,
+        "pos_embed": V,
         "patch_embed.weight": V,
         "patch_embed.bias": V,
         "attention.in_proj_weight": ("matrix", 64),
@@ -70,6 +66,7 @@ GOLDEN = {
         "attention.out_proj.bias": V,
         "mixer.weight": ("matrix", 576),
         "mixer.bias": V,
+        "probe": (None, None),
         "temperature": V,
         "head.weight": ("output", 64),
         "head.bias": V,
@@ -133,27 +130,40 @@ def test_the_role_matrix_without_a_dimension_needs_two_dimensions():
 
 
 def test_registered_modules_decide_their_parameters(monkeypatch):
-    monkeypatch.setattr(roles, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "_REGISTERED", {})
     register_role(zoo.Experts, {"gate_up": Matrix(fan_in=-1), "down": Matrix(fan_in=-1)})
     assert _decided(zoo.MoE(64))["experts.down"] == ("matrix", 128)
     with pytest.raises(TypeError, match="is not a subclass"):
-        register_role("Experts", {})
+        register_role(3, {})
     with pytest.raises(ValueError, match="'tensor' is not a role"):
         register_role(zoo.Experts, {"down": "tensor"})
 
 
-def test_a_head_is_found_by_get_output_embeddings_or_by_its_shape():
-    class ByMethod(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.to_words = nn.Linear(8, 8), nn.Linear(8, 50)
+class Words(nn.Module):
+    """A model with layers, and a last matrix whose name says nothing."""
 
+    def __init__(self, d=8, vocabulary=50):
+        super().__init__()
+        self.tokens, self.body = nn.Embedding(vocabulary, d), nn.Linear(d, d)
+        self.layers = nn.ModuleList([nn.Linear(d, d)])
+        self.to_words = nn.Linear(d, vocabulary)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 8])
+def test_a_last_matrix_is_a_head_only_if_the_model_or_the_user_says_so(vocabulary):
+    """Its shape is no evidence: a hidden layer can have the shape of the embedding."""
+
+    class Telling(Words):
         def get_output_embeddings(self):
             return self.to_words
 
-    by_shape = nn.ModuleDict({"tokens": nn.Embedding(50, 8), "to_words": nn.Linear(8, 50), "body": nn.Linear(8, 8)})
-    for model in (ByMethod(), by_shape):
-        decided = _decided(model)
+    assert _decided(Words(8, vocabulary))["to_words.weight"] == (None, None)
+    assert _decided(Words(8, vocabulary), {"to_words.weight": "output"})["to_words.weight"] == ("output", 8)
+    inside = nn.ModuleDict({"policy": Telling(8, vocabulary)})
+    for decided in (
+        _decided(Telling(8, vocabulary)),
+        {k.removeprefix("policy."): v for k, v in _decided(inside).items()},
+    ):
         assert decided["to_words.weight"] == ("output", 8)
         assert decided["body.weight"] == ("matrix", 8)
 

@@ -1,0 +1,120 @@
+"""Heads and routers: which matrices have the role `output`, by the names and the classes of modules. No size counts."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from torch import nn
+
+from .sites import Site
+
+# A module of this name is a head wherever it is.
+_HEADS: Final = frozenset({"lm_head", "unembed", "unembedding", "embed_out", "shared_head", "to_logits", "logits"})
+# A module of this name is a head if it is outside the numbered layers.
+_OUTER_HEADS: Final = frozenset(
+    {
+        "head",
+        "heads",
+        "classifier",
+        "classification_head",
+        "segmentation_head",
+        "score",
+        "output",
+        "output_layer",
+        "output_projection",
+        "qa_outputs",
+        "readout",
+        "predictions",
+        "value_head",
+        "reward_head",
+        "final_layer",
+    }
+)
+# A module of this name is a head if the model itself holds it, after all other linear layers that the model itself holds.
+_LAST: Final = frozenset({"fc", "last_linear", "out", "proj_out", "conv_out", "to_out"})
+# A name with one of these words is that of a hidden layer, even if the layer is the last one that the model itself holds.
+_INNER_WORDS: Final = ("proj", "pool", "adapter", "connector", "merger", "embed")
+# Modules that only hold the model.
+_SHELLS: Final = frozenset({"model", "module", "base_model"})
+# Among several matrices of a head, the one of this name gives the outputs.
+_FINAL: Final = _LAST | {"decoder", "out_proj", "head", "classifier", "last_layer", "logits", "linear"}
+
+# What a matrix inside a head or a router is: the one that gives its outputs, one before it, or nobody can tell.
+Part = Literal["final", "hidden", "unclear"]
+
+
+def is_multiplied(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer or a convolution.
+
+    Args:
+        module: any module.
+    """
+    linear = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    return linear or type(module).__name__.endswith(("Linear", "Conv1D"))
+
+
+def head(site: Site) -> tuple[str, Part] | None:
+    """Return the evidence that a weight belongs to an untied head, and its part in it; None where there is no such evidence.
+
+    Args:
+        site: where the weight sits, as `plain` gives it.
+    """
+    for depth, name in enumerate(site.path):
+        outer = not any(part.isdigit() for part in site.path[:depth])
+        if name in _HEADS or (name in _OUTER_HEADS and outer) or (name in _LAST and _is_last(site, depth)):
+            part = _part(site, depth + 1)
+            return f"head: named {name!r}" if part != "hidden" else f"hidden layer of the head {name!r}", part
+        if "readout" in type(site.trail[depth + 1]).__name__.lower():
+            return f"head: {type(site.trail[depth + 1]).__name__}", _part(site, depth + 1)
+    return None
+
+
+def may_be_a_head(site: Site) -> bool:
+    """Return whether a weight is the last one that a model with numbered layers holds itself, under a name that says nothing.
+
+    Args:
+        site: where the weight sits, as `plain` gives it.
+    """
+    depth = len(site.path) - 1
+    if depth < 0 or any(word in site.path[depth] for word in _INNER_WORDS) or not _is_last(site, depth):
+        return False
+    return any(part.isdigit() for path, _ in site.trail[depth].named_modules() for part in path.split("."))
+
+
+def router(site: Site) -> tuple[str, Part] | None:
+    """Return the evidence that a weight belongs to a router, and its part in it; None where there is no such evidence.
+
+    Args:
+        site: where the weight sits, as `plain` gives it.
+    """
+    for depth in range(len(site.path), 0, -1):
+        name, kind = site.path[depth - 1], type(site.trail[depth]).__name__
+        if name == "router" or "Router" in kind or kind in ("TopKGate", "MoEGate"):
+            return f"router: {kind}", _part(site, depth)
+        beside_experts = any("expert" in other for other in site.trail[depth - 1]._modules)
+        if name in ("gate", "shared_expert_gate", "shared_experts_gate") and beside_experts:
+            return f"router: {kind} beside experts", _part(site, depth)
+    return None
+
+
+def _is_last(site: Site, depth: int) -> bool:
+    """Return whether the module at a depth of a path is the last linear layer or convolution that the model itself holds."""
+    if not all(part in _SHELLS for part in site.path[:depth]):
+        return False
+    held = [module for module in site.trail[depth]._modules.values() if module is not None and is_multiplied(module)]
+    return held[-1:] == [site.trail[depth + 1]]
+
+
+def _part(site: Site, depth: int) -> Part:
+    """Return the part of a weight in the module at a depth of its trail."""
+    container = site.trail[depth]
+    if container is site.module:
+        return "final"
+    inside = {path: module for path, module in container.named_modules() if is_multiplied(module)}
+    if len(inside) > 1 and not isinstance(container, nn.Sequential):
+        named = [module for path, module in inside.items() if path.rpartition(".")[2] in _FINAL]
+        if len(named) != 1:
+            return "unclear"
+        return "final" if named[0] is site.module else "hidden"
+    last = list(inside.values())[-1:]
+    return "final" if last == [site.module] else "hidden"

@@ -1,0 +1,83 @@
+"""The registry: roles of the parameters of module classes, known by the name of the class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .known import KNOWN
+from .patterns import matcher
+from .sites import Site
+from .specs import RoleSpec, check_spec
+
+_REGISTERED: dict[type[nn.Module] | str, dict[str, RoleSpec]] = {}
+
+
+def register_role(module: type[nn.Module] | str, roles: Mapping[str, RoleSpec]) -> None:
+    """Decide the roles of the parameters of a module class, for every model that has this class.
+
+    Args:
+        module: the class, or its name, so that nothing has to be imported. Its subclasses count too.
+        roles: for the names of parameters within the module: "matrix", "vector", "output", `Matrix(fan_in=dim)` or
+            `Output(fan_in=dim)`. A name is a pattern, as those of `param_groups(roles=...)`, and may reach into the modules
+            inside this module. The first pattern that matches counts.
+
+    Raises:
+        TypeError: `module` is neither a subclass of torch.nn.Module nor a name.
+        ValueError: a role is none of those.
+
+    Example:
+        >>> import torch
+        >>> from lwadamw import Matrix
+        >>> class Experts(torch.nn.Module): ...
+        >>> register_role(Experts, {"w1": Matrix(fan_in=-1), "w2": Matrix(fan_in=-1)})
+        >>> register_role("ReadOut", {"last.weight": "output"})
+    """
+    if not (isinstance(module, str) or (isinstance(module, type) and issubclass(module, nn.Module))):
+        raise TypeError(
+            f"register_role: {module!r} is not a subclass of torch.nn.Module. Give such a class, or its name."
+        )
+    for pattern, spec in roles.items():
+        check_spec(spec)
+        matcher(pattern)
+    _REGISTERED[module] = dict(roles)
+
+
+class Registry:
+    """Looks up the roles of parameters in what users registered and in what the package knows."""
+
+    def __init__(self) -> None:
+        self._by_class: dict[type, list[tuple[bool, str, Mapping[str, RoleSpec]]]] = {}
+
+    def find(self, site: Site) -> tuple[RoleSpec, str] | None:
+        """Return the role of a parameter, and where it comes from; None where there is none.
+
+        What a user registered comes before what the package knows, and an inner module before an outer one.
+
+        Args:
+            site: where the parameter sits.
+        """
+        known = None
+        for depth in range(len(site.trail) - 1, -1, -1):
+            for by_user, name, roles in self._of(type(site.trail[depth])):
+                if known is not None and not by_user:
+                    continue
+                inner = ".".join((*site.path[depth:], site.attribute))
+                spec = next((spec for pattern, spec in roles.items() if matcher(pattern)(inner)), None)
+                if spec is not None and by_user:
+                    return spec, f"register_role({name})"
+                if spec is not None:
+                    known = spec, f"known: {name}"
+        return known
+
+    def _of(self, cls: type) -> list[tuple[bool, str, Mapping[str, RoleSpec]]]:
+        """Return what is registered for a class and its base classes: by a user or not, name of the class, and roles."""
+        if cls not in self._by_class:
+            keys: list[tuple[str, type | str]] = [
+                (base.__name__, key) for base in cls.__mro__ for key in (base, base.__name__)
+            ]
+            by_user = [(True, name, _REGISTERED[key]) for name, key in keys if key in _REGISTERED]
+            known = [(False, name, KNOWN[key]) for name, key in keys if isinstance(key, str) and key in KNOWN]
+            self._by_class[cls] = [*by_user, *known]
+        return self._by_class[cls]
