@@ -76,9 +76,12 @@ def may_be_a_head(site: Site) -> bool:
         site: where the weight sits, as `plain` gives it.
     """
     depth = len(site.path) - 1
-    if depth < 0 or any(word in site.path[depth] for word in _INNER_WORDS) or not _is_last(site, depth):
+    if depth < 0 or not isinstance(site.module, nn.Linear) or not _is_last(site, depth):
         return False
-    return any(part.isdigit() for path, _ in site.trail[depth].named_modules() for part in path.split("."))
+    name, model = site.path[depth], site.trail[depth]
+    if name.isdigit() or any(word in name for word in _INNER_WORDS):
+        return False
+    return any(part.isdigit() for path, _ in model.named_modules() for part in path.split("."))
 
 
 def router(site: Site) -> tuple[str, Part] | None:

@@ -50,7 +50,7 @@ def conv(d):
 def shadowing(d):
     """The glob of the first layer type would match parameters of the second one."""
     layers = [nn.ModuleDict({"fc": nn.Linear(4 * d, d), "expert": Layer(fc=(2 * d, d))}) for _ in range(2)]
-    return _model(d, layers, odd=nn.Linear(10 + d // 2, d))
+    return _model(d, layers, odd_proj=nn.Linear(10 + d // 2, d))
 
 
 def numbered(d):
@@ -73,7 +73,7 @@ CASES = {
     shadowing: {
         r"re:^layers\.\d+\.fc\.weight$": 64,
         "layers.*.expert.fc.weight": 32,
-        "odd.weight": TO_FILL,
+        "odd_proj.weight": TO_FILL,
         "*": 16,
     },
     numbered: {"2.weight": TO_FILL, "4.weight": 48, "*": 16},
