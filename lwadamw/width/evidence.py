@@ -110,7 +110,7 @@ def fan_in_of(p: Tensor, site: Site, dims: tuple[int, ...]) -> int:
         site: where it sits. Megatron's parallel layers know the inputs of the whole layer.
         dims: the dimensions.
     """
-    size = getattr(site.module, "input_size", None)
+    size = site.module.__dict__.get("input_size")
     if isinstance(size, int) and p.ndim == 2 and dims in ((-1,), (1,)):
         return size
     return math.prod(p.shape[dim] for dim in dims)

@@ -60,12 +60,13 @@ def head(site: Site) -> tuple[str, Part] | None:
         site: where the weight sits, as `plain` gives it.
     """
     for depth, name in enumerate(site.path):
-        outer = not any(part.isdigit() for part in site.path[:depth])
-        if name in _HEADS or (name in _OUTER_HEADS and outer) or (name in _LAST and _is_last(site, depth)):
+        kind = type(site.trail[depth + 1]).__name__
+        named = name in _HEADS or (name in _OUTER_HEADS and not any(part.isdigit() for part in site.path[:depth]))
+        if named or (name in _LAST and _is_last(site, depth)):
             part = _part(site, depth + 1)
-            return f"head: named {name!r}" if part != "hidden" else f"hidden layer of the head {name!r}", part
-        if "readout" in type(site.trail[depth + 1]).__name__.lower():
-            return f"head: {type(site.trail[depth + 1]).__name__}", _part(site, depth + 1)
+            return f"hidden layer of the head {name!r}" if part == "hidden" else f"head: named {name!r}", part
+        if "Readout" in kind or "ReadOut" in kind:
+            return f"head: {kind}", _part(site, depth + 1)
     return None
 
 
@@ -94,8 +95,8 @@ def router(site: Site) -> tuple[str, Part] | None:
         name, kind = site.path[depth - 1], type(site.trail[depth]).__name__
         if name == "router" or "Router" in kind or kind in ("TopKGate", "MoEGate"):
             return f"router: {kind}", _part(site, depth)
-        beside_experts = any("expert" in other for other in site.trail[depth - 1]._modules)
-        if name in ("gate", "shared_expert_gate", "shared_experts_gate") and beside_experts:
+        beside = site.trail[depth - 1]._modules if name in ("gate", "shared_expert_gate", "shared_experts_gate") else ()
+        if any("expert" in other for other in beside):
             return f"router: {kind} beside experts", _part(site, depth)
     return None
 

@@ -180,15 +180,15 @@ def _check_patterns(found: list[Decided]) -> None:
 
 def _output_modules(model: nn.Module) -> frozenset[int]:
     """Return the ids of the modules that `get_output_embeddings` returns, of the model and of the models inside it."""
-    heads = (getattr(module, "get_output_embeddings", None) for module in model.modules())
-    return frozenset(id(head()) for head in heads if callable(head))
+    owners = (module for module in model.modules() if callable(getattr(type(module), "get_output_embeddings", None)))
+    return frozenset(id(owner.get_output_embeddings()) for owner in owners)  # type: ignore[operator]
 
 
 def _exempt(model: nn.Module) -> frozenset[str]:
     """Return the names that the methods `no_weight_decay` of a model and of its parts list, as those of timm do."""
     names = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        listed = getattr(module, "no_weight_decay", None)
-        if callable(listed):
-            names |= {f"{path}.{name}" if path else str(name) for name in listed()}
+        if callable(getattr(type(module), "no_weight_decay", None)):
+            listed = module.no_weight_decay()
+            names |= {f"{path}.{name}" if path else str(name) for name in listed}
     return frozenset(names)

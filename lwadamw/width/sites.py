@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ _WRAPPERS: Final = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
 }
+# Attributes of modules whose child stands for the module that holds them.
+_SUBSTITUTES: Final = frozenset({"modules_to_save", "parametrizations", "original_module", "base_layer"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +65,24 @@ def sites(model: nn.Module) -> Iterator[tuple[Tensor, list[Site]]]:
         model: any module.
     """
     places: dict[int, tuple[Tensor, list[Site]]] = {}
-    for site, p in _walk(model, (), (model,)):
+    for site, p in _walk(model):
         places.setdefault(id(p), (p, []))[1].append(site)
     yield from places.values()
 
 
-def _walk(module: nn.Module, path: tuple[str, ...], trail: tuple[nn.Module, ...]) -> Iterator[tuple[Site, Tensor]]:
-    for attribute, p in module._parameters.items():
-        if p is not None:
-            yield Site(attribute, path, trail), p
-    wrapped = _WRAPPERS.get(type(module).__name__)
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        if name == wrapped:
-            yield from _walk(child, path, (*trail[:-1], child))
-        else:
-            yield from _walk(child, (*path, name), (*trail, child))
+def _walk(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
+    stack: list[tuple[tuple[str, ...], tuple[nn.Module, ...]]] = [((), (model,))]
+    while stack:
+        path, trail = stack.pop()
+        module = trail[-1]
+        for attribute, p in module._parameters.items():
+            if p is not None:
+                yield Site(attribute, path, trail), p
+        wrapped = _WRAPPERS.get(type(module).__name__)
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                inside = (path, (*trail[:-1], child)) if name == wrapped else ((*path, name), (*trail, child))
+                stack.append(inside)
 
 
 def plain(site: Site) -> Site:
@@ -92,8 +95,11 @@ def plain(site: Site) -> Site:
     Args:
         site: where a parameter sits.
     """
+    attribute = "weight" if site.attribute in ("weight_v", "weight_orig") else site.attribute
+    if _SUBSTITUTES.isdisjoint(site.path):
+        return site if attribute == site.attribute else replace(site, attribute=attribute)
     path: list[str] = []
-    trail, attribute = [site.trail[0]], site.attribute
+    trail = [site.trail[0]]
     steps = iter(zip(site.path, site.trail[1:], strict=True))
     for name, module in steps:
         inner = next(steps, None) if name in ("modules_to_save", "parametrizations") else None
@@ -105,6 +111,4 @@ def plain(site: Site) -> Site:
         else:
             path.append(name)
             trail.append(module)
-    if attribute in ("weight_v", "weight_orig"):
-        attribute = "weight"
     return Site(attribute, tuple(path), tuple(trail))
