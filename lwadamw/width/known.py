@@ -8,3 +8,7 @@ from typing import Final
 from .specs import RoleSpec
 
 KNOWN: Final[Mapping[str, Mapping[str, RoleSpec]]] = {}
+
+
+def specs_of(kind: type) -> Mapping[str, RoleSpec] | None:
+    return KNOWN.get(kind.__name__)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from .evidence import Decision, fan_in_of, from_evidence
+from .evidence import Decision, fan_in_of, from_evidence, transposes
 from .patterns import ALL, first_match
 from .registry import Registry
 from .rules import Role
@@ -63,7 +63,7 @@ class Decided:
     @property
     def fan_in(self) -> int | None:
         """Number of inputs of each output, from the global shape; None for a vector and where nothing decided the role."""
-        return fan_in_of(self.param, self.site, self.decision.dims) if self.decision.dims else None
+        return fan_in_of(self.param, self.site, self.decision) if self.decision.dims else None
 
     @property
     def inputs(self) -> int:
@@ -111,7 +111,9 @@ def _at(p: Tensor, site: Site, registry: Registry, exempt: frozenset[str], outpu
     """Return what is known about a parameter at one of its sites, without the patterns of the user."""
     evidence = from_evidence(p, site, exempt, output_modules)
     entry = registry.find(site)
-    return evidence if entry is None else _given(entry[0], p, entry[1], site.name, evidence)
+    if entry is None or (not entry.by_user and p.ndim == 3 and transposes(site.module) is not None):
+        return evidence
+    return _given(entry.spec, p, entry.why, site.name, evidence)
 
 
 def _agreed(decisions: list[Decision], names: tuple[str, ...]) -> Decision:
@@ -153,7 +155,7 @@ def _given(spec: RoleSpec, p: Tensor, why: str, name: str, evidence: Decision) -
             f"param_groups: {why} gives dimension {spec.fan_in} of {name!r} {shape} as fan_in, but this is the size of a "
             f'kernel. Give "{role}", which takes the inputs of a convolution: the dimensions {evidence.dims}.'
         )
-    return Decision(role, why, dims)
+    return Decision(role, why, dims, per=spec.per if isinstance(spec, Matrix) else None)
 
 
 def _check_patterns(found: list[Decided]) -> None:
