@@ -21,7 +21,8 @@ class Decision:
     Attributes:
         role: the role; None where nothing decided it.
         why: the evidence in a few words, as `summary` prints it.
-        dims: the dimensions whose sizes multiply to the fan_in; empty for a vector and where nothing decided the role.
+        dims: the dimensions whose sizes multiply to the fan_in, if it is a matrix or an output; empty for a vector and where
+            nobody knows them.
         by_size: whether a size of this model is the evidence, so that a model of another width may not show it.
         per: attribute of the module by which the fan_in is divided; None where it is not.
     """
@@ -73,13 +74,12 @@ def from_evidence(p: Tensor, site: Site, exempt: frozenset[str], output_modules:
     if (found := _output(at, output_modules)) is not None:
         why, part = found
         if part == "unclear":
-            return Decision(
-                None, f"one of several matrices in {why.partition(': ')[2]}: which of them gives the outputs?"
-            )
+            whose = why.partition(": ")[2]
+            return Decision(None, f"one of several matrices in {whose}: which of them gives the outputs?", dims)
         if part == "final":
             return Decision("output" if dims else None, why, dims)
     if at.attribute == "weight" and heads.may_be_a_head(at):
-        return Decision(None, f"{kind}, the last of the model outside its layers: is it a head?")
+        return Decision(None, f"{kind}, the last of the model outside its layers: is it a head?", dims)
     if dims and (embeds := inputs.embeds_the_input(at)) is not None:
         why, by_size = embeds
         return Decision("vector", f"{kind} {why}", by_size=by_size)

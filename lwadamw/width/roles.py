@@ -63,7 +63,7 @@ class Decided:
     @property
     def fan_in(self) -> int | None:
         """Number of inputs of each output, from the global shape; None for a vector and where nothing decided the role."""
-        return fan_in_of(self.param, self.site, self.decision) if self.decision.dims else None
+        return fan_in_of(self.param, self.site, self.decision) if self.decision.role and self.decision.dims else None
 
     @property
     def inputs(self) -> int:
