@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,13 +49,13 @@ _LOW_RANK: Final = re.compile(r"\w+_w[12]")
 _NORMS: Final = re.compile(r"Norm(Gated|[123]d)?$")
 
 
-def from_evidence(p: Tensor, site: Site, exempt: frozenset[str], output_modules: frozenset[int]) -> Decision:
+def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output_modules: frozenset[int]) -> Decision:
     """Return what one site says about the role of a parameter.
 
     Args:
         p: the parameter.
         site: where it sits.
-        exempt: names of the parameters that the model itself takes out of the weight decay.
+        exempt: says of a name whether the model itself takes the parameter out of the weight decay.
         output_modules: ids of the modules that `get_output_embeddings` returned.
 
     Raises:
@@ -66,7 +67,7 @@ def from_evidence(p: Tensor, site: Site, exempt: frozenset[str], output_modules:
     if any(part.startswith("lora_") for part in (*site.path, site.attribute)):
         return Decision(None, "LoRA: no width rule is settled for it")
     vector = _vector(p, at, kind)
-    if vector is None and (getattr(p, "_no_weight_decay", False) or site.name in exempt):
+    if vector is None and (getattr(p, "_no_weight_decay", False) or exempt(site.name)):
         vector = "the model takes it out of the weight decay"
     if vector is not None:
         return Decision("vector", vector)

@@ -190,6 +190,6 @@ def _same_dimensions(found: Decided, at_proxy: Decided) -> int:
         raise ValueError(
             f"param_groups: {found} is {here.role!r} ({here.why}), but {at_proxy} of the base model is {proxy.role!r} "
             f"({proxy.why}). Build the base model with the same options, or give "
-            f'roles={{"{found.name}": ...}} with the role that both have.'
+            f'roles={{"{found.name}": <role>}} with the role that both have.'
         )
     return fan_in_of(p, at_proxy.site, here) if here.dims else at_proxy.inputs

@@ -17,7 +17,9 @@ width of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -107,7 +109,9 @@ def decide(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[Decided]:
     return found
 
 
-def _at(p: Tensor, site: Site, registry: Registry, exempt: frozenset[str], output_modules: frozenset[int]) -> Decision:
+def _at(
+    p: Tensor, site: Site, registry: Registry, exempt: Callable[[str], object], output_modules: frozenset[int]
+) -> Decision:
     """Return what is known about a parameter at one of its sites, without the patterns of the user."""
     evidence = from_evidence(p, site, exempt, output_modules)
     entry = registry.find(site)
@@ -186,11 +190,15 @@ def _output_modules(model: nn.Module) -> frozenset[int]:
     return frozenset(id(owner.get_output_embeddings()) for owner in owners)  # type: ignore[operator]
 
 
-def _exempt(model: nn.Module) -> frozenset[str]:
-    """Return the names that the methods `no_weight_decay` of a model and of its parts list, as those of timm do."""
-    names = set()
+def _exempt(model: nn.Module) -> Callable[[str], object]:
+    """Return the function that says whether the methods `no_weight_decay` of a model and of its parts list a name.
+
+    The models of timm have this method. It gives names and patterns within the module that has it.
+    """
+    patterns = []
     for path, module in model.named_modules(remove_duplicate=False):
         if callable(getattr(type(module), "no_weight_decay", None)):
-            listed = module.no_weight_decay()
-            names |= {f"{path}.{name}" if path else str(name) for name in listed}
-    return frozenset(names)
+            patterns += [
+                fnmatch.translate(f"{path}.{name}" if path else str(name)) for name in module.no_weight_decay()
+            ]
+    return re.compile("|".join(patterns) or r"(?!)").match

@@ -53,7 +53,7 @@ def test_roles_that_differ_for_another_reason_are_refused_with_both_named():
     with pytest.raises(
         ValueError,
         match=r"'lm_head.weight' \(96, 64\) is 'output' \(head: named 'lm_head'\), but 'embed.weight' \(96, 16\) of the base "
-        r"model is 'vector'  \(Embedding; tied with lm_head.weight\)",
+        r"model is 'vector' \(Embedding; tied with lm_head.weight\)",
     ):
         param_groups(Tied(64, False), Tied(16, True))
     assert set(_ratios(Tied(64, True), Tied(16, True)).values()) == {4.0}
