@@ -81,8 +81,8 @@ def may_be_a_head(site: Site) -> bool:
     name, model = site.path[depth], site.trail[depth]
     if name.isdigit() or any(word in name for word in _INNER_WORDS):
         return False
-        paths = (path.split(".") for path, _ in model.named_modules() if "parametrizations" not in path)
-    return any(part.isdigit() for path in paths for part in path)
+        paths = [path.split(".") for path, _ in model.named_modules()]
+    return any(part.isdigit() for path in paths if "parametrizations" not in path for part in path)
 
 
 def router(site: Site) -> tuple[str, Part] | None:
