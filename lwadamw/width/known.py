@@ -1,14 +1,215 @@
-"""Roles of the parameters of well-known module classes that their type and their name do not tell."""
+"""Roles of the parameters of well-known module classes that their type and their name do not tell.
+
+Most language models need no entry: Llama, Mistral, Qwen, Gemma, OLMo, Phi, GPT-2, NeoX, Granite, GLM, Mamba, BERT, T5, and
+the routers and experts of their mixtures, consist of linear layers, embeddings and norms with telling names. Here are the
+others: packed weights, whose layout only the forward pass shows, heads without the name of a head, hidden layers that have
+one, and projections of data.
+
+A key is the name of a class. Where other packages have a class of this name with another layout, the start of the module
+path and a colon stand before the name. Nothing is imported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-from .specs import RoleSpec
+from .specs import Matrix, Output, RoleSpec
 
-KNOWN: Final[Mapping[str, Mapping[str, RoleSpec]]] = {}
+Roles = Mapping[str, RoleSpec]
 
 
-def specs_of(kind: type) -> Mapping[str, RoleSpec] | None:
-    return KNOWN.get(kind.__name__)
+def _each(names: str, roles: Roles) -> dict[str, Roles]:
+    return dict.fromkeys(names.split(), roles)
+
+
+# Layouts of packed weights: one matrix per expert, head, or codebook.
+_OUT_IN: Final = Matrix(fan_in=-1)
+_IN_OUT: Final = Matrix(fan_in=-2)
+
+# transformers 5 notes the layout of packed experts in `is_transposed`, which is evidence without an entry here. Classes
+# without it are here. Qwen3VLMoeTextExperts is not: 4.57 stores (experts, in, out), and 5.0 stores (experts, out, in).
+_EXPERTS: Final[dict[str, Roles]] = {
+    **_each("GptOssExperts Llama4TextExperts diffusers:SwiGLUExperts", {"gate_up_proj": _IN_OUT, "down_proj": _IN_OUT}),
+    **_each("LongcatFlashExperts Step3p7Experts InklingSharedExperts", {"*_proj": _OUT_IN}),
+    **_each("JetMoeParallelExperts GraniteMoeParallelExperts", {"weight": _OUT_IN}),
+    **_each("GraniteMoeSharedParallelExperts GraniteMoeHybridParallelExperts", {"weight": _OUT_IN}),
+    "AriaGroupedExpertsGemm": {"weight": _IN_OUT},
+    # The rows of w1, v1 and w2 are those of all experts. In w2 they are inputs, so its fan_in is not one of its sizes.
+    **_each("DbrxExpertGLU megablocks:SparseMLP", {"w1": _OUT_IN, "v1": _OUT_IN}),
+    "megablocks:MLP": {"w1": _IN_OUT, "w2": _IN_OUT},
+    "megatron:GroupedMLP": {"weight1": Matrix(fan_in=0)},  # (hidden, experts * out); weight2 is like w2 of DBRX
+    "GroupedLinear": {"weight*": _OUT_IN},  # of Transformer Engine: weight0, weight1, ...
+    # torchtitan 0.1 has (experts, in, out) in torchtitan.experiments.
+    "torchtitan.models:GroupedExperts": {"w?": _OUT_IN, "w?_E*": _OUT_IN},
+    "torchtitan:GptOssGroupedExperts": {"mlp?_weight*": _OUT_IN, "mlp?_bias*": "vector"},
+    **_each("torchtitan:FusedSwiGLU torchtitan:FusedGroupedExperts", {"w13": _OUT_IN, "w2_*": _OUT_IN}),
+    "deepspeed:GroupedExperts": {"w?": _OUT_IN},
+}
+
+_ROUTERS: Final[dict[str, Roles]] = {
+    "SharedExpertMLP": {"gate_weight": Output(fan_in=-1)},  # of Megatron, of shape (1, hidden)
+    "deepspeed:MoE": {"coefficient.weight": "output"},
+    "DeepseekV2MoEGate": {"weight": "output"},
+    "HunYuanMoEV1Gate": {"wg.weight": "output"},
+    "JetMoeTopKGating": {"layer.weight": "output"},
+    "DogeCDMoE": {"router_gate.weight": "output"},
+    "MomAttention": {"gate.weight": "output"},
+    "ZayaRouterMLP": {"fc?.weight": "matrix", "out_proj.weight": "output"},
+    "ZayaRouter": {"down_proj.weight": "matrix"},
+    # Coefficients that mix a few copies of the residual stream. Their number is the same at every width.
+    **_each("DeepseekV4HyperConnection Glm5NextTextHyperConnection HYV4HyperConnection", {"fn": Output(fan_in=-1)}),
+    **_each("DeepseekV4HyperHead HYV4HyperHead", {"hc_fn": Output(fan_in=-1)}),
+    "HyperConnection": {"dynamic_alpha_fn": Output(fan_in=-2), "static_alpha": "vector"},
+    "Gemma3nTextAltUp": {"modality_router.weight": "output", "*_coefs.weight": "vector"},
+}
+
+_POOLING: Final[Roles] = {
+    "attention.out_proj.weight": "matrix",
+    "mlp.*.weight": "matrix",
+    "?_proj.weight": "matrix",
+    "output_proj.weight": "matrix",
+}
+_HIDDEN_IN_A_HEAD: Final[dict[str, Roles]] = {
+    # The head of these models pools with attention.
+    **_each("SiglipMultiheadAttentionPoolingHead Siglip2MultiheadAttentionPoolingHead", _POOLING),
+    **_each("Idefics2MultiheadAttentionPoolingHead Aimv2AttentionPoolingHead", _POOLING),
+    **_each("Phi4MultimodalVisionMultiheadAttentionPoolingHead VideoPrismMultiheadAttentionPoolingHead", _POOLING),
+    # This one projects to an embedding that grows with the width.
+    **_each("SiglipTextModel SiglipTextTransformer Siglip2TextModel Siglip2TextTransformer", {"head.weight": "matrix"}),
+    # After these, a decoder or the tied embedding gives the outputs.
+    **_each(
+        "ModernBertPredictionHead ModernBertDecoderPredictionHead ModernVBertPredictionHead DebertaLMPredictionHead "
+        "DebertaV2LMPredictionHead ElectraGeneratorPredictions ConvBertGeneratorPredictions",
+        {"dense.weight": "matrix"},
+    ),
+    **_each("PeAudioEncoder PeVideoEncoder PeAudioVideoEncoder", {"output.weight": "matrix"}),
+    "QuestionAwareSpanSelectionHead": {"*.dense.weight": "matrix", "*_classifier.weight": "matrix"},
+    **_each(
+        "Wav2Vec2ForXVector Wav2Vec2BertForXVector Wav2Vec2ConformerForXVector WavLMForXVector UniSpeechSatForXVector "
+        "Data2VecAudioForXVector",
+        {"classifier.weight": "matrix"},
+    ),
+    **_each("Qwen3ASREncoder Qwen3OmniMoeAudioEncoder", {"conv_out.weight": "matrix"}),
+}
+
+_HEADS: Final[dict[str, Roles]] = {
+    # adaLN_modulation stands after the layer of the outputs.
+    **_each("FinalLayer T2IFinalLayer LastLayer", {"linear.weight": "output", "ada*.weight": "matrix"}),
+    "HiDreamImageOutEmbed": {"linear.weight": "output", "ada*.weight": "matrix"},
+    **_each(
+        "LuminaLayerNormContinuous VibeVoiceDiffusionHeadFinalLayer",
+        {"linear_1.weight": "matrix", "linear_2.weight": "output"},
+    ),
+    "Transformer2DModel": {"proj_out_1.weight": "matrix", "proj_out_2.weight": "output", "out.weight": "output"},
+    "AMSoftmaxLoss": {"weight": Output(fan_in=-2)},
+    "CsmCodebooksHead": {"weight": Output(fan_in=-2)},
+    "MoshiDepthDecoder": {
+        "lm_heads.weight": Output(fan_in=-1),
+        "input_projections.weight": _OUT_IN,
+        "layers.*.linear.weight": _OUT_IN,
+        "layers.*.mlp.fc?.weight": _OUT_IN,
+    },
+    **_each(
+        "Wav2Vec2GumbelVectorQuantizer Wav2Vec2ConformerGumbelVectorQuantizer WavLMGumbelVectorQuantizer "
+        "UniSpeechGumbelVectorQuantizer UniSpeechSatGumbelVectorQuantizer",
+        {"codevectors": "vector", "weight_proj.weight": "output"},
+    ),
+    "DINOHead": {"mlp.*.weight": "matrix", "last_layer.weight": "output", "last_layer.weight_v": "output"},
+    "NormMlpClassifierHead": {"pre_logits.*.weight": "matrix", "fc.weight": "output"},
+}
+
+# Latents, captions of another model, and sinusoids of a time: there are as many of them at every width.
+_DIT: Final[Roles] = {
+    "x_embedder.weight": "vector",
+    "x_embedder.proj.weight": "vector",
+    "pos_embed.proj.weight": "vector",
+    "patch_embed.proj.weight": "vector",
+    "patch_embed.text_proj.weight": "vector",
+    "patch_embedding.weight": "vector",
+    "img_in.weight": "vector",
+    "proj_in.weight": "vector",
+    "txt_in.weight": "vector",
+    "context_embedder.weight": "vector",
+    "context_embedder.proj_in.weight": "vector",
+    "*.timestep_embedder.linear_1.weight": "vector",
+    "*.guidance_embedder.linear_1.weight": "vector",
+    "*.time_embedder.linear_1.weight": "vector",
+    "proj_out_1.weight": "matrix",
+    "proj_out_2.weight": "output",
+    "proj_out.weight": "output",
+}
+_MEL: Final[Roles] = {"conv1.weight": "vector"}
+_INPUTS: Final[dict[str, Roles]] = {
+    **_each("AuraFlowTransformer2DModel ChromaTransformer2DModel CogView4Transformer2DModel", _DIT),
+    **_each("CogVideoXTransformer3DModel DiTTransformer2DModel Flux2Transformer2DModel FluxTransformer2DModel", _DIT),
+    **_each("HunyuanDiT2DModel HunyuanVideoTransformer3DModel LTXVideoTransformer3DModel", _DIT),
+    **_each("LatteTransformer3DModel Lumina2Transformer2DModel MochiTransformer3DModel", _DIT),
+    **_each("PixArtTransformer2DModel QwenImageTransformer2DModel SD3Transformer2DModel", _DIT),
+    **_each("SanaTransformer2DModel WanTransformer3DModel", _DIT),
+    "PixArtAlphaTextProjection": {"linear_1.weight": "vector"},
+    **_each("Flux FluxModel", {"img_in.weight": "vector", "txt_in.weight": "vector"}),
+    "MLPEmbedder": {"in_layer.weight": "vector"},
+    "TimestepEmbedder": {"mlp.0.weight": "vector"},
+    **_each(
+        "UNet2DModel UNet2DConditionModel UNet3DConditionModel UNetMotionModel UNetSpatioTemporalConditionModel "
+        "ControlNetModel",
+        {"conv_in.weight": "vector", "conv_out.weight": "output"},
+    ),
+    **_each(
+        "AutoencoderKL VQModel",
+        {"*coder.conv_in.weight": "vector", "*coder.conv_out.weight": "output", "*quant_conv.weight": "vector"},
+    ),
+    # Mel bands.
+    **_each("WhisperEncoder AudioEncoder Qwen2AudioEncoder AudioFlamingo3Encoder VoxtralEncoder GlmAsrEncoder", _MEL),
+    "Qwen2_5OmniAudioEncoder": _MEL,
+    **_each("SeamlessM4TConformerFeatureProjection Wav2Vec2BertFeatureProjection", {"projection.weight": "vector"}),
+    # Patches of pixels.
+    "Llama4UnfoldConvolution": {"linear.weight": "vector"},
+    "Gemma4VisionPatchEmbedder": {"input_proj.weight": "vector"},
+    "Ernie4_5_VLMoePatchEmbed": {"proj.weight": "vector"},
+    **_each("FuyuModel FuyuForCausalLM", {"vision_embed_tokens.weight": "vector"}),
+    **_each("Pix2StructVisionEmbeddings Kosmos2_5VisionEmbeddings", {"patch_projection.weight": "vector"}),
+}
+
+_PACKED: Final[dict[str, Roles]] = {
+    **_each("CLIP CustomTextCLIP TextTransformer MultimodalTransformer", {"text_projection": _IN_OUT}),
+    "open_clip:VisionTransformer": {"proj": _IN_OUT},
+    "open_clip:Attention": {"in_proj_weight": _OUT_IN},
+    **_each("Gemma3MultiModalProjector T5Gemma2MultiModalProjector", {"mm_input_projection_weight": _IN_OUT}),
+    "XCLIPModel": {"prompts_visual_projection": _IN_OUT},
+    "LayerNormMLP": {"fc?_weight": _OUT_IN},  # of Transformer Engine
+    "XLNetRelativeAttention": {"[qkvr]": Matrix(fan_in=0), "o": Matrix(fan_in=(-2, -1))},
+    "FunnelRelMultiheadAttention": {"r_kernel": Matrix(fan_in=0)},
+    "ZambaMambaMixer": {"x_proj_weight": _OUT_IN, "dt_proj_weight": _OUT_IN},
+    "RecurrentGemmaRglru": {"*_gate_weight": _IN_OUT},
+    "GroupedLinearLayer": {"weight": _IN_OUT},  # of ConvBERT
+    "LinearHeadwiseExpand": {"weight": _OUT_IN},  # of xLSTM
+    "sLSTMCell_vanilla": {"_recurrent_kernel_": _OUT_IN, "_bias_": "vector"},
+    "sLSTMCell_cuda": {"_recurrent_kernel_": _IN_OUT, "_bias_": "vector"},
+    "MultiQueryAttentionV2": {
+        "query_proj": _OUT_IN,
+        "key_proj": Matrix(fan_in=0),
+        "value_proj": Matrix(fan_in=0),
+        "out_proj": Matrix(fan_in=(-2, -1)),
+    },
+    "LowRankLinear": {"weight_?": _OUT_IN},
+}
+
+KNOWN: Final[Mapping[str, Roles]] = {**_EXPERTS, **_ROUTERS, **_HIDDEN_IN_A_HEAD, **_HEADS, **_INPUTS, **_PACKED}
+
+
+def known_roles(kind: type) -> Roles:
+    """Return what is known of the parameters of a class. Its base classes do not count.
+
+    Args:
+        kind: a class.
+
+    Returns:
+        Patterns for the names of parameters within the module, and the role that each gives. Empty where nothing is known.
+    """
+    for key, roles in KNOWN.items():
+        start, _, name = key.rpartition(":")
+        if name == kind.__name__ and (not start or f"{kind.__module__}.".startswith(f"{start}.")):
+            return roles
+    return {}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .known import specs_of
+from .known import known_roles
 from .patterns import matcher
 from .sites import Site
 from .specs import RoleSpec, check_spec
@@ -92,6 +92,6 @@ class Registry:
             bases = cls.__mro__
             self._by_class[cls] = [
                 *((c.__name__, _REGISTERED[key], True) for c in bases for key in (c, c.__name__) if key in _REGISTERED),
-                *((c.__name__, roles, False) for c in bases if (roles := specs_of(c))),
+                *((c.__name__, roles, False) for c in bases if (roles := known_roles(c))),
             ]
         return self._by_class[cls]
