@@ -81,7 +81,7 @@ def may_be_a_head(site: Site) -> bool:
     name, model = site.path[depth], site.trail[depth]
     if name.isdigit() or any(word in name for word in _INNER_WORDS):
         return False
-        paths = [path.split(".") for path, _ in model.named_modules()]
+    paths = [path.split(".") for path, _ in model.named_modules()]
     return any(part.isdigit() for path in paths if "parametrizations" not in path for part in path)
 
 
