@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .diffusion import DIFFUSION
+from .encoders import ENCODERS
 from .language import LANGUAGE
 from .packages import declare_torchvision_operators
 from .sizes import TABLE, TABLE_OF
+from .vision import VISION
 
 declare_torchvision_operators()
 
-ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {**LANGUAGE}
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION}
 
 
 def table_widths(name: str) -> tuple[int, int]:

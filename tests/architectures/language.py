@@ -30,7 +30,8 @@ def build(config: str, model: str, **fields: Any) -> nn.Module:
     made = getattr(transformers, config)(**fields)
     with torch.device("meta"):
         module: nn.Module = getattr(transformers, model)(made)
-    return module
+    # A few parameters are made on the CPU whatever the default device is.
+    return module.to("meta")
 
 
 def decoder(width: int, intermediate: float, **fields: Any) -> dict[str, Any]:

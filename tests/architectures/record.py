@@ -14,7 +14,7 @@ from torch import nn
 from .builders import ARCHITECTURES, table_widths
 from .skeleton import torch_class
 from .table import ROOT, TABLES, ModuleRow, ParameterRow, Table, render
-from .truth import truth
+from .truth import truth, unused
 
 _CONFIG_HOLDERS = ("config", "cfg", "model_args", "args", "params", "hparams")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "width", "embed_dim", "model_dim", "inner_dim", "num_features")
@@ -49,6 +49,8 @@ def record(name: str) -> Table:
         exempt = getattr(low, "_no_weight_decay", False)
         shapes = (tuple(low.shape), tuple(high.shape))
         rows.append(ParameterRow(path, shapes, role, fan_in, None if tied == path else tied, exempt))
+    if left := unused(name, [row.name for row in rows]):
+        raise RuntimeError(f"{name}: the patterns {left} of truth.py match no parameter. Delete them.")
     labels = dict.fromkeys((*configs[0], *configs[1]))
     return Table(
         _source(models[0]),
@@ -152,4 +154,3 @@ if __name__ == "__main__":
     TABLES.mkdir(exist_ok=True)
     for name in sys.argv[1:] or ARCHITECTURES:
         (TABLES / f"{name}.txt").write_text(render(record(name)))
-        print(name)

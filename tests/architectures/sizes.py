@@ -11,5 +11,9 @@ POSITIONS: Final = 76
 TABLE: Final = (256, 512)
 WIDTHS: Final = (256, 384, 512, 768)
 
-# Widths of the tables in which sizes of different meaning are equal on purpose.
-TABLE_OF: Final[dict[str, tuple[int, int]]] = {"siglip2": (256, 768)}
+# Timesteps have 256 features, so diffusion models have other widths. At the width 768 a patch of SigLIP2 has as many inputs.
+TABLE_OF: Final[dict[str, tuple[int, int]]] = {
+    "siglip2": (256, 768),
+    **dict.fromkeys(("dit", "pixart", "sd3", "flux"), (384, 768)),
+}
+WIDTHS_OF: Final[dict[str, tuple[int, ...]]] = dict.fromkeys(("dit", "pixart", "sd3", "flux"), (384, 512, 640, 768))

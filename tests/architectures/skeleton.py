@@ -102,6 +102,8 @@ def _value(text: str) -> Any:
 def _set_sizes(module: nn.Module) -> None:
     """Set the sizes that torch's own modules keep beside their weight."""
     weight = getattr(module, "weight", None)
+    if "parametrizations" in module._modules:
+        weight = module.get_parameter("parametrizations.weight.original1")
     if weight is None:
         return
     if isinstance(module, nn.Linear):

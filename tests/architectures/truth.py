@@ -13,9 +13,11 @@ from typing import Final
 
 from torch import nn
 
+from .truth_diffusion import DIFFUSION
+from .truth_encoders import ENCODERS, VISION
 from .truth_language import LANGUAGE
 
-TRUTH: Final[dict[str, dict[str, str]]] = {**LANGUAGE}
+TRUTH: Final[dict[str, dict[str, str]]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION}
 
 
 def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[int, ...] | None]:
