@@ -115,6 +115,8 @@ _HEADS: Final[dict[str, Roles]] = {
         "UniSpeechGumbelVectorQuantizer UniSpeechSatGumbelVectorQuantizer",
         {"codevectors": "vector", "weight_proj.weight": "output"},
     ),
+    # Codes of the quantizer on one side, sound on the other.
+    **_each("EncodecEncoder EncodecDecoder", {"layers.0.conv.*1": "vector", "layers.-1.conv.*original1": "output"}),
     "DINOHead": {"mlp.*.weight": "matrix", "last_layer.weight": "output", "last_layer.weight_v": "output"},
     "NormMlpClassifierHead": {"pre_logits.*.weight": "matrix", "fc.weight": "output"},
 }
