@@ -26,6 +26,7 @@ class Decision:
             nobody knows them.
         by_size: whether a size of this model is the evidence, so that a model of another width may not show it.
         per: attribute of the module by which the fan_in is divided; None where it is not.
+        gives_logits: whether it is a head, or an embedding that is tied to one.
     """
 
     role: Role | None
@@ -33,6 +34,7 @@ class Decision:
     dims: tuple[int, ...] = ()
     by_size: bool = False
     per: str | None = None
+    gives_logits: bool = False
 
 
 # Names of parameters of two and more dimensions that a module holds itself, without a linear layer: tokens, positions and
@@ -78,7 +80,7 @@ def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output
             whose = why.partition(": ")[2]
             return Decision(None, f"one of several matrices in {whose}: which of them gives the outputs?", dims)
         if part == "final":
-            return Decision("output" if dims else None, why, dims)
+            return Decision("output" if dims else None, why, dims, gives_logits=why.startswith("head"))
     if at.attribute == "weight" and heads.may_be_a_head(at):
         return Decision(None, f"{kind}, the last of the model outside its layers: is it a head?", dims)
     if dims and (embeds := inputs.embeds_the_input(at)) is not None:
