@@ -1,0 +1,84 @@
+"""A model and its proxy that were built from one config, and what was done to the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+# At most this many fields are named in one line of the report.
+_MOST_NAMED: Final = 40
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and its proxy, and what was done to the config.
+
+    Attributes:
+        model: the model, on the meta device.
+        proxy: the model at the base width; `model` itself where no base width was given.
+        title: name of the class and the version of transformers.
+        width: the width of the model.
+        base_width: the width of the proxy.
+        changed: old and new value of each field of the config that differs between the model and the proxy.
+        stays: fields of the text config that stay at every width.
+        unknown: fields that stay because nothing is known about them.
+        towers: nested configs that stay as a whole.
+        notes: sentences about single decisions.
+    """
+
+    model: nn.Module
+    proxy: nn.Module
+    title: str
+    width: int
+    base_width: int
+    changed: Mapping[str, tuple[Any, Any]]
+    stays: Mapping[str, Any]
+    unknown: Mapping[str, Any]
+    towers: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the model's class."""
+        return type(self.model).__name__
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was done to the config, for JSON."""
+        return {
+            "model": self.name,
+            "width": self.width,
+            "proxy_width": self.base_width,
+            "changed": {path: list(values) for path, values in self.changed.items()},
+            "stays": dict(self.stays),
+            "unknown": dict(self.unknown),
+            "nested_configs_that_stay": list(self.towers),
+            "notes": list(self.notes),
+        }
+
+    def report(self) -> str:
+        """Return the lines above the table: which sizes of the proxy differ, and which stay."""
+        lines = [self.title]
+        if self.proxy is not self.model:
+            lines.append(f"The proxy has the width {self.base_width} instead of {self.width}. Fields of its config:")
+            lines += [f"  {path}  {old} -> {new}" for path, (old, new) in self.changed.items()]
+            if self.stays:
+                lines.append(f"These sizes stay: {_listed(self.stays)}.")
+            if self.towers:
+                lines.append(f"These nested configs stay as they are: {', '.join(self.towers)}.")
+            lines += [note if note.endswith(".") else f"{note}." for note in self.notes]
+            if self.unknown:
+                path, value = next(iter(self.unknown.items()))
+                lines.append(
+                    f"These sizes stay because this command does not know them: {_listed(self.unknown)}. If one of them "
+                    f"follows the width, give its value at the proxy, like --set {path}={value!r}."
+                )
+        return "\n".join(lines)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    shown = [f"{path} {value}" for path, value in values.items()]
+    more = [f"and {len(shown) - _MOST_NAMED} more"] if len(shown) > _MOST_NAMED else []
+    return ", ".join([*shown[:_MOST_NAMED], *more])
