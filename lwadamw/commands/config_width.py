@@ -21,8 +21,8 @@ Path = tuple[str, ...]
 WIDTH_NAMES: Final = ("hidden_size", "d_model", "n_embd", "n_embed", "emb_dim", "embed_dim", "dim", "embedding_dim")
 _WIDTHS: Final = re.compile(
     "|".join(WIDTH_NAMES)
-    + r"|(\w+_)?intermediate_size(_mlp)?|(\w+_)?ffn_dim|(\w+_)?ffn_hidden_size|d_ff|dim_ff|n_inner|d_inner|mlp_dim|hidden_dim"
-    r"|feed_forward_size|block_ff_dim|share_expert_dim|moe_hidden_size|(cross_)?attention_hidden_size|pooler_hidden_size"
+    + r"|(\w+_)?intermediate_size(_mlp)?|(\w+_)?ffn_dim|(\w+_)?ffn_hidden_size|d_?ff|dim_ff|n_inner|d_inner|mlp_dim|hidden_dim"
+    r"|feed_forward_size|block_ff_dim|share_expert_dim|moe_hidden_size|(cross_)?attention_hidden_size|pooler_(hidden|output)_size"
     r"|lru_width|mamba_d_ssm|word_embed_proj_dim"
 )
 _HEADS: Final = re.compile(
@@ -43,10 +43,12 @@ _FIXED: Final = re.compile(
     r"(\w+_)?head_?dim|(\w+_)?head_size|d_kv|d_head|dim_head|kv_channels|mamba_d_head|(\w+_)?rank|(\w+_)?state_size"
     r"|(\w+_)?d_state|(mamba_)?n_?groups|embedding_size|hidden_size_per_layer_input|index_n_heads|rotary_dim"
 )
-_LOOKS_LIKE_SIZE: Final = re.compile(r"size|dim|width|rank|hidden|channels|inner|units|features|heads|^d_|_d_|lowrank")
+_LOOKS_LIKE_SIZE: Final = re.compile(
+    r"size|dim|width|rank|hidden|channels|inner|units|features|heads|linear|^d_|_d_|ff|lowrank"
+)
 _NO_WIDTH: Final = re.compile(
     r"vocab|position|patch|image|kernel|chunk|window|block_size|layers|experts|group|token|mel_bins|conv|frame|distance|bucket"
-    r"|per_tok|ngram|types|sampling"
+    r"|per_tok|ngram|types|sampling|filter|(in|num|input|audio)_channels|num_features|merge"
 )
 
 
@@ -187,8 +189,7 @@ class _Job:
             return int(new)
         possible = max(1, round(new))
         if of_heads is not None and not any(name.endswith("head_dim") and of_heads[name] for name in of_heads):
-            # Without a head dimension in the config, each head has an equal share of the width.
-            possible = max(n for n in range(1, max(1, math.floor(new)) + 1) if self.width % n == 0)
+            possible = _most_heads(self.width, max(1, math.floor(new)))
         self.problems[full] = (value, possible, f"would be {float(new):.6g}")
         return possible
 
@@ -233,6 +234,12 @@ class _Job:
                         section[name] = self.width
                     elif _LOOKS_LIKE_SIZE.search(name) and not _NO_WIDTH.search(name):
                         self.scaled.unknown[full] = value
+
+
+def _most_heads(width: int, most: int) -> int:
+    """Return a number of heads that share a width equally, with an even size if possible, as rotary positions need."""
+    possible = [n for n in range(1, most + 1) if width % n == 0]
+    return max([n for n in possible if width // n % 2 == 0] or possible)
 
 
 def _is_size(value: object) -> bool:

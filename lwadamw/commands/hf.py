@@ -142,7 +142,7 @@ def _load(transformers: Any, where: Path, source: str) -> Any:
         remedy = "Correct the config" if known else "Update transformers, or correct 'model_type'"
         raise ValueError(
             f"argument --hf: transformers {transformers.__version__} cannot read {str(where)!r} of model type {kind!r}: "
-            f"{type(error).__name__}: {_first_line(error)} {remedy}; or {FACTORY}."
+            f"{_told(error)} {remedy}; or {FACTORY}."
         ) from error
 
 
@@ -171,7 +171,7 @@ def _text_path(config: Any) -> config_width.Path:
         text = config.get_text_config()
     except ValueError as error:
         raise ValueError(
-            f"argument --hf: which nested config has the width of {type(config).__name__}? {_first_line(error)} Instead, "
+            f"argument --hf: which nested config has the width of {type(config).__name__}? {_told(error)} Instead, "
             f"{FACTORY}."
         ) from None
     return _path_of(config, text) or ()
@@ -220,8 +220,8 @@ def _rebuild(config: Any, before: Mapping[str, Any], scaled: Scaled, argument: s
         made = type(config).from_dict(scaled.fields)
     except Exception as error:
         raise ValueError(
-            f"argument {argument}: {type(config).__name__} refuses the fields {_changes(wanted)}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())} {_remedy(argument)}"
+            f"argument {argument}: {type(config).__name__} refuses the fields {_changes(wanted)}: {_told(error)} "
+            f"{_remedy(argument)}"
         ) from error
     after = made.to_dict()
     for path, (_, new) in wanted.items():
@@ -243,8 +243,8 @@ def _build(
     except Exception as error:
         after = f" Fields that differ from the model: {_changes(changed)}. {_remedy('--base-width')}" if changed else ""
         raise ValueError(
-            f"argument --hf: {name} cannot be built on the meta device as {whose}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}.{after or f' Correct the config; or {FACTORY}.'}"
+            f"argument --hf: {name} cannot be built on the meta device as {whose}: {_told(error)}"
+            f"{after or f' Correct the config; or {FACTORY}.'}"
         ) from error
 
 
@@ -258,6 +258,6 @@ def _changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{path} {old} -> {new}" for path, (old, new) in changed.items())
 
 
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if line.endswith(".") else f"{line}."
+def _told(error: Exception) -> str:
+    """Return an error of a library in one line that ends with a full stop."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}."

@@ -8,8 +8,12 @@ from typing import Any, Final
 
 from torch import nn
 
-# At most this many fields are named in one line of the report.
+from ..state.names import layer_type
+from ..width.groups import Evidence
+
+# At most this many fields are named in one line of the report, and at most this many layer types in as many lines.
 _MOST_NAMED: Final = 40
+_MOST_LINES: Final = 20
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,38 @@ class Pair:
             lines += [note if note.endswith(".") else f"{note}." for note in self.notes]
             if self.unknown:
                 path, value = next(iter(self.unknown.items()))
+                example = value * self.base_width // self.width if isinstance(value, int) else value
                 lines.append(
                     f"These sizes stay because this command does not know them: {_listed(self.unknown)}. If one of them "
-                    f"follows the width, give its value at the proxy, like --set {path}={value!r}."
+                    f"follows the width, give its value at the proxy, like --set {path}={example!r}."
                 )
         return "\n".join(lines)
+
+    def unlike(self, evidence: Mapping[str, Evidence]) -> str:
+        """Return the layer types whose width ratio is not the ratio of the widths; an empty text if there are none.
+
+        Args:
+            evidence: what `param_groups` decided with the proxy as base_width.
+        """
+        ratio = self.width / self.base_width
+        lines = list(
+            dict.fromkeys(
+                f"  {one.m:.4g}  {layer_type(name)}"
+                for name, one in evidence.items()
+                if one.m is not None and one.m != ratio
+            )
+        )
+        if not lines:
+            return ""
+        more = [f"  and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+        return "\n".join(
+            [
+                f"Their m is not {ratio:.4g}, the ratio of the widths. If one of them should have it, some field of the config "
+                "follows the width, and is not among the fields above. Give it with --set.",
+                *lines[:_MOST_LINES],
+                *more,
+            ]
+        )
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -104,10 +104,10 @@ def paste(
     kinds = {(layer_type(alike[0]), label) for alike, label in labels.items() if isinstance(label, int)}
     counts = Counter(label for _, label in kinds).most_common(1)
     base_width: dict[str, int | None] = dict.fromkeys(open_patterns)
-    if counts:
-        common = counts[0][0]
-        base_width |= separating(labels, unlisted=[common, *choices.values()])
-        base_width["*"] = common
+    # Where the rule scales nothing, the number does not count.
+    common = counts[0][0] if counts else pair.base_width
+    base_width |= separating(labels, unlisted=[common, *choices.values()])
+    base_width["*"] = common
     remarks = {pattern: _remark(kind, pair.proxy) for pattern, kind in open_patterns.items()}
     return Paste(base_width, {**dict.fromkeys(open_patterns), **roles}, remarks)
 

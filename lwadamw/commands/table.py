@@ -121,7 +121,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
                 # The rest needs no choice. What takes the place of a choice here is left out of what is printed.
                 instead: dict[str, RoleSpec] = {f"re:^{re.escape(name)}$": "vector" for name, _, _ in undecided}
                 groups = param_groups(model, found.proxy, args.rule, {**roles, **instead}, output=args.output)
-                _write(args, found, paste(found, groups.evidence, roles, undecided), [], None)
+                _write(args, found, paste(found, groups.evidence, roles, undecided), [], [])
             return 1
         base: Any = model
         if found is not None:
@@ -138,12 +138,12 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         for group in groups:
             group |= {"lr": args.lr, "weight_decay": args.wd}
     rows = _rows(groups, args.steps) if args.json else []
-    table = None if args.json else summary(groups, steps=args.steps, full=args.full)
+    table = "" if args.json else summary(groups, steps=args.steps, full=args.full)
     if found is not None:
         made = None if found.proxy is model else paste(found, groups.evidence, roles)
-        _write(args, found, made, rows, table)
+        _write(args, found, made, rows, [table, found.unlike(groups.evidence)])
     else:
-        print(json.dumps(rows, indent=1) if table is None else table)
+        print(json.dumps(rows, indent=1) if args.json else table)
     return 0
 
 
@@ -176,25 +176,20 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _write(
-    args: argparse.Namespace, found: Pair, made: Paste | None, rows: Sequence[Mapping[str, Any]], table: str | None
+    args: argparse.Namespace, found: Pair, made: Paste | None, rows: Sequence[Mapping[str, Any]], parts: Sequence[str]
 ) -> None:
-    """Print the output of --hf. Without a table, its place is empty."""
+    """Print the output of --hf: as JSON the rows, or else what was done to the config, the parts, and the code."""
     values = None if args.lr is None else (args.lr, args.wd)
     code = made.code(args.rule, args.output, values) if made is not None else None
     if args.json:
         more = {**made.as_dict(), "code": code} if made is not None else {}
         print(json.dumps({**found.as_dict(), **more, "parameters": rows}, indent=1))
         return
-    parts = [found.report()]
-    if table is not None:
-        parts.append(table)
     if code is None:
-        parts.append(
-            "Give --base-width N, the width of the proxy, for the width ratios and for the code that makes them."
-        )
+        last = "Give --base-width N, the width of the proxy, for the width ratios and for the code that makes them."
     else:
-        parts.append(f"The call that makes these ratios in a program, for the names of {found.name}:\n\n{code}")
-    print("\n\n".join(parts))
+        last = f"The call that makes these ratios in a program, for the names of {found.name}:\n\n{code}"
+    print("\n\n".join(part for part in (found.report(), *parts, last) if part))
 
 
 def _base_width(texts: Sequence[str]) -> int | dict[str, int]:
