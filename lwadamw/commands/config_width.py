@@ -149,6 +149,7 @@ class _Job:
     def __init__(self, scaled: Scaled, ratio: Fraction, own: int, width: int, settings: Mapping[str, Any]) -> None:
         self.scaled, self.ratio, self.own, self.width, self.settings = scaled, ratio, own, width, settings
         self.problems: dict[str, tuple[Any, Any, str]] = {}  # path: (old value, value that is possible, what is wrong)
+        self.unit = 1  # Every field comes out whole at the multiples of this width.
 
     def scale(self, path: Path, section: dict[str, Any]) -> None:
         heads: dict[str, Any] = {}
@@ -177,6 +178,7 @@ class _Job:
 
     def _times(self, full: str, value: Any, of_heads: Mapping[str, Any] | None) -> Any:
         """Return a size times the ratio of the widths."""
+        self._count(*(value if isinstance(value, list) else [value]))
         if isinstance(value, list):
             parts = [part * self.ratio for part in value]
             if all(part.denominator == 1 for part in parts):
@@ -195,6 +197,8 @@ class _Job:
 
     def _shared(self, full: str, value: int, heads: int | None) -> int:
         """Return a number of heads that groups of other heads share, such as keys and values."""
+        if value > 1:
+            self._count(value)
         new = value * self.ratio
         if new.denominator == 1:
             return int(new)
@@ -207,19 +211,20 @@ class _Job:
         self.problems[full] = (value, possible, f"would be {float(new):.6g}, and {value} does not divide {heads} heads")
         return possible
 
+    def _count(self, *values: int) -> None:
+        self.unit = math.lcm(self.unit, *(self.own // math.gcd(value, self.own) for value in values))
+
     def complaint(self, argument: str) -> str:
-        unit = 1
-        for value, _, _ in self.problems.values():
-            for part in value if isinstance(value, list) else [value]:
-                unit = math.lcm(unit, self.own // math.gcd(part, self.own))
         listed = "; ".join(f"{path}={value} {wrong}" for path, (value, _, wrong) in self.problems.items())
-        remedy = f"Give {argument} a multiple of {unit}"
+        settings = " ".join(f"--set {path}={_compact(new)}" for path, (_, new, _) in self.problems.items())
+        remedies = [f"Give {argument} a multiple of {self.unit}"]
         if argument == "--base-width":
-            settings = " ".join(f"--set {path}={_compact(new)}" for path, (_, new, _) in self.problems.items())
-            remedy += f", or say what these are at the proxy, for example {settings}"
+            remedies.append(f"say what these are at the proxy, for example {settings}")
+            if self.unit == self.own:  # Then no smaller width will do.
+                remedies = [f"S{remedies[1][1:]}"]
         return (
             f"argument {argument}: the width goes from {self.own} to {self.width}, and these fields do not come out whole: "
-            f"{listed}. {remedy}."
+            f"{listed}. {', or '.join(remedies)}."
         )
 
     def others(self, scaled: Sequence[int]) -> None:
