@@ -3,73 +3,12 @@
 import json
 import re
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
 
 import lwadamw
 from lwadamw.commands import main
-from tests.commands import standin_transformers
-
-EXPERTS = ["--role", "*.gate_up_proj=matrix:-1", "--role", "*.experts.down_proj=matrix:-1"]
-SIGHTED = {"model_type": "sighted", "architectures": ["SightedForConditionalGeneration"]}
-PLAIN = {"model_type": "plain", "architectures": ["PlainLMHeadModel"]}
-
-
-@pytest.fixture
-def transformers(tmp_path, monkeypatch):
-    """The stand-in, importable as transformers."""
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "transformers.py").write_text(Path(standin_transformers.__file__).read_text())
-    monkeypatch.syspath_prepend(tmp_path / "lib")
-    real = sys.modules.pop("transformers", None)
-    import transformers
-
-    assert transformers.__version__ == standin_transformers.__version__
-    yield transformers
-    del sys.modules["transformers"]
-    if real is not None:
-        sys.modules["transformers"] = real
-
-
-@pytest.fixture
-def config(tmp_path, transformers):
-    """Writes a config.json and returns its path."""
-
-    def write(**fields):
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(fields))
-        return str(path)
-
-    return write
-
-
-def text_table(capsys, *arguments):
-    assert main(["table", "--hf", *arguments]) == 0
-    return capsys.readouterr().out
-
-
-def json_table(capsys, *arguments):
-    return json.loads(text_table(capsys, *arguments, "--json"))
-
-
-def refusal(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        main(["table", "--hf", *arguments])
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
-def pasted(code, model):
-    names = {"model": model, "lwadamw": lwadamw}
-    exec(code, names)
-    return names["groups"]
-
-
-def ratios(table):
-    return {row["name"]: row["m"] for row in table["parameters"] if row["m"] is not None}
-
+from tests.commands.hf_cases import EXPERTS, PLAIN, SIGHTED, json_table, pasted, ratios, refusal, text_table
 
 CASES = {
     "sighted": (SIGHTED, "SightedForConditionalGeneration", "SightedConfig", ["--base-width", "64", *EXPERTS]),
@@ -154,7 +93,9 @@ def test_every_changed_field_is_shown_and_every_size_that_stays(config, capsys):
     assert "nested configs stay as they are: vision_config." in out
     unknown = "text_config.mystery_size 40, projection_dim 256, vision_config.embed_dim 256"
     assert f"does not know them: {unknown}." in out
-    assert re.search(r"Their m is not 4.*\n  1  fc1.weight\n  1  projector.weight\n  1  layers\.\*\.q_b_proj\.weight\n", out)
+    assert re.search(
+        r"Their m is not 4.*\n  1  fc1.weight\n  1  projector.weight\n  1  layers\.\*\.q_b_proj\.weight\n", out
+    )
     assert "SightedForConditionalGeneration of transformers 5.0.standin" in out
 
 
@@ -289,97 +230,3 @@ def test_the_class_is_that_of_the_config_or_else_the_causal_or_the_base_model(fi
         json_table(capsys, config(**fields), "--base-width=64", *(["--set=n_head=4"] * (not roles)), *roles)["model"]
         == name
     )
-
-
-@pytest.mark.parametrize(
-    ("fields", "arguments", "message"),
-    [
-        (
-            {"model_type": "new", "auto_map": {"AutoConfig": "configuration_new.NewConfig"}},
-            [],
-            "model type 'new' needs code from",
-        ),
-        ({"model_type": "new"}, [], "Update transformers, or correct 'model_type'"),
-        ({"hidden_size": 8}, [], "has no field 'model_type'"),
-        (
-            {**PLAIN, "architectures": ["PlaneModel"]},
-            [],
-            "names 'PlaneModel', which transformers 5.0.standin does not have",
-        ),
-        ({"model_type": "two_texts"}, [], "names no class in 'architectures'"),
-        ({**PLAIN, "model_type": "two_texts"}, ["--base-width=48"], "Multiple valid text configs were found"),
-        ({**PLAIN, "model_type": "widthless"}, ["--base-width=48"], "its nested configs are patcher_config"),
-        ({**PLAIN, "model_type": "stubborn"}, ["--base-width=48"], "StubbornConfig sets d_inner to 100 by itself"),
-        (
-            PLAIN,
-            ["--base-width=48", "--set=n_head=5"],
-            "PlainLMHeadModel cannot be built on the meta device as the proxy: ValueError: n_embd 48 is not a multiple of "
-            "n_head 5. Fields that differ from the model: n_embd 192 -> 48, n_head 12 -> 5, time_step_rank 12 -> 3.",
-        ),
-        (
-            {**PLAIN, "n_head": 7},
-            [],
-            "as the model: ValueError: n_embd 192 is not a multiple of n_head 7. Correct the config",
-        ),
-        (
-            SIGHTED,
-            ["--base-width=64", "--set=text_config.num_key_value_heads=3"],
-            "SightedConfig refuses the fields text_config.hidden_size 256 -> 64",
-        ),
-        (PLAIN, ["--base-width=48", "--set=n_embd=32"], "n_embd is the width itself. Give it with --base-width"),
-        (PLAIN, ["--base-width=48", "--set=n_heads=3"], "the config has no field 'n_heads'. Closest: 'n_head'"),
-        (SIGHTED, ["--base-width=64", "--set=head_dim=3"], "no field 'head_dim'. Closest: 'text_config.head_dim'"),
-        (PLAIN, ["--base-width=48", "--set=n_head=three"], "'n_head=three' is not field=value with a Python literal"),
-        (PLAIN, ["--base-width=48", "--set=n_head"], "'n_head' is not field=value"),
-        (PLAIN, ["--base-width", "*=48"], "with --hf it is one number"),
-        (PLAIN, ["--base-width", "48", "64"], "with --hf it is one number"),
-        (PLAIN, ["--base-width=0"], "'0' is not a positive whole number"),
-        (PLAIN, ["--depth=1"], "so they need --base-width N"),
-        (PLAIN, ["--set=n_head=3"], "so they need --base-width N"),
-        (PLAIN, ["--args", "d=4"], "with --hf the config says it all"),
-        (PLAIN, ["--base", "models:proxy"], "with --hf the config says it all"),
-    ],
-)
-def test_what_cannot_be_built_is_refused_with_a_remedy(fields, arguments, message, config, capsys):
-    assert message in refusal(capsys, config(**fields), *arguments)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("someone/other", "with `hf download someone/other config.json`"),
-        ("folder", "the folder 'folder' has no config.json"),
-        ("text.json", "'text.json' is not JSON"),
-    ],
-)
-def test_a_config_that_is_not_on_disk_is_refused(source, message, transformers, tmp_path, monkeypatch, capsys):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "text.json").write_text("hidden_size: 8")
-    monkeypatch.chdir(tmp_path)
-    assert message in refusal(capsys, source)
-
-
-def test_without_transformers_the_error_says_how_to_install_it(config, monkeypatch, capsys):
-    path = config(**PLAIN)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "`pip install transformers`" in refusal(capsys, path)
-
-
-def test_the_model_comes_from_a_factory_or_from_a_config(config, capsys):
-    for arguments in (["table"], ["table", "models:build", "--hf", config(**PLAIN)]):
-        with pytest.raises(SystemExit):
-            main(arguments)
-        assert "give either module:factory or --hf CONFIG" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["table", "models:build", "--depth", "2"])
-    assert "they need --hf CONFIG" in capsys.readouterr().err
-
-
-def test_nothing_is_left_in_the_environment(config, monkeypatch, capsys):
-    import os
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
-    text_table(capsys, config(**PLAIN), "--base-width", "48")
-    assert os.environ["HF_HUB_OFFLINE"] == "0"
-    assert "TRANSFORMERS_OFFLINE" not in os.environ
