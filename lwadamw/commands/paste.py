@@ -6,13 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
 from ..state.names import layer_type
 from ..width.groups import Evidence
-from ..width.patterns import separating
+from ..width.patterns import matches_any, separating
 from ..width.sites import sites
 from ..width.specs import RoleSpec
 from .pair import Pair
@@ -20,6 +20,8 @@ from .pair import Pair
 # Stand for what only the user knows. They are not valid Python, so nobody can run the code without filling them in.
 _ROLE: Final = "<role>"
 _FAN_IN: Final = "<its fan_in at the proxy>"
+# From this many layer types with equal fan_ins on, a part of the model has one pattern for them.
+_LEAST_FOR_PART: Final = 3
 
 
 @dataclass(frozen=True)
@@ -88,28 +90,75 @@ def paste(
         undecided: name, shape and reason of each parameter whose role nothing decides. Its evidence does not count.
     """
     choices = {name: (layer_type(name), shape, why) for name, shape, why in undecided}
-    names: dict[tuple[str, ...], Any] = {}
-    labels: dict[tuple[str, ...], Any] = {}
+    open_names: dict[tuple[str, ...], Any] = {}
+    ratios: dict[tuple[str, ...], Any] = {}
     for p, places in sites(pair.model):
-        alike = tuple(site.name for site in places)
-        name = alike[0]
-        names[alike] = choices.get(name)
-        if name in choices:
-            labels[alike] = choices[name]
-        elif (m := evidence[name].m) is not None:
+        names = tuple(site.name for site in places)
+        open_names[names] = choices.get(names[0])
+        if names[0] in choices:
+            ratios[names] = choices[names[0]]
+        elif (m := evidence[names[0]].m) is not None:
             # A vector that the rule scales has its last dimension as fan_in.
-            fan_in = evidence[name].fan_in or (p.shape[-1] if p.ndim else 1)
-            labels[alike] = round(fan_in / m)
-    open_patterns = separating(names, unlisted=[None]) if choices else {}
-    kinds = {(layer_type(alike[0]), label) for alike, label in labels.items() if isinstance(label, int)}
-    counts = Counter(label for _, label in kinds).most_common(1)
+            fan_in = evidence[names[0]].fan_in or (p.shape[-1] if p.ndim else 1)
+            ratios[names] = _FanIns(fan_in, round(fan_in / m))
+    open_patterns = separating(open_names, unlisted=[None]) if choices else {}
     base_width: dict[str, int | None] = dict.fromkeys(open_patterns)
-    # Where the rule scales nothing, the number does not count.
-    common = counts[0][0] if counts else pair.base_width
-    base_width |= separating(labels, unlisted=[common, *choices.values()])
-    base_width["*"] = common
+    rest = _rest(ratios, pair)
+    listed = separating(ratios, unlisted=[rest, *choices.values()])
+    base_width |= {pattern: fan_ins.base for pattern, fan_ins in _with_parts(listed, ratios, rest).items()}
+    base_width["*"] = rest.base
     remarks = {pattern: _remark(kind, pair.proxy) for pattern, kind in open_patterns.items()}
     return Paste(base_width, {**dict.fromkeys(open_patterns), **roles}, remarks)
+
+
+class _FanIns(NamedTuple):
+    """The fan_in of a parameter at the model and at the proxy. Parameters that share a pattern have both in common."""
+
+    own: int
+    base: int
+
+
+def _rest(ratios: Mapping[tuple[str, ...], Any], pair: Pair) -> _FanIns:
+    """Return the fan_ins that need no pattern but "*": those of the width, or else those of most layer types."""
+    width = _FanIns(pair.width, pair.base_width)
+    kinds = {(layer_type(names[0]), fan_ins) for names, fan_ins in ratios.items() if isinstance(fan_ins, _FanIns)}
+    counts = Counter(fan_ins for _, fan_ins in kinds)
+    # Where the rule scales nothing, the number does not count.
+    return width if width in counts or not counts else counts.most_common(1)[0][0]
+
+
+def _with_parts(
+    listed: Mapping[str, _FanIns], ratios: Mapping[tuple[str, ...], Any], rest: _FanIns
+) -> dict[str, _FanIns]:
+    """Return patterns of which one stands for a whole part of the model, such as a vision tower, where it can.
+
+    Such a pattern comes last, after those of the other parameters in this part.
+    """
+    inside: dict[str, set[tuple[str, ...]]] = {}
+    for names in ratios:
+        for name in names:
+            *path, _ = name.split(".")
+            depth = next((i for i, module in enumerate(path) if module.isdigit()), len(path))
+            for end in range(1, depth + 1):
+                inside.setdefault(".".join(path[:end]), set()).add(names)
+    found, parts = dict(listed), dict[str, _FanIns]()
+    for part in sorted(inside, key=len):
+        members = inside[part]
+        kinds = Counter(ratios[names] for names in {layer_type(names[0]): names for names in members}.values())
+        (common, count), *_ = kinds.most_common(1)
+        if (
+            count < _LEAST_FOR_PART
+            or not isinstance(common, _FanIns)
+            or any(ratios[names] == rest for names in members)
+            or any(part.startswith(f"{other}.") for other in parts)
+        ):
+            continue
+        own = [p for p, fan_ins in found.items() if fan_ins == common]
+        for pattern in own:
+            if all(names in members for names in ratios if matches_any(pattern, names)):
+                del found[pattern]
+        parts[part] = common
+    return found | {f"{part}.*": fan_ins for part, fan_ins in parts.items()}
 
 
 def role_text(spec: RoleSpec | None) -> str | None:

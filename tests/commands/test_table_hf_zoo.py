@@ -112,6 +112,7 @@ MAMBA = {
     "vocab_size": 50280,
 }
 EXPERTS = ("--role=*.experts.gate_up_proj=matrix:-1", "--role=*.experts.down_proj=matrix:-1")
+SIGLIP = ("--role=*.probe=vector", "--role=*.mm_input_projection_weight=matrix:-2")
 A_LOG = ("--role=*.A_log=vector",)
 
 # For each config: the proxy's width, roles, changed fields, and the ratio and the fan_in at the proxy of some matrices.
@@ -169,7 +170,7 @@ CASES = {
     "gemma3": (
         GEMMA3,
         640,
-        (),
+        SIGLIP,
         {
             "text_config.hidden_size": 640,
             "text_config.intermediate_size": 2560,
