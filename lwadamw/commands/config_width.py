@@ -11,6 +11,7 @@ import copy
 import difflib
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -36,7 +37,7 @@ _SHARED_HEADS: Final = re.compile(
 _SIXTEENTHS: Final = ("time_step_rank", "mamba_dt_rank")
 _LAYERS: Final = re.compile(r"num_hidden_layers|(num_|n_)?layers?|(num_)?(encoder|decoder)_layers|num_blocks")
 # Nested configs that are parts of the text config's own layers.
-_PARTS: Final = ("attn_config", "ffn_config")
+PARTS: Final = ("attn_config", "ffn_config")
 # Fields of a vision or audio tower that hold the width of the text model, into which the tower projects.
 _OUT: Final = ("out_hidden_size", "text_hidden_size")
 _FIXED: Final = re.compile(
@@ -216,7 +217,9 @@ class _Job:
 
     def complaint(self, argument: str) -> str:
         listed = "; ".join(f"{path}={value} {wrong}" for path, (value, _, wrong) in self.problems.items())
-        settings = " ".join(f"--set {path}={_compact(new)}" for path, (_, new, _) in self.problems.items())
+        settings = " ".join(
+            f"--set {shlex.quote(f'{path}={_compact(new)}')}" for path, (_, new, _) in self.problems.items()
+        )
         remedies = [f"Give {argument} a multiple of {self.unit}"]
         if argument == "--base-width":
             remedies.append(f"say what these are at the proxy, for example {settings}")
@@ -268,7 +271,7 @@ def _sections(fields: dict[str, Any], following: Sequence[Path]) -> Iterator[tup
     for path in following:
         section = section_at(fields, path)
         yield path, section
-        for part in _PARTS:
+        for part in PARTS:
             if isinstance(section.get(part), dict):
                 yield (*path, part), section[part]
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,26 +41,36 @@ def build_pair(
         where = _find(transformers, source)
         config = _load(transformers, where, source)
         make, name = _maker(transformers, config, where)
+        origin = f"transformers {transformers.__version__}, {where}"
+        if width is None and base_width is None:
+            model = _build(make, name, config, "the model", {})
+            return Pair(model, model, origin)
         fields: dict[str, Any] = config.to_dict()
-        text = _text_path(config)
-        own_name = _width_name(config, fields, text, where)
-        following = [text, *_same_class(config, text)]
+        following, width_name = _widths(config, fields, where)
         if width is not None:
-            scaled = at_width(fields, following, own_name, width, "--width")
+            scaled = at_width(fields, following, width_name, width, "--width")
             config = _rebuild(config, fields, scaled, "--width")
             fields = config.to_dict()
         model = _build(make, name, config, "the model", {})
-        own = section_at(fields, text)[own_name]
-        title = f"{type(model).__name__} of transformers {transformers.__version__}, {where}"
+        own = section_at(fields, following[0])[width_name]
         if base_width is None:
-            return Pair(model, model, title, own, own, {}, {}, {}, (), ())
-        scaled = at_width(fields, following, own_name, base_width, "--base-width", settings, depth)
+            return Pair(model, model, origin, own, own)
+        scaled = at_width(fields, following, width_name, base_width, "--base-width", settings, depth)
         base = _rebuild(config, fields, scaled, "--base-width")
         changed = differences(fields, base.to_dict())
         proxy = _build(make, name, base, "the proxy", changed)
-        towers = tuple(n for n in _nested_names(config) if not any(".".join(p).startswith(n) for p in following))
-        notes = tuple(scaled.notes)
-        return Pair(model, proxy, title, own, base_width, changed, scaled.stays, scaled.unknown, towers, notes)
+        return Pair(
+            model=model,
+            proxy=proxy,
+            origin=origin,
+            width=own,
+            base_width=base_width,
+            changed=changed,
+            stays=scaled.stays,
+            unknown=scaled.unknown,
+            towers=tuple(_towers(config, following)),
+            notes=tuple(scaled.notes),
+        )
 
 
 @contextlib.contextmanager
@@ -149,7 +159,12 @@ def _load(transformers: Any, where: Path, source: str) -> Any:
 def _maker(transformers: Any, config: Any, where: Path) -> tuple[Callable[[Any], nn.Module], str]:
     """Return the function that builds a model from a config, and the name of the model's class."""
     for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None)
+        try:
+            found = getattr(transformers, name, None)
+        except Exception as error:
+            raise ValueError(
+                f"argument --hf: importing {name} of transformers fails: {_told(error)} Install what it misses; or {FACTORY}."
+            ) from error
         if found is None:
             raise ValueError(
                 f"argument --hf: 'architectures' in {str(where)!r} names {name!r}, which transformers "
@@ -165,52 +180,52 @@ def _maker(transformers: Any, config: Any, where: Path) -> tuple[Callable[[Any],
     )
 
 
-def _text_path(config: Any) -> config_width.Path:
-    """Return the path of the nested config of the text model, which has the width; () if it is the config itself."""
+def _widths(config: Any, fields: Mapping[str, Any], where: Path) -> tuple[list[config_width.Path], str]:
+    """Return the paths of the configs that follow the width, the text model's first, and the name of the width in it.
+
+    Vision and audio towers do not follow. An encoder of the same class as the decoder does.
+    """
     try:
         text = config.get_text_config()
     except ValueError as error:
         raise ValueError(
-            f"argument --hf: which nested config has the width of {type(config).__name__}? {_told(error)} Instead, "
-            f"{FACTORY}."
+            f"argument --hf: which nested config has the width of {type(config).__name__}? {_told(error)} Instead, {FACTORY}."
         ) from None
-    return _path_of(config, text) or ()
-
-
-def _path_of(config: Any, wanted: Any) -> config_width.Path | None:
-    for name, nested in vars(config).items():
-        if nested is wanted:
-            return (name,)
-        if hasattr(nested, "to_dict") and (path := _path_of(nested, wanted)) is not None:
-            return (name, *path)
-    return None
-
-
-def _same_class(config: Any, text: config_width.Path) -> list[config_width.Path]:
-    """Return the path of an encoder that is built like the decoder, whose width follows too."""
-    if text == ("decoder",) and type(getattr(config, "encoder", None)) is type(config.decoder):
-        return [("encoder",)]
-    return []
-
-
-def _nested_names(config: Any) -> list[str]:
-    return [name for name, nested in vars(config).items() if hasattr(nested, "to_dict")]
-
-
-def _width_name(config: Any, fields: Mapping[str, Any], text: config_width.Path, where: Path) -> str:
-    of = config
-    for name in text:
-        of = getattr(of, name)
-    section = section_at(fields, text)
-    found = width_field(section, getattr(type(of), "attribute_map", {}))
+    path = _path_of(config, text) or ()
+    section = section_at(fields, path)
+    found = width_field(section, getattr(type(text), "attribute_map", {}))
     if found is None or not isinstance(section[found], int):
-        nested = ", ".join(_nested_names(config))
+        nested = ", ".join(".".join(path) for path, _ in _nested(config))
         raise ValueError(
             f"argument --hf: {str(where)!r} has no field that is the width of the model, like hidden_size"
             + (f"; its nested configs are {nested}" if nested else "")
             + f". Instead, {FACTORY}."
         )
-    return found
+    if path == ("decoder",) and type(getattr(config, "encoder", None)) is type(config.decoder):
+        return [path, ("encoder",)], found
+    return [path], found
+
+
+def _nested(config: Any, path: config_width.Path = ()) -> Iterator[tuple[config_width.Path, Any]]:
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            yield (*path, name), value
+            yield from _nested(value, (*path, name))
+
+
+def _path_of(config: Any, wanted: Any) -> config_width.Path | None:
+    return next((path for path, nested in _nested(config) if nested is wanted), None)
+
+
+def _towers(config: Any, following: Sequence[config_width.Path]) -> Iterator[str]:
+    """Yield the paths of the outermost nested configs of which nothing follows the width."""
+    found: list[config_width.Path] = []
+    for path, _ in _nested(config):
+        inside = any(path[: len(other)] == other for other in (*found, *(f for f in following if f)))
+        above = any(other[: len(path)] == path for other in following)
+        if not inside and not above and path[-1] not in config_width.PARTS:
+            found.append(path)
+            yield ".".join(path)
 
 
 def _rebuild(config: Any, before: Mapping[str, Any], scaled: Scaled, argument: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import nn
@@ -23,8 +23,8 @@ class Pair:
     Attributes:
         model: the model, on the meta device.
         proxy: the model at the base width; `model` itself where no base width was given.
-        title: name of the class and the version of transformers.
-        width: the width of the model.
+        origin: the library that has the class, and the path of the config.
+        width: the width of the model; None where no width was asked for.
         base_width: the width of the proxy.
         changed: old and new value of each field of the config that differs between the model and the proxy.
         stays: fields of the text config that stay at every width.
@@ -35,14 +35,14 @@ class Pair:
 
     model: nn.Module
     proxy: nn.Module
-    title: str
-    width: int
-    base_width: int
-    changed: Mapping[str, tuple[Any, Any]]
-    stays: Mapping[str, Any]
-    unknown: Mapping[str, Any]
-    towers: tuple[str, ...]
-    notes: tuple[str, ...]
+    origin: str
+    width: int | None = None
+    base_width: int | None = None
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    stays: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    towers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -64,8 +64,8 @@ class Pair:
 
     def report(self) -> str:
         """Return the lines above the table: which sizes of the proxy differ, and which stay."""
-        lines = [self.title]
-        if self.proxy is not self.model:
+        lines = [f"{self.name} of {self.origin}"]
+        if self.width is not None and self.base_width is not None and self.proxy is not self.model:
             lines.append(f"The proxy has the width {self.base_width} instead of {self.width}. Fields of its config:")
             lines += [f"  {path}  {old} -> {new}" for path, (old, new) in self.changed.items()]
             if self.stays:
@@ -88,6 +88,8 @@ class Pair:
         Args:
             evidence: what `param_groups` decided with the proxy as base_width.
         """
+        if self.width is None or self.base_width is None:
+            return ""
         ratio = self.width / self.base_width
         lines = list(
             dict.fromkeys(

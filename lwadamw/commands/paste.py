@@ -120,7 +120,7 @@ class _FanIns(NamedTuple):
 
 def _rest(ratios: Mapping[tuple[str, ...], Any], pair: Pair) -> _FanIns:
     """Return the fan_ins that need no pattern but "*": those of the width, or else those of most layer types."""
-    width = _FanIns(pair.width, pair.base_width)
+    width = _FanIns(pair.width or 1, pair.base_width or 1)
     kinds = {(layer_type(names[0]), fan_ins) for names, fan_ins in ratios.items() if isinstance(fan_ins, _FanIns)}
     counts = Counter(fan_ins for _, fan_ins in kinds)
     # Where the rule scales nothing, the number does not count.

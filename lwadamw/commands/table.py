@@ -133,7 +133,12 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         width = None if found else args.width
         groups = param_groups(model, base, args.rule, roles, width=width, output=args.output)
     except (ValueError, TypeError, RuntimeError) as error:
-        parser.error(str(error))
+        shallow = (
+            ""
+            if args.depth is None
+            else f" --depth {args.depth} limits the layers of the proxy: a higher one may help."
+        )
+        parser.error(str(error) + shallow)
     if args.lr is not None:
         for group in groups:
             group |= {"lr": args.lr, "weight_decay": args.wd}

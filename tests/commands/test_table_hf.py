@@ -115,6 +115,7 @@ def test_the_proxy_may_have_fewer_layers_than_the_model(config, capsys):
     assert "layers.5.experts.down_proj" in ratios(found)
     without_experts = refusal(capsys, config(**SIGHTED), "--base-width", "64", "--depth", "2", *EXPERTS)
     assert "the base model has no parameter 'layers.2.router.weight'" in without_experts
+    assert "--depth 2 limits the layers of the proxy: a higher one may help." in without_experts
 
 
 def test_the_model_may_have_another_width_than_its_config(config, capsys):
