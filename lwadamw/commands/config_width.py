@@ -161,11 +161,12 @@ class _Job:
             elif not _is_size(value):
                 continue
             elif _WIDTHS.fullmatch(name) or _HEADS.fullmatch(name):
-                section[name] = self._times(full, value, section if _HEADS.fullmatch(name) else None)
+                section[name] = self._times(full, value, _HEADS.fullmatch(name) is not None)
             elif name in _SIXTEENTHS and value == math.ceil(self.own / 16):
                 section[name] = math.ceil(self.width / 16)
             elif _SHARED_HEADS.fullmatch(name):
-                continue
+                if isinstance(value, list):
+                    self.scaled.unknown[full] = value
             elif (_FIXED.fullmatch(name) or name in _SIXTEENTHS) and value != self.own:
                 self.scaled.stays[full] = value
             elif _LOOKS_LIKE_SIZE.search(name) and not _NO_WIDTH.search(name) and not _LAYERS.fullmatch(name):
@@ -177,24 +178,17 @@ class _Job:
             if _SHARED_HEADS.fullmatch(name) and isinstance(value, int) and value and full not in self.settings:
                 section[name] = self._shared(full, value, _partner(name, heads))
 
-    def _times(self, full: str, value: Any, of_heads: Mapping[str, Any] | None) -> Any:
-        """Return a size times the ratio of the widths."""
-        self._count(*(value if isinstance(value, list) else [value]))
-        if isinstance(value, list):
-            parts = [part * self.ratio for part in value]
-            if all(part.denominator == 1 for part in parts):
-                return [int(part) for part in parts]
-            possible: Any = [max(1, round(part)) for part in parts]
-            self.problems[full] = (value, possible, f"would be {', '.join(f'{float(part):.6g}' for part in parts)}")
-            return possible
-        new = value * self.ratio
-        if new.denominator == 1:
-            return int(new)
-        possible = max(1, round(new))
-        if of_heads is not None and not any(name.endswith("head_dim") and of_heads[name] for name in of_heads):
-            possible = _most_heads(self.width, max(1, math.floor(new)))
-        self.problems[full] = (value, possible, f"would be {float(new):.6g}")
-        return possible
+    def _times(self, full: str, value: Any, of_heads: bool) -> Any:
+        """Return a size, or a list of sizes, times the ratio of the widths."""
+        olds = value if isinstance(value, list) else [value]
+        news = [old * self.ratio for old in olds]
+        self._count(*olds)
+        whole = all(new.denominator == 1 for new in news)
+        made = [_most_heads(self.width, new) if of_heads and not whole else max(1, round(new)) for new in news]
+        result = made if isinstance(value, list) else made[0]
+        if not whole:
+            self.problems[full] = (value, result, f"would be {', '.join(f'{float(new):.6g}' for new in news)}")
+        return result
 
     def _shared(self, full: str, value: int, heads: int | None) -> int:
         """Return a number of heads that groups of other heads share, such as keys and values."""
@@ -244,9 +238,9 @@ class _Job:
                         self.scaled.unknown[full] = value
 
 
-def _most_heads(width: int, most: int) -> int:
+def _most_heads(width: int, most: Fraction) -> int:
     """Return a number of heads that share a width equally, with an even size if possible, as rotary positions need."""
-    possible = [n for n in range(1, most + 1) if width % n == 0]
+    possible = [n for n in range(1, max(1, math.floor(most)) + 1) if width % n == 0]
     return max([n for n in possible if width // n % 2 == 0] or possible)
 
 

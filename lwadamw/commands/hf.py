@@ -244,7 +244,7 @@ def _rebuild(config: Any, before: Mapping[str, Any], scaled: Scaled, argument: s
         if section_at(after, parents).get(name) != new:
             raise ValueError(
                 f"argument {argument}: {type(config).__name__} sets {path} to {section_at(after, parents).get(name)!r} by "
-                f"itself, where {new!r} was asked for. It follows from other fields: {_remedy(argument)}"
+                f"itself, where {new!r} was asked for. It follows from other fields. {_remedy(argument)}"
             )
     return made
 
