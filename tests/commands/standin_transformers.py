@@ -120,6 +120,14 @@ def linear(into, out):
     return nn.Linear(into, out, bias=False)
 
 
+class Conv1D(nn.Module):
+    """Its weight has the shape (in, out)."""
+
+    def __init__(self, out, into):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(into, out))
+
+
 class Experts(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -172,7 +180,7 @@ class PlainLMHeadModel(Model):
         self.h = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    "fc": linear(config.n_embd, inner),
+                    "fc": Conv1D(inner, config.n_embd),
                     "out_proj": linear(inner, config.n_embd),
                     "dt_proj": linear(config.time_step_rank, inner),
                 }
