@@ -183,7 +183,7 @@ def _maker(transformers: Any, config: Any, where: Path) -> tuple[Callable[[Any],
 def _widths(config: Any, fields: Mapping[str, Any], where: Path) -> tuple[list[config_width.Path], str]:
     """Return the paths of the configs that follow the width, the text model's first, and the name of the width in it.
 
-    Vision and audio towers do not follow. An encoder of the same class as the decoder does.
+    Vision and audio towers do not follow. An encoder of text does, which has the class of the decoder or a config of text.
     """
     try:
         text = config.get_text_config()
@@ -201,8 +201,11 @@ def _widths(config: Any, fields: Mapping[str, Any], where: Path) -> tuple[list[c
             + (f"; its nested configs are {nested}" if nested else "")
             + f". Instead, {FACTORY}."
         )
-    if path == ("decoder",) and type(getattr(config, "encoder", None)) is type(config.decoder):
+    encoder = getattr(config, "encoder", None) if path == ("decoder",) else None
+    if type(encoder) is type(text):
         return [path, ("encoder",)], found
+    if hasattr(encoder, "text_config"):
+        return [path, ("encoder", "text_config")], found
     return [path], found
 
 
