@@ -49,7 +49,7 @@ _LOOKS_LIKE_SIZE: Final = re.compile(
 )
 _NO_WIDTH: Final = re.compile(
     r"vocab|position|patch|image|kernel|chunk|window|block_size|layers|experts|group|token|mel_bins|conv|frame|distance|bucket"
-    r"|per_tok|ngram|types|sampling|filter|(in|num|input|audio)_channels|num_features|merge"
+    r"|per_tok|ngram|types|sampling|filter|(in|num|input|audio)_channels|num_features|merge|offset|multiple"
 )
 
 
