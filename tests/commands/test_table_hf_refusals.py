@@ -79,8 +79,9 @@ def test_a_config_that_is_not_on_disk_is_refused(source, message, transformers, 
 
 def test_without_transformers_the_error_says_how_to_install_it(config, monkeypatch, capsys):
     path = config(**PLAIN)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "`pip install transformers`" in refusal(capsys, path)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "transformers", None)
+        assert "`pip install transformers`" in refusal(capsys, path)
 
 
 def test_the_model_comes_from_a_factory_or_from_a_config(config, capsys):
