@@ -115,8 +115,9 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if found is None and (args.depth is not None or args.set):
             raise ValueError("arguments --depth and --set: they change a config, so they need --hf CONFIG.")
         model = found.model if found else build("module:factory", args.factory, dict(map(literal, args.args)))
-        if undecided := _undecided(model, roles):
-            print(_complaint(undecided, args.full), file=sys.stderr)
+        undecided, patterns = _undecided(model, roles)
+        if undecided:
+            print(_complaint(undecided, patterns, args.full), file=sys.stderr)
             if found is not None and found.proxy is not model:
                 # The rest needs no choice. What takes the place of a choice here is left out of what is printed.
                 instead: dict[str, RoleSpec] = {f"re:^{re.escape(name)}$": "vector" for name, _, _ in undecided}
@@ -238,14 +239,20 @@ def _role(text: str) -> tuple[str, RoleSpec]:
     )
 
 
-def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[str, tuple[int, ...], str]]:
+Undecided = list[tuple[str, tuple[int, ...], str]]
+
+
+def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> tuple[Undecided, list[str]]:
+    """Return name, shape and reason of every parameter without a role, and patterns that match these parameters only."""
+    from ..width.patterns import separating
     from ..width.roles import decide
 
-    undecided = [d for d in decide(model, roles) if d.param.requires_grad and d.decision.role is None]
-    return [(d.name, tuple(d.param.shape), d.decision.why) for d in undecided]
+    found = [d for d in decide(model, roles) if d.param.requires_grad]
+    undecided = [(d.name, tuple(d.param.shape), d.decision.why) for d in found if d.decision.role is None]
+    return undecided, [*separating({d.names: d.decision.role is None for d in found}, unlisted=[False])]
 
 
-def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool) -> str:
+def _complaint(undecided: Undecided, patterns: Sequence[str], full: bool) -> str:
     alike: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, shape, why in undecided:
         alike.setdefault((name if full else layer_type(name), shape, why), []).append(name)
@@ -253,14 +260,18 @@ def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool
         f"  {names[0] if len(names) == 1 else f'{pattern} x{len(names)}'}  {shape}  {why}"
         for (pattern, shape, why), names in alike.items()
     ]
-    pattern = next(iter(alike))[0]
     return "\n".join(
         [
             f"The role of {len(undecided)} parameter(s) cannot be told:",
             *lines,
-            f"Decide the role with --role '{pattern}=vector' for constant lr and no decay, or '{pattern}=matrix:-1' for the",
-            "width rule with dimension -1 as fan_in, or 'output:-1' for a head or router. In a program use",
-            "param_groups(roles={...}), or lwadamw.register_role for the module class.",
+            "Decide the roles with",
+            *(f"    --role '{pattern}=<role>'" for pattern in patterns),
+            "where a <role> is one of",
+            "    matrix:-1   a matrix, with weight decay: fan_in is the last dimension. Packed experts: (experts, out, in)",
+            "    matrix:-2   a matrix, with weight decay: fan_in is the last but one. Packed experts: (experts, in, out)",
+            "    output:-1   a head or a router: the lr follows the width, no weight decay",
+            "    vector      an embedding, a position, a gain: constant lr, no weight decay",
+            "In a program use param_groups(roles={...}), or lwadamw.register_role for the module class.",
         ]
     )
 

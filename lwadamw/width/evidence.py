@@ -103,7 +103,7 @@ def fan_in_of(p: Tensor, site: Site, decision: Decision) -> int:
     Raises:
         ValueError: the module has no number of experts under the name that the decision gives.
     """
-    size = site.module.__dict__.get("input_size")
+    size = vars(site.module).get("input_size")
     if isinstance(size, int) and p.ndim == 2 and decision.dims in ((-1,), (1,)):
         return size
     fan_in = math.prod(p.shape[dim] for dim in decision.dims)
@@ -175,7 +175,7 @@ def transposes(module: nn.Module) -> bool | None:
     Args:
         module: the module that holds the experts.
     """
-    told = module.__dict__.get("is_transposed", getattr(type(module), "is_transposed", None))
+    told = getattr(type(module), "is_transposed", vars(module).get("is_transposed"))
     return told if isinstance(told, bool) and "Experts" in type(module).__name__ else None
 
 
