@@ -91,6 +91,8 @@ _HIDDEN_IN_A_HEAD: Final[dict[str, Roles]] = {
         {"classifier.weight": "matrix"},
     ),
     **_each("Qwen3ASREncoder Qwen3OmniMoeAudioEncoder", {"conv_out.weight": "matrix"}),
+    "PerceiverSelfOutput": {"dense.weight": "matrix"},
+    "Tipsv2DptReadoutProjectLayer": {"*weight": "matrix"},
 }
 
 _HEADS: Final[dict[str, Roles]] = {
@@ -102,6 +104,24 @@ _HEADS: Final[dict[str, Roles]] = {
         {"linear_1.weight": "matrix", "linear_2.weight": "output"},
     ),
     "Transformer2DModel": {"proj_out_1.weight": "matrix", "proj_out_2.weight": "output", "out.weight": "output"},
+    **_each(
+        "BertPreTrainingHeads BertOnlyNSPHead BigBirdPreTrainingHeads ErniePreTrainingHeads ErnieOnlyNSPHead "
+        "FNetPreTrainingHeads FNetOnlyNSPHead LxmertPreTrainingHeads MegatronBertPreTrainingHeads "
+        "MegatronBertOnlyNSPHead MobileBertPreTrainingHeads MobileBertOnlyNSPHead VisualBertPreTrainingHeads",
+        {"seq_relationship.weight": "output"},
+    ),
+    **_each(
+        "ElectraDiscriminatorPredictions FunnelDiscriminatorPredictions",
+        {"dense.weight": "matrix", "dense_prediction.weight": "output"},
+    ),
+    **_each(
+        "DetrForObjectDetection ConditionalDetrForObjectDetection TableTransformerForObjectDetection "
+        "YolosForObjectDetection",
+        {"class_labels_classifier*.weight": "output", "bbox_predictor.layers.2.weight": "output"},
+    ),
+    **_each("ViTMAEDecoder HieraDecoder", {"decoder_pred.weight": "output"}),
+    "JanusVQVAEHead": {"proj_out.weight": "matrix", "vision_head.weight": "output"},
+    "DiaForConditionalGeneration": {"logits_dense.weight": "output"},
     "AMSoftmaxLoss": {"weight": Output(fan_in=-2)},
     "CsmCodebooksHead": {"weight": Output(fan_in=-2)},
     "MoshiDepthDecoder": {
@@ -119,7 +139,8 @@ _HEADS: Final[dict[str, Roles]] = {
     "NormMlpClassifierHead": {"pre_logits.*.weight": "matrix", "fc.weight": "output"},
 }
 
-# Latents, captions of another model, and sinusoids of a time: there are as many of them at every width.
+# Latents, captions of another model, and sinusoids of a time: there are as many of them at every width. Models whose
+# sinusoids are as many as the width, such as CogView4 and UNets, have other names for their projection or no entry.
 _DIT: Final[Roles] = {
     "x_embedder.weight": "vector",
     "x_embedder.proj.weight": "vector",
@@ -132,29 +153,35 @@ _DIT: Final[Roles] = {
     "txt_in.weight": "vector",
     "context_embedder.weight": "vector",
     "context_embedder.proj_in.weight": "vector",
+    "caption_projection.linear_1.weight": "vector",
+    "*caption_embedder.1.weight": "vector",
+    "*text_embedder.linear_1.weight": "vector",
+    "*.image_embedder.ff.*weight": "vector",
     "*.timestep_embedder.linear_1.weight": "vector",
     "*.guidance_embedder.linear_1.weight": "vector",
     "*.time_embedder.linear_1.weight": "vector",
+    "*.resolution_embedder.linear_1.weight": "vector",
+    "*.aspect_ratio_embedder.linear_1.weight": "vector",
+    "pos_frequencies": "vector",
     "proj_out_1.weight": "matrix",
     "proj_out_2.weight": "output",
     "proj_out.weight": "output",
 }
 _MEL: Final[Roles] = {"conv1.weight": "vector"}
 _INPUTS: Final[dict[str, Roles]] = {
-    **_each("AuraFlowTransformer2DModel ChromaTransformer2DModel CogView4Transformer2DModel", _DIT),
+    **_each("AuraFlowTransformer2DModel ChromaTransformer2DModel", _DIT),
     **_each("CogVideoXTransformer3DModel DiTTransformer2DModel Flux2Transformer2DModel FluxTransformer2DModel", _DIT),
     **_each("HunyuanDiT2DModel HunyuanVideoTransformer3DModel LTXVideoTransformer3DModel", _DIT),
     **_each("LatteTransformer3DModel Lumina2Transformer2DModel MochiTransformer3DModel", _DIT),
     **_each("PixArtTransformer2DModel QwenImageTransformer2DModel SD3Transformer2DModel", _DIT),
     **_each("SanaTransformer2DModel WanTransformer3DModel", _DIT),
-    "PixArtAlphaTextProjection": {"linear_1.weight": "vector"},
     **_each("Flux FluxModel", {"img_in.weight": "vector", "txt_in.weight": "vector"}),
     "MLPEmbedder": {"in_layer.weight": "vector"},
     "TimestepEmbedder": {"mlp.0.weight": "vector"},
     **_each(
         "UNet2DModel UNet2DConditionModel UNet3DConditionModel UNetMotionModel UNetSpatioTemporalConditionModel "
         "ControlNetModel",
-        {"conv_in.weight": "vector", "conv_out.weight": "output"},
+        {"conv_in.weight": "vector", "conv_out.weight": "output", "add_embedding.linear_1.weight": "vector"},
     ),
     **_each(
         "AutoencoderKL VQModel",
