@@ -92,7 +92,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, d, 4, 4)
         self.attention = nn.MultiheadAttention(d, 4)
         self.mixer = nn.Conv2d(d, d, 3, padding=1)
-        self.probe, self.temperature = nn.Parameter(torch.zeros(1, 5, d)), nn.Parameter(torch.zeros(()))
+        self.mixing, self.temperature = nn.Parameter(torch.zeros(1, 5, d)), nn.Parameter(torch.zeros(()))
         self.head = nn.Linear(d, 10)
 
 

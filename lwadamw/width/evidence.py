@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,54 +22,40 @@ class Decision:
     Attributes:
         role: the role; None where nothing decided it.
         why: the evidence in a few words, as `summary` prints it.
-        dims: the dimensions whose sizes multiply to the fan_in; empty for a vector and where nothing decided the role.
+        dims: the dimensions whose sizes multiply to the fan_in, if it is a matrix or an output; empty for a vector and where
+            nobody knows them.
         by_size: whether a size of this model is the evidence, so that a model of another width may not show it.
+        per: attribute of the module by which the fan_in is divided; None where it is not.
     """
 
     role: Role | None
     why: str
     dims: tuple[int, ...] = ()
     by_size: bool = False
+    per: str | None = None
 
 
-# Attributes of parameters that are no weight of a linear layer: tokens and positions, which are embeddings, ...
-_EMBEDDING_NAMES: Final = (
-    "token",
-    "tokens",
-    "embed",
-    "embeds",
-    "embedding",
-    "embeddings",
-    "pos_emb",
-    "latents",
-    "queries",
+# Names of parameters of two and more dimensions that a module holds itself, without a linear layer: tokens, positions and
+# tables of embeddings, gains and scales, prompts, and what state spaces and token shifts keep for each channel.
+_VECTOR_NAMES: Final = re.compile(
+    r"bias(_\w+)?|\w*bias|\w*bias_[uv]|\w*bias_table|rel_pos_[hw]|(\w+_)?tokens?|\w+_token_\w+|mask_emb"
+    r"|(\w+_)?pos_(emb|enc)\w*|\w*position\w*_(emb|enc)\w*|(\w+_)?embed(s|ding|dings)?|(\w+_)?emb|latents?|latents?_\w+"
+    r"|(query|latent)_(tokens|queries|query)|queries|probe|learnable_registers|codevectors|\w*prompts?|image_newline"
+    r"|A_log\w*|D|D_log|dt_bias\w*|time_(mix|maa)_\w+|time_(decay|first|faaaa)|x_[rwkvag]|r_k|lower_bounds"
+    r"|layer_?scale\w*|ls[12]|gamma\w*|logit_scale\w*|temperature|\w*scale|\w*scale_shift_table|modulation|sinks"
 )
-# ... and gains, tables and constants of attention and of state spaces, which no trainer decays.
-_VECTOR_NAMES: Final = frozenset(
-    {
-        "A_log",
-        "D",
-        "dt_bias",
-        "logit_scale",
-        "relative_position_bias_table",
-        "rel_pos_h",
-        "rel_pos_w",
-        "scale_shift_table",
-        "time_decay",
-        "time_first",
-        "time_faaaa",
-    }
-)
-_TOKEN_SHIFTS: Final = ("time_mix", "time_maa")
+# Low-rank matrices of RWKV have the names of its token shifts.
+_LOW_RANK: Final = re.compile(r"\w+_w[12]")
+_NORMS: Final = re.compile(r"Norm(Gated|[123]d)?$")
 
 
-def from_evidence(p: Tensor, site: Site, exempt: frozenset[str], output_modules: frozenset[int]) -> Decision:
+def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output_modules: frozenset[int]) -> Decision:
     """Return what one site says about the role of a parameter.
 
     Args:
         p: the parameter.
         site: where it sits.
-        exempt: names of the parameters that the model itself takes out of the weight decay.
+        exempt: says of a name whether the model itself takes the parameter out of the weight decay.
         output_modules: ids of the modules that `get_output_embeddings` returned.
 
     Raises:
@@ -79,7 +67,7 @@ def from_evidence(p: Tensor, site: Site, exempt: frozenset[str], output_modules:
     if any(part.startswith("lora_") for part in (*site.path, site.attribute)):
         return Decision(None, "LoRA: no width rule is settled for it")
     vector = _vector(p, at, kind)
-    if vector is None and (getattr(p, "_no_weight_decay", False) or site.name in exempt):
+    if vector is None and (getattr(p, "_no_weight_decay", False) or exempt(site.name)):
         vector = "the model takes it out of the weight decay"
     if vector is not None:
         return Decision("vector", vector)
@@ -87,13 +75,12 @@ def from_evidence(p: Tensor, site: Site, exempt: frozenset[str], output_modules:
     if (found := _output(at, output_modules)) is not None:
         why, part = found
         if part == "unclear":
-            return Decision(
-                None, f"one of several matrices in {why.partition(': ')[2]}: which of them gives the outputs?"
-            )
+            whose = why.partition(": ")[2]
+            return Decision(None, f"one of several matrices in {whose}: which of them gives the outputs?", dims)
         if part == "final":
             return Decision("output" if dims else None, why, dims)
     if at.attribute == "weight" and heads.may_be_a_head(at):
-        return Decision(None, f"{kind}, the last of the model outside its layers: is it a head?")
+        return Decision(None, f"{kind}, the last of the model outside its layers: is it a head?", dims)
     if dims and (embeds := inputs.embeds_the_input(at)) is not None:
         why, by_size = embeds
         return Decision("vector", f"{kind} {why}", by_size=by_size)
@@ -102,18 +89,33 @@ def from_evidence(p: Tensor, site: Site, exempt: frozenset[str], output_modules:
     )
 
 
-def fan_in_of(p: Tensor, site: Site, dims: tuple[int, ...]) -> int:
-    """Return the number of inputs of each output of a matrix: the product of some dimensions of its global shape.
+def fan_in_of(p: Tensor, site: Site, decision: Decision) -> int:
+    """Return the number of inputs of each output of a matrix, from its global shape.
 
     Args:
         p: the matrix.
-        site: where it sits. Megatron's parallel layers know the inputs of the whole layer.
-        dims: the dimensions.
+        site: where it sits. The parallel layers of Megatron and of Transformer Engine hold a part of the inputs only; they tell
+            how many there are in all.
+        decision: its dimensions that are the fan_in.
+
+    Raises:
+        ValueError: the module has no number of experts under the name that the decision gives.
     """
     size = site.module.__dict__.get("input_size")
-    if isinstance(size, int) and p.ndim == 2 and dims in ((-1,), (1,)):
+    if isinstance(size, int) and p.ndim == 2 and decision.dims in ((-1,), (1,)):
         return size
-    return math.prod(p.shape[dim] for dim in dims)
+    fan_in = math.prod(p.shape[dim] for dim in decision.dims)
+    if decision.per is not None:
+        count = getattr(site.module, decision.per, None)
+        if not isinstance(count, int) or count < 1 or fan_in % count:
+            raise ValueError(
+                f"param_groups: the fan_in {fan_in} of {site.name!r} {tuple(p.shape)} is to be divided by the attribute "
+                f"{decision.per!r} of {type(site.module).__name__}, which is {count!r}. Give an attribute that divides it."
+            )
+        fan_in //= count
+    if getattr(p, "tensor_model_parallel", False) and p.partition_dim in (dim % p.ndim for dim in decision.dims):  # type: ignore[attr-defined]
+        fan_in *= int(getattr(site.module, "tp_size", 1))
+    return fan_in
 
 
 def _vector(p: Tensor, at: Site, kind: str) -> str | None:
@@ -123,7 +125,7 @@ def _vector(p: Tensor, at: Site, kind: str) -> str | None:
         return kind if "Norm" in kind else f"{p.ndim}-D"
     if isinstance(at.module, (nn.Embedding, nn.EmbeddingBag)) or (kind.endswith("Embedding") and attribute == "weight"):
         return kind
-    if isinstance(at.module, (nn.LayerNorm, nn.GroupNorm)) or kind.endswith("Norm"):
+    if isinstance(at.module, (nn.LayerNorm, nn.GroupNorm)) or _NORMS.search(kind):
         return kind
     if multiplied:
         module = at.module
@@ -132,10 +134,7 @@ def _vector(p: Tensor, at: Site, kind: str) -> str | None:
         return None
     if attribute == "weight_g":
         return "magnitude of weight norm"
-    if attribute == "bias" or attribute.startswith("bias_") or attribute.endswith("_bias"):
-        return f"named {attribute!r}"
-    named = attribute in _VECTOR_NAMES or attribute.startswith(_TOKEN_SHIFTS)
-    if named or any(attribute == end or attribute.endswith(f"_{end}") for end in _EMBEDDING_NAMES):
+    if _VECTOR_NAMES.fullmatch(attribute) and not _LOW_RANK.fullmatch(attribute):
         return f"named {attribute!r}"
     # The weight of a class that this package does not know may be a linear layer with one output.
     if attribute != "weight" and sum(size != 1 for size in p.shape) <= 1:
@@ -159,12 +158,23 @@ def _inputs(p: Tensor, at: Site, kind: str) -> tuple[int, ...]:
         return (-1,)
     if isinstance(module, nn.RNNBase) and attribute.startswith("weight_"):
         return (-1,)
-    if "Router" in kind and attribute == "weight" and p.ndim == 2:
+    if heads.is_router(kind) and attribute == "weight" and p.ndim == 2:
         return (-1,)
-    transposed = getattr(module, "is_transposed", None)
-    if "Experts" in kind and isinstance(transposed, bool) and p.ndim == 3:
+    if (transposed := transposes(module)) is not None and p.ndim == 3:
         return (-2,) if transposed else (-1,)
     return ()
+
+
+def transposes(module: nn.Module) -> bool | None:
+    """Return whether packed experts of transformers have the shape (experts, in, out); None where the module does not tell.
+
+    From 5.0 on, transformers writes it on each module. Before, one class name had both shapes in different versions.
+
+    Args:
+        module: the module that holds the experts.
+    """
+    told = module.__dict__.get("is_transposed", getattr(type(module), "is_transposed", None))
+    return told if isinstance(told, bool) and "Experts" in type(module).__name__ else None
 
 
 def _output(at: Site, output_modules: frozenset[int]) -> tuple[str, heads.Part] | None:

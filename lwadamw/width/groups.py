@@ -198,7 +198,7 @@ def _settle_undecided(found: Sequence[Decided], left_out: set[str], strict: bool
     warnings.warn(
         f"param_groups: no role is decided, taken as matrices whose fan_in is the last dimension:{listed}", stacklevel=3
     )
-    guessed = {d.name: Decision("matrix", f"guessed: {d.decision.why}", (-1,)) for d in undecided}
+    guessed = {d.name: Decision("matrix", f"guessed: {d.decision.why}", d.evidence.dims or (-1,)) for d in undecided}
     return [replace(d, decision=guessed.get(d.name, d.decision)) for d in found]
 
 

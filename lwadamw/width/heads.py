@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final, Literal
 
 from torch import nn
@@ -9,35 +10,24 @@ from torch import nn
 from .sites import Site
 
 # A module of this name is a head wherever it is.
-_HEADS: Final = frozenset({"lm_head", "unembed", "unembedding", "embed_out", "shared_head", "to_logits", "logits"})
+_HEADS: Final = re.compile(r"(\w+_)?lm_heads?|unembed(ding)?|embed_out|shared_head|to_logits|logits")
 # A module of this name is a head if it is outside the numbered layers.
-_OUTER_HEADS: Final = frozenset(
-    {
-        "head",
-        "heads",
-        "classifier",
-        "classification_head",
-        "segmentation_head",
-        "score",
-        "output",
-        "output_layer",
-        "output_projection",
-        "qa_outputs",
-        "readout",
-        "predictions",
-        "value_head",
-        "reward_head",
-        "final_layer",
-    }
+_OUTER_HEADS: Final = re.compile(
+    r"heads?|head_dist|(aux|ctc|codec|audio|value|reward|v|classification|segmentation)_heads?|score|readout|predictions"
+    r"|(\w+_)?classifier|class_embed|class_predictor|bbox_embed|bbox_predictor|bbox_pred|cls_score|cls_logits|qa_outputs"
+    r"|seq_relationship|output|output_layer|output_projection|vocab_projector|logits_(proj|dense)|lm_loss|final_layer"
 )
 # A module of this name is a head if the model itself holds it, after all other linear layers that the model itself holds.
-_LAST: Final = frozenset({"fc", "last_linear", "out", "proj_out", "conv_out", "to_out"})
+_LAST: Final = frozenset({"fc", "last_linear", "final_linear", "out", "proj_out", "proj_out_2", "conv_out", "to_out"})
 # A name with one of these words is that of a hidden layer, even if the layer is the last one that the model itself holds.
 _INNER_WORDS: Final = ("proj", "pool", "adapter", "connector", "merger", "embed")
 # Modules that only hold the model.
 _SHELLS: Final = frozenset({"model", "module", "base_model"})
 # Among several matrices of a head, the one of this name gives the outputs.
 _FINAL: Final = _LAST | {"decoder", "out_proj", "head", "classifier", "last_layer", "logits", "linear"}
+_ROUTERS: Final = re.compile(r"Router|TopKGat(e|ing)$|MoE(V1)?Gate$")
+# A module of this name is a router if experts are beside it.
+_GATES: Final = frozenset({"gate", "router_gate", "shared_expert_gate", "shared_experts_gate"})
 
 # What a matrix inside a head or a router is: the one that gives its outputs, one before it, or nobody can tell.
 Part = Literal["final", "hidden", "unclear"]
@@ -53,6 +43,11 @@ def is_multiplied(module: nn.Module) -> bool:
     return linear or type(module).__name__.endswith(("Linear", "Conv1D"))
 
 
+def is_router(kind: str) -> bool:
+    """Return whether a class of this name is a router."""
+    return bool(_ROUTERS.search(kind))
+
+
 def head(site: Site) -> tuple[str, Part] | None:
     """Return the evidence that a weight belongs to an untied head, and its part in it; None where there is no such evidence.
 
@@ -61,7 +56,11 @@ def head(site: Site) -> tuple[str, Part] | None:
     """
     for depth, name in enumerate(site.path):
         kind = type(site.trail[depth + 1]).__name__
-        named = name in _HEADS or (name in _OUTER_HEADS and not any(part.isdigit() for part in site.path[:depth]))
+        if "Pool" in kind:  # Attention pooling is called `head` in some vision models.
+            continue
+        named = _HEADS.fullmatch(name) or (
+            _OUTER_HEADS.fullmatch(name) and not any(p.isdigit() for p in site.path[:depth])
+        )
         if named or (name in _LAST and _is_last(site, depth)):
             part = _part(site, depth + 1)
             return f"hidden layer of the head {name!r}" if part == "hidden" else f"head: named {name!r}", part
@@ -82,7 +81,8 @@ def may_be_a_head(site: Site) -> bool:
     name, model = site.path[depth], site.trail[depth]
     if name.isdigit() or any(word in name for word in _INNER_WORDS):
         return False
-    return any(part.isdigit() for path, _ in model.named_modules() for part in path.split("."))
+    paths = [path.split(".") for path, _ in model.named_modules()]
+    return any(part.isdigit() for path in paths if "parametrizations" not in path for part in path)
 
 
 def router(site: Site) -> tuple[str, Part] | None:
@@ -93,9 +93,9 @@ def router(site: Site) -> tuple[str, Part] | None:
     """
     for depth in range(len(site.path), 0, -1):
         name, kind = site.path[depth - 1], type(site.trail[depth]).__name__
-        if name == "router" or "Router" in kind or kind in ("TopKGate", "MoEGate"):
+        if name == "router" or is_router(kind):
             return f"router: {kind}", _part(site, depth)
-        beside = site.trail[depth - 1]._modules if name in ("gate", "shared_expert_gate", "shared_experts_gate") else ()
+        beside = site.trail[depth - 1]._modules if name in _GATES else ()
         if any("expert" in other for other in beside):
             return f"router: {kind} beside experts", _part(site, depth)
     return None
@@ -112,13 +112,23 @@ def _is_last(site: Site, depth: int) -> bool:
 def _part(site: Site, depth: int) -> Part:
     """Return the part of a weight in the module at a depth of its trail."""
     container = site.trail[depth]
+    if type(container) is nn.ModuleList and depth + 1 < len(site.trail):  # Several heads.
+        container = site.trail[depth + 1]
     if container is site.module:
         return "final"
-    inside = {path: module for path, module in container.named_modules() if is_multiplied(module)}
+    # The modulation of a norm is no output, though it may come last.
+    inside = {
+        path: module
+        for path, module in container.named_modules()
+        if is_multiplied(module) and not re.search("adaln|modulation", path.lower())
+    }
     if len(inside) > 1 and not isinstance(container, nn.Sequential):
-        named = [module for path, module in inside.items() if path.rpartition(".")[2] in _FINAL]
-        if len(named) != 1:
-            return "unclear"
-        return "final" if named[0] is site.module else "hidden"
-    last = list(inside.values())[-1:]
-    return "final" if last == [site.module] else "hidden"
+        lists = {re.sub(r"\.?\d+$", "", path) for path in inside}
+        if len(lists) > 1 or any(not path[-1].isdigit() for path in inside):
+            named = [path for path in inside if path.rpartition(".")[2] in _FINAL]
+            outermost = min((path.count(".") for path in named), default=0)
+            named = [path for path in named if path.count(".") == outermost]
+            if len(named) != 1:
+                return "unclear"
+            return "final" if inside[named[0]] is site.module else "hidden"
+    return "final" if list(inside.values())[-1:] == [site.module] else "hidden"

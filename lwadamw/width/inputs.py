@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from torch import nn
@@ -10,19 +11,17 @@ from .sites import Site
 
 # A convolution of at most this many input channels reads an image or a sound.
 _MOST_INPUT_CHANNELS: Final = 4
-# A module of this name, or inside one of this name, projects patches of an image.
-_PATCHES: Final = frozenset(
-    {
-        "patch_embed",
-        "patch_embedding",
-        "patch_embeddings",
-        "patch_embedder",
-        "patch_conv",
-        "conv_proj",
-        "x_embedder",
-        "img_in",
-    }
+# Outside the numbered layers, a linear layer or a convolution of this name, or the projection in a module of this name or of
+# such a class, reads patches, latents, spectra, actions, or the states of another model.
+_NAMES: Final = re.compile(
+    r"patch_embed(ding|dings|der)?|patch_(projection|conv|dense)|patcher|conv_proj|conv_stem|vision_embed_tokens"
+    r"|video_patch_projection|x_embedders?|img_in|audio_latent_proj|audio_proj_in|noisy_images_proj|mel_conv"
+    r"|context_embedder|caption_projection|caption_embedder|txt_in|text_embedder|cap_embedder"
+    r"|embed_(state|action|return)|action_in_proj|quant_conv|post_quant_conv"
 )
+_CLASSES: Final = re.compile(r"Patch(Embed(s|ding|dings|der)?|Projection)$")
+# The model itself holds these. Inside a block the same names are those of hidden layers.
+_FIRST: Final = frozenset({"proj_in", "conv_in"})
 
 
 def embeds_the_input(site: Site) -> tuple[str, bool] | None:
@@ -36,7 +35,12 @@ def embeds_the_input(site: Site) -> tuple[str, bool] | None:
         return None
     if isinstance(module, nn.modules.conv._ConvNd) and module.in_channels <= _MOST_INPUT_CHANNELS:
         return f"of {module.in_channels} input channels: embeds the input", True
-    for name in site.path[-2:]:
-        if name in _PATCHES:
+    if any(part.isdigit() for part in site.path):
+        return None
+    for depth in range(max(len(site.path) - 2, 0), len(site.path)):
+        name, kind = site.path[depth], type(site.trail[depth + 1]).__name__
+        if _NAMES.fullmatch(name) or (name in _FIRST and depth == 0):
             return f"in {name!r}: embeds the input", False
+        if _CLASSES.search(kind):
+            return f"in {kind}: embeds the input", False
     return None

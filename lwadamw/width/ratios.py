@@ -83,7 +83,7 @@ def _from_int(base_width: int, width: int, scaled: Sequence[Decided]) -> Ratio:
 
     def ratio(found: Decided) -> tuple[float, str]:
         factor = (found.fan_in or width) // width
-        remark = f", base fan_in {factor * base_width}" if factor > 1 else ""
+        remark = f", base fan_in {factor * base_width}" if factor > 1 or found.name in assumed else ""
         return width / base_width, remark + (" assumed" if found.name in assumed else "")
 
     return ratio
@@ -190,6 +190,6 @@ def _same_dimensions(found: Decided, at_proxy: Decided) -> int:
         raise ValueError(
             f"param_groups: {found} is {here.role!r} ({here.why}), but {at_proxy} of the base model is {proxy.role!r} "
             f"({proxy.why}). Build the base model with the same options, or give "
-            f'roles={{"{found.name}": ...}} with the role that both have.'
+            f'roles={{"{found.name}": <role>}} with the role that both have.'
         )
-    return fan_in_of(p, at_proxy.site, here.dims) if here.dims else at_proxy.inputs
+    return fan_in_of(p, at_proxy.site, here) if here.dims else at_proxy.inputs

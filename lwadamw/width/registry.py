@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
-from .known import KNOWN
+from .known import known_roles
 from .patterns import matcher
 from .sites import Site
 from .specs import RoleSpec, check_spec
@@ -44,14 +45,28 @@ def register_role(module: type[nn.Module] | str, roles: Mapping[str, RoleSpec]) 
     _REGISTERED[module] = dict(roles)
 
 
+class Entry(NamedTuple):
+    """What the registry has for a parameter.
+
+    Attributes:
+        spec: its role.
+        why: where the role comes from, as `summary` prints it.
+        by_user: whether a user registered it.
+    """
+
+    spec: RoleSpec
+    why: str
+    by_user: bool
+
+
 class Registry:
     """Looks up the roles of parameters in what users registered and in what the package knows."""
 
     def __init__(self) -> None:
-        self._by_class: dict[type, list[tuple[bool, str, Mapping[str, RoleSpec]]]] = {}
+        self._by_class: dict[type, list[tuple[str, Mapping[str, RoleSpec], bool]]] = {}
 
-    def find(self, site: Site) -> tuple[RoleSpec, str] | None:
-        """Return the role of a parameter, and where it comes from; None where there is none.
+    def find(self, site: Site) -> Entry | None:
+        """Return what the registry has for a parameter; None where it has nothing.
 
         What a user registered comes before what the package knows, and an inner module before an outer one.
 
@@ -60,24 +75,23 @@ class Registry:
         """
         known = None
         for depth in range(len(site.trail) - 1, -1, -1):
-            for by_user, name, roles in self._of(type(site.trail[depth])):
+            for name, roles, by_user in self._of(type(site.trail[depth])):
                 if known is not None and not by_user:
                     continue
                 inner = ".".join((*site.path[depth:], site.attribute))
                 spec = next((spec for pattern, spec in roles.items() if matcher(pattern)(inner)), None)
                 if spec is not None and by_user:
-                    return spec, f"register_role({name})"
+                    return Entry(spec, f"register_role({name})", True)
                 if spec is not None:
-                    known = spec, f"known: {name}"
+                    known = Entry(spec, f"known: {name}", False)
         return known
 
-    def _of(self, cls: type) -> list[tuple[bool, str, Mapping[str, RoleSpec]]]:
-        """Return what is registered for a class and its base classes: by a user or not, name of the class, and roles."""
+    def _of(self, cls: type) -> list[tuple[str, Mapping[str, RoleSpec], bool]]:
+        """Return what is registered for a class and its base classes: name of the class, roles, and whether by a user."""
         if cls not in self._by_class:
-            keys: list[tuple[str, type | str]] = [
-                (base.__name__, key) for base in cls.__mro__ for key in (base, base.__name__)
+            bases = cls.__mro__
+            self._by_class[cls] = [
+                *((c.__name__, _REGISTERED[key], True) for c in bases for key in (c, c.__name__) if key in _REGISTERED),
+                *((c.__name__, roles, False) for c in bases if (roles := known_roles(c))),
             ]
-            by_user = [(True, name, _REGISTERED[key]) for name, key in keys if key in _REGISTERED]
-            known = [(False, name, KNOWN[key]) for name, key in keys if isinstance(key, str) and key in KNOWN]
-            self._by_class[cls] = [*by_user, *known]
         return self._by_class[cls]

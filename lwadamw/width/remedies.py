@@ -32,7 +32,8 @@ def for_undecided(undecided: Sequence[Decided], grouped: Sequence[Decided]) -> s
         matched = [d for d in undecided if matches_any(pattern, d.names)]
         shapes = " or ".join(dict.fromkeys(str(tuple(d.param.shape)) for d in matched))
         count = f" x{len(matched)}" if len(matched) > 1 else ""
-        return "<role>", f"{shapes}{count}: {matched[0].decision.why}"
+        short = ' Write "matrix" or "output".' if all(d.evidence.dims for d in matched) else ""
+        return "<role>", f"{shapes}{count}: {matched[0].decision.why}{short}"
 
     return (
         f"param_groups: cannot decide a role for {len(undecided)} parameter{'s' * (len(undecided) > 1)}. Fill in each <role>, "

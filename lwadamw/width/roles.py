@@ -17,12 +17,14 @@ width of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from .evidence import Decision, fan_in_of, from_evidence
+from .evidence import Decision, fan_in_of, from_evidence, transposes
 from .patterns import ALL, first_match
 from .registry import Registry
 from .rules import Role
@@ -63,7 +65,7 @@ class Decided:
     @property
     def fan_in(self) -> int | None:
         """Number of inputs of each output, from the global shape; None for a vector and where nothing decided the role."""
-        return fan_in_of(self.param, self.site, self.decision.dims) if self.decision.dims else None
+        return fan_in_of(self.param, self.site, self.decision) if self.decision.role and self.decision.dims else None
 
     @property
     def inputs(self) -> int:
@@ -107,11 +109,15 @@ def decide(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[Decided]:
     return found
 
 
-def _at(p: Tensor, site: Site, registry: Registry, exempt: frozenset[str], output_modules: frozenset[int]) -> Decision:
+def _at(
+    p: Tensor, site: Site, registry: Registry, exempt: Callable[[str], object], output_modules: frozenset[int]
+) -> Decision:
     """Return what is known about a parameter at one of its sites, without the patterns of the user."""
     evidence = from_evidence(p, site, exempt, output_modules)
     entry = registry.find(site)
-    return evidence if entry is None else _given(entry[0], p, entry[1], site.name, evidence)
+    if entry is None or (not entry.by_user and p.ndim == 3 and transposes(site.module) is not None):
+        return evidence
+    return _given(entry.spec, p, entry.why, site.name, evidence)
 
 
 def _agreed(decisions: list[Decision], names: tuple[str, ...]) -> Decision:
@@ -153,7 +159,7 @@ def _given(spec: RoleSpec, p: Tensor, why: str, name: str, evidence: Decision) -
             f"param_groups: {why} gives dimension {spec.fan_in} of {name!r} {shape} as fan_in, but this is the size of a "
             f'kernel. Give "{role}", which takes the inputs of a convolution: the dimensions {evidence.dims}.'
         )
-    return Decision(role, why, dims)
+    return Decision(role, why, dims, per=spec.per if isinstance(spec, Matrix) else None)
 
 
 def _check_patterns(found: list[Decided]) -> None:
@@ -184,11 +190,15 @@ def _output_modules(model: nn.Module) -> frozenset[int]:
     return frozenset(id(owner.get_output_embeddings()) for owner in owners)  # type: ignore[operator]
 
 
-def _exempt(model: nn.Module) -> frozenset[str]:
-    """Return the names that the methods `no_weight_decay` of a model and of its parts list, as those of timm do."""
-    names = set()
+def _exempt(model: nn.Module) -> Callable[[str], object]:
+    """Return the function that says whether the methods `no_weight_decay` of a model and of its parts list a name.
+
+    The models of timm have this method. It gives names and patterns within the module that has it.
+    """
+    patterns = []
     for path, module in model.named_modules(remove_duplicate=False):
         if callable(getattr(type(module), "no_weight_decay", None)):
-            listed = module.no_weight_decay()
-            names |= {f"{path}.{name}" if path else str(name) for name in listed}
-    return frozenset(names)
+            patterns += [
+                fnmatch.translate(f"{path}.{name}" if path else str(name)) for name in module.no_weight_decay()
+            ]
+    return re.compile("|".join(patterns) or r"(?!)").match

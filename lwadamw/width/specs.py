@@ -15,9 +15,12 @@ class Matrix:
         fan_in: the dimension of the tensor whose size is the fan_in, or several dimensions, whose sizes are multiplied. For
             packed experts it is -1 if their shape is (experts, out, in), and -2 if their shape is (experts, in, out). For a
             convolution of shape (out, in, height, width) it is (1, 2, 3).
+        per: name of an attribute of the module, by which the size is divided: the number of experts where the inputs of all
+            experts share one dimension.
     """
 
     fan_in: int | tuple[int, ...] = -1
+    per: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,13 +62,13 @@ CASES = {
             "--base-width",
             "16",
             "--width=64",
-            "--role=probe=vector",
+            "--role=mixing=vector",
             "--role=re:^(?=pos)=vector",
         ],
         zoo.ViT,
         (64,),
         16,
-        {"width": 64, "roles": {"probe": "vector", "re:^(?=pos)": "vector"}},
+        {"width": 64, "roles": {"mixing": "vector", "re:^(?=pos)": "vector"}},
     ),
     "fan_in": (
         ["MoE", "--args", "d=64", "--base-width", "16", "--width", "64", "--role", "experts.*=matrix:-1"],
@@ -122,7 +122,7 @@ def test_table_as_json_has_a_row_for_every_parameter(models, capsys):
 UNDECIDED = {
     "Mamba": ["mixture"],
     "MoE": ["experts.gate_up", "experts.down"],
-    "ViT": ["probe"],
+    "ViT": ["mixing"],
     "LoRALinear": ["lora_A.weight", "lora_B.weight"],
     "Recurrent": ["bilinear.weight"],
 }

@@ -66,7 +66,7 @@ GOLDEN = {
         "attention.out_proj.bias": V,
         "mixer.weight": ("matrix", 576),
         "mixer.bias": V,
-        "probe": (None, None),
+        "mixing": (None, None),
         "temperature": V,
         "head.weight": ("output", 64),
         "head.bias": V,

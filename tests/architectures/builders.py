@@ -1,0 +1,23 @@
+"""Every architecture of the zoo: the function that builds it at a width, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .diffusion import DIFFUSION
+from .encoders import ENCODERS
+from .language import LANGUAGE
+from .packages import declare_torchvision_operators
+from .sizes import TABLE, TABLE_OF
+from .vision import VISION
+
+declare_torchvision_operators()
+
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION}
+
+
+def table_widths(name: str) -> tuple[int, int]:
+    """Return the two widths of the table of an architecture."""
+    return TABLE_OF.get(name, TABLE)

@@ -1,0 +1,67 @@
+"""Skeletons of real architectures get the recorded roles, fan_ins and width ratios."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lwadamw import param_groups
+from lwadamw.width.roles import decide
+
+from .skeleton import build
+from .table import ROOT, Table, names, parse, read, render
+
+each_architecture = pytest.mark.parametrize("table", [pytest.param(read(name), id=name) for name in names()])
+at_both_widths = pytest.mark.parametrize("which", [0, 1], ids=["narrow", "wide"])
+
+
+def roles(model: nn.Module) -> dict[str, tuple[str, int | None]]:
+    """Return the role and the fan_in of every parameter, by its first name, without a word from the user."""
+    return {d.name: (d.decision.role or "undecided", d.fan_in) for d in decide(model, {})}
+
+
+def recorded(table: Table, which: int) -> dict[str, tuple[str, int | None]]:
+    """Return what the table says about every distinct parameter."""
+    rows = (p for p in table.parameters if p.tied is None)
+    return {p.name: (p.role, None if p.fan_in is None else p.fan_in[which]) for p in rows}
+
+
+def differences(found: dict[str, tuple[str, int | None]], right: dict[str, tuple[str, int | None]]) -> list[str]:
+    """Return a line for each parameter whose role or fan_in is wrong."""
+    return [f"{name}: {found.get(name)}, right is {right[name]}" for name in right if found.get(name) != right[name]]
+
+
+@each_architecture
+@at_both_widths
+def test_a_skeleton_has_the_recorded_names_shapes_and_classes(table: Table, which: int) -> None:
+    model = build(table, which)
+    found = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    assert found == {p.name: p.shapes[which] for p in table.parameters}
+    assert list(dict(model.named_parameters())) == [p.name for p in table.parameters if p.tied is None]
+    assert [(path or ROOT, type(module).__name__) for path, module in model.named_modules()] == [
+        (row.path, row.bases[0]) for row in table.modules
+    ]
+
+
+@each_architecture
+@at_both_widths
+def test_roles_and_fan_ins_are_the_recorded_ones(table: Table, which: int) -> None:
+    assert differences(roles(build(table, which)), recorded(table, which)) == []
+
+
+@each_architecture
+def test_width_ratios_from_a_proxy_are_the_recorded_ones(table: Table) -> None:
+    undecided = {p.name: "vector" for p in table.parameters if p.role == "undecided"}
+    groups = param_groups(build(table, 1), base_width=build(table, 0), roles=undecided)
+    matrices = {p.name: p.m for p in table.parameters if p.role == "matrix" and p.tied is None}
+    assert {name: groups.evidence[name].m for name in matrices} == matrices
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_table_is_read_as_it_was_written(name: str) -> None:
+    table = read(name)
+    assert parse(render(table)) == table
+
+
+def test_at_least_45_architectures_are_recorded() -> None:
+    assert len(names()) >= 45
