@@ -35,10 +35,12 @@ _EXPERTS: Final[dict[str, Roles]] = {
     **_each("JetMoeParallelExperts GraniteMoeParallelExperts", {"weight": _OUT_IN}),
     **_each("GraniteMoeSharedParallelExperts GraniteMoeHybridParallelExperts", {"weight": _OUT_IN}),
     "AriaGroupedExpertsGemm": {"weight": _IN_OUT},
-    # The rows of w1, v1 and w2 are those of all experts. In w2 they are inputs, so its fan_in is not one of its sizes.
-    **_each("DbrxExpertGLU megablocks:SparseMLP", {"w1": _OUT_IN, "v1": _OUT_IN}),
+    # The rows of w1, v1 and w2 are those of all experts. In w2 they are inputs. SparseMLP does not hold the number of experts.
+    "DbrxExpertGLU": {"w1": _OUT_IN, "v1": _OUT_IN, "w2": Matrix(fan_in=0, per="moe_num_experts")},
+    "megablocks:SparseMLP": {"w1": _OUT_IN, "v1": _OUT_IN},
     "megablocks:MLP": {"w1": _IN_OUT, "w2": _IN_OUT},
-    "megatron:GroupedMLP": {"weight1": Matrix(fan_in=0)},  # (hidden, experts * out); weight2 is like w2 of DBRX
+    # (hidden, experts * out) and (experts * in, hidden)
+    "megatron:GroupedMLP": {"weight1": Matrix(fan_in=0), "weight2": Matrix(fan_in=0, per="num_local_experts")},
     "GroupedLinear": {"weight*": _OUT_IN},  # of Transformer Engine: weight0, weight1, ...
     # torchtitan 0.1 has (experts, in, out) in torchtitan.experiments.
     "torchtitan.models:GroupedExperts": {"w?": _OUT_IN, "w?_E*": _OUT_IN},
@@ -135,12 +137,13 @@ _HEADS: Final[dict[str, Roles]] = {
         "UniSpeechGumbelVectorQuantizer UniSpeechSatGumbelVectorQuantizer",
         {"codevectors": "vector", "weight_proj.weight": "output"},
     ),
-    "DINOHead": {"mlp.*.weight": "matrix", "last_layer.weight": "output", "last_layer.weight_v": "output"},
+    # The last layer has weight norm, in torch's older form or as a parametrization.
+    "DINOHead": {"mlp.*weight": "matrix", "last_layer.weight_v": "output", "last_layer.*.original1": "output"},
     "NormMlpClassifierHead": {"pre_logits.*.weight": "matrix", "fc.weight": "output"},
 }
 
-# Latents, captions of another model, and sinusoids of a time: there are as many of them at every width. Models whose
-# sinusoids are as many as the width, such as CogView4 and UNets, have other names for their projection or no entry.
+# Latents, captions of another model, and sinusoids of a time: there are as many of them at every width. In CogVideoX, in
+# CogView4 and in UNets there are as many sinusoids as the model is wide. So their projection is a matrix, as its type says.
 _DIT: Final[Roles] = {
     "x_embedder.weight": "vector",
     "x_embedder.proj.weight": "vector",
@@ -167,6 +170,7 @@ _DIT: Final[Roles] = {
     "proj_out_2.weight": "output",
     "proj_out.weight": "output",
 }
+_CONVOLUTION: Final = Output(fan_in=(1, 2, 3))
 _MEL: Final[Roles] = {"conv1.weight": "vector"}
 _INPUTS: Final[dict[str, Roles]] = {
     **_each("AuraFlowTransformer2DModel ChromaTransformer2DModel", _DIT),
@@ -175,23 +179,25 @@ _INPUTS: Final[dict[str, Roles]] = {
     **_each("LatteTransformer3DModel Lumina2Transformer2DModel MochiTransformer3DModel", _DIT),
     **_each("PixArtTransformer2DModel QwenImageTransformer2DModel SD3Transformer2DModel", _DIT),
     **_each("SanaTransformer2DModel WanTransformer3DModel", _DIT),
+    "PixArtAlphaTextProjection": {"linear_2.weight": "matrix"},
     **_each("Flux FluxModel", {"img_in.weight": "vector", "txt_in.weight": "vector"}),
     "MLPEmbedder": {"in_layer.weight": "vector"},
     "TimestepEmbedder": {"mlp.0.weight": "vector"},
     **_each(
         "UNet2DModel UNet2DConditionModel UNet3DConditionModel UNetMotionModel UNetSpatioTemporalConditionModel "
         "ControlNetModel",
-        {"conv_in.weight": "vector", "conv_out.weight": "output", "add_embedding.linear_1.weight": "vector"},
+        {"conv_in.weight": "vector", "conv_out.weight": _CONVOLUTION, "add_embedding.linear_1.weight": "vector"},
     ),
     **_each(
         "AutoencoderKL VQModel",
-        {"*coder.conv_in.weight": "vector", "*coder.conv_out.weight": "output", "*quant_conv.weight": "vector"},
+        {"*coder.conv_in.weight": "vector", "*coder.conv_out.weight": _CONVOLUTION, "*quant_conv.weight": "vector"},
     ),
     # Mel bands.
     **_each("WhisperEncoder AudioEncoder Qwen2AudioEncoder AudioFlamingo3Encoder VoxtralEncoder GlmAsrEncoder", _MEL),
     "Qwen2_5OmniAudioEncoder": _MEL,
     **_each("SeamlessM4TConformerFeatureProjection Wav2Vec2BertFeatureProjection", {"projection.weight": "vector"}),
     # Patches of pixels.
+    "timm.models.volo:PatchEmbed": {"proj.weight": Matrix(fan_in=(1, 2, 3))},  # after a stem
     "Llama4UnfoldConvolution": {"linear.weight": "vector"},
     "Gemma4VisionPatchEmbedder": {"input_proj.weight": "vector"},
     "Ernie4_5_VLMoePatchEmbed": {"proj.weight": "vector"},
