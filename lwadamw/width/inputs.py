@@ -7,9 +7,10 @@ from typing import Final
 
 from torch import nn
 
+from .heads import is_multiplied
 from .sites import Site
 
-# A convolution of at most this many input channels reads an image or a sound.
+# A first convolution of at most this many input channels reads an image or a sound.
 _MOST_INPUT_CHANNELS: Final = 4
 # Outside the numbered layers, a linear layer or a convolution of this name, or the projection in a module of this name or of
 # such a class, reads patches, latents, spectra, actions, or the states of another model.
@@ -33,14 +34,28 @@ def embeds_the_input(site: Site) -> tuple[str, bool] | None:
     module = site.module
     if site.attribute != "weight":
         return None
-    if isinstance(module, nn.modules.conv._ConvNd) and module.in_channels <= _MOST_INPUT_CHANNELS:
+    if isinstance(module, nn.modules.conv._ConvNd) and module.in_channels <= _MOST_INPUT_CHANNELS and _is_first(site):
         return f"of {module.in_channels} input channels: embeds the input", True
     if any(part.isdigit() for part in site.path):
         return None
     for depth in range(max(len(site.path) - 2, 0), len(site.path)):
-        name, kind = site.path[depth], type(site.trail[depth + 1]).__name__
-        if _NAMES.fullmatch(name) or (name in _FIRST and depth == 0):
+        name, holder = site.path[depth], site.trail[depth + 1]
+        named = _NAMES.fullmatch(name) or (name in _FIRST and depth == 0)
+        if (named or _CLASSES.search(type(holder).__name__)) and _first_in(holder) is module:
             return f"in {name!r}: embeds the input", False
-        if _CLASSES.search(kind):
-            return f"in {kind}: embeds the input", False
     return None
+
+
+def _is_first(site: Site) -> bool:
+    """Return whether a module is the first linear layer or convolution of the model, or of a part of it such as a tower."""
+    for depth, container in enumerate(site.trail[:-1]):
+        if any(part.isdigit() for part in site.path[:depth]):
+            return False
+        listed = isinstance(container, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and depth > 0
+        if not listed and _first_in(container) is site.module:
+            return True
+    return len(site.trail) == 1
+
+
+def _first_in(container: nn.Module) -> nn.Module | None:
+    return next((module for module in container.modules() if is_multiplied(module)), None)

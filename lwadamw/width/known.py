@@ -41,16 +41,21 @@ _EXPERTS: Final[dict[str, Roles]] = {
     "megablocks:MLP": {"w1": _IN_OUT, "w2": _IN_OUT},
     # (hidden, experts * out) and (experts * in, hidden)
     "megatron:GroupedMLP": {"weight1": Matrix(fan_in=0), "weight2": Matrix(fan_in=0, per="num_local_experts")},
-    "GroupedLinear": {"weight*": _OUT_IN},  # of Transformer Engine: weight0, weight1, ...
+    # weight0, weight1, ...
+    **_each(
+        "transformer_engine:GroupedLinear TEColumnParallelGroupedLinear TERowParallelGroupedLinear",
+        {"weight*": _OUT_IN},
+    ),
     # torchtitan 0.1 has (experts, in, out) in torchtitan.experiments.
     "torchtitan.models:GroupedExperts": {"w?": _OUT_IN, "w?_E*": _OUT_IN},
+    "torchtitan:GroupedExperts": {"w?_E*": _OUT_IN},
     "torchtitan:GptOssGroupedExperts": {"mlp?_weight*": _OUT_IN, "mlp?_bias*": "vector"},
     **_each("torchtitan:FusedSwiGLU torchtitan:FusedGroupedExperts", {"w13": _OUT_IN, "w2_*": _OUT_IN}),
     "deepspeed:GroupedExperts": {"w?": _OUT_IN},
 }
 
 _ROUTERS: Final[dict[str, Roles]] = {
-    "SharedExpertMLP": {"gate_weight": Output(fan_in=-1)},  # of Megatron, of shape (1, hidden)
+    "megatron:SharedExpertMLP": {"gate_weight": Output(fan_in=-1)},  # of shape (1, hidden)
     "deepspeed:MoE": {"coefficient.weight": "output"},
     "DeepseekV2MoEGate": {"weight": "output"},
     "HunYuanMoEV1Gate": {"wg.weight": "output"},
@@ -62,7 +67,7 @@ _ROUTERS: Final[dict[str, Roles]] = {
     # Coefficients that mix a few copies of the residual stream. Their number is the same at every width.
     **_each("DeepseekV4HyperConnection Glm5NextTextHyperConnection HYV4HyperConnection", {"fn": Output(fan_in=-1)}),
     **_each("DeepseekV4HyperHead HYV4HyperHead", {"hc_fn": Output(fan_in=-1)}),
-    "HyperConnection": {"dynamic_alpha_fn": Output(fan_in=-2), "static_alpha": "vector"},
+    "x_transformers:HyperConnection": {"dynamic_alpha_fn": Output(fan_in=-2), "static_alpha": "vector"},
     "Gemma3nTextAltUp": {"modality_router.weight": "output", "*_coefs.weight": "vector"},
 }
 
@@ -137,6 +142,8 @@ _HEADS: Final[dict[str, Roles]] = {
         "UniSpeechGumbelVectorQuantizer UniSpeechSatGumbelVectorQuantizer",
         {"codevectors": "vector", "weight_proj.weight": "output"},
     ),
+    # Codes of the quantizer on one side, sound on the other.
+    **_each("EncodecEncoder EncodecDecoder", {"layers.0.conv.*1": "vector", "layers.-1.conv.*original1": "output"}),
     # The last layer has weight norm, in torch's older form or as a parametrization.
     "DINOHead": {"mlp.*weight": "matrix", "last_layer.weight_v": "output", "last_layer.*.original1": "output"},
     "NormMlpClassifierHead": {"pre_logits.*.weight": "matrix", "fc.weight": "output"},
@@ -193,7 +200,9 @@ _INPUTS: Final[dict[str, Roles]] = {
         {"*coder.conv_in.weight": "vector", "*coder.conv_out.weight": _CONVOLUTION, "*quant_conv.weight": "vector"},
     ),
     # Mel bands.
-    **_each("WhisperEncoder AudioEncoder Qwen2AudioEncoder AudioFlamingo3Encoder VoxtralEncoder GlmAsrEncoder", _MEL),
+    **_each(
+        "WhisperEncoder whisper:AudioEncoder Qwen2AudioEncoder AudioFlamingo3Encoder VoxtralEncoder GlmAsrEncoder", _MEL
+    ),
     "Qwen2_5OmniAudioEncoder": _MEL,
     **_each("SeamlessM4TConformerFeatureProjection Wav2Vec2BertFeatureProjection", {"projection.weight": "vector"}),
     # Patches of pixels.
@@ -211,22 +220,22 @@ _PACKED: Final[dict[str, Roles]] = {
     "open_clip:Attention": {"in_proj_weight": _OUT_IN},
     **_each("Gemma3MultiModalProjector T5Gemma2MultiModalProjector", {"mm_input_projection_weight": _IN_OUT}),
     "XCLIPModel": {"prompts_visual_projection": _IN_OUT},
-    "LayerNormMLP": {"fc?_weight": _OUT_IN},  # of Transformer Engine
+    "transformer_engine:LayerNormMLP": {"fc?_weight": _OUT_IN},
     "XLNetRelativeAttention": {"[qkvr]": Matrix(fan_in=0), "o": Matrix(fan_in=(-2, -1))},
     "FunnelRelMultiheadAttention": {"r_kernel": Matrix(fan_in=0)},
     "ZambaMambaMixer": {"x_proj_weight": _OUT_IN, "dt_proj_weight": _OUT_IN},
     "RecurrentGemmaRglru": {"*_gate_weight": _IN_OUT},
-    "GroupedLinearLayer": {"weight": _IN_OUT},  # of ConvBERT
+    "transformers:GroupedLinearLayer": {"weight": _IN_OUT},
     "LinearHeadwiseExpand": {"weight": _OUT_IN},  # of xLSTM
     "sLSTMCell_vanilla": {"_recurrent_kernel_": _OUT_IN, "_bias_": "vector"},
     "sLSTMCell_cuda": {"_recurrent_kernel_": _IN_OUT, "_bias_": "vector"},
-    "MultiQueryAttentionV2": {
+    "timm:MultiQueryAttentionV2": {
         "query_proj": _OUT_IN,
         "key_proj": Matrix(fan_in=0),
         "value_proj": Matrix(fan_in=0),
         "out_proj": Matrix(fan_in=(-2, -1)),
     },
-    "LowRankLinear": {"weight_?": _OUT_IN},
+    "x_transformers:LowRankLinear": {"weight_?": _OUT_IN},
 }
 
 KNOWN: Final[Mapping[str, Roles]] = {**_EXPERTS, **_ROUTERS, **_HIDDEN_IN_A_HEAD, **_HEADS, **_INPUTS, **_PACKED}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..state.names import layer_type
 from . import remedies
 from .evidence import fan_in_of
-from .patterns import ALL, first_match, matches_any
+from .patterns import ALL, first_match, matches_any, separating
 from .roles import Decided, decide
 from .specs import RoleSpec
 from .widths import model_width, width_at
@@ -69,16 +69,16 @@ def _from_int(base_width: int, width: int, scaled: Sequence[Decided]) -> Ratio:
     widths: dict[int, int | None] = {}
     apart = {d.name: own for d in scaled if (own := width_at(d.site, widths)) not in (None, width)}
     odd = [d for d in scaled if d.name in apart or (d.fan_in is not None and d.fan_in % width)]
+    assumed = {d.name for d in _assumed([d for d in scaled if d.fan_in is not None])}
     if odd:
-        raise ValueError(remedies.for_int(base_width, width, scaled, odd, apart))
-    numbered = any(part.isdigit() for d in scaled for part in d.site.path)
-    assumed = {d.name: d for d in scaled if numbered and d.fan_in is not None and not _is_inside(d)}
+        raise ValueError(remedies.for_int(base_width, width, scaled, odd, assumed, apart))
     if assumed and width != base_width:
+        listed = separating({d.names: d.name in assumed for d in scaled}, unlisted=[False])
         _log.warning(
-            "base_width=%d assumes that the inputs of these matrices outside the layers follow the width: %s. If the inputs of "
-            'one are of the same size at the proxy, give its role as "vector", or the proxy model as base_width.',
+            "base_width=%d assumes that the inputs of these matrices follow the width: %s. If one has as many inputs at the "
+            "proxy, give a mapping or the proxy model as base_width. If it projects data, it is a vector: give its role.",
             base_width,
-            ", ".join(f"{d} fan_in {d.fan_in}" for d in assumed.values()),
+            ", ".join(listed),
         )
 
     def ratio(found: Decided) -> tuple[float, str]:
@@ -89,9 +89,16 @@ def _from_int(base_width: int, width: int, scaled: Sequence[Decided]) -> Ratio:
     return ratio
 
 
-def _is_inside(found: Decided) -> bool:
-    """Return whether a matrix is inside the numbered layers or is a head, so that its inputs are the model's own."""
-    return found.role == "output" or any(part.isdigit() for part in found.site.path)
+def _assumed(matrices: Sequence[Decided]) -> list[Decided]:
+    """Return the matrices of which nothing tells that their inputs follow the width, though their fan_in is a multiple of it.
+
+    In a model of numbered layers, the inputs of a linear layer inside them, and of the head after them, are the model's own.
+    The channels of convolutions grow from stage to stage, and often not with the width, and a head after them reads channels.
+    """
+    numbered = {d.name for d in matrices if any(part.isdigit() for part in d.site.path)}
+    convolutions = {d.name for d in matrices if len(d.decision.dims) > 1}
+    own = numbered - convolutions | {d.name for d in matrices if d.role == "output" and not convolutions}
+    return [d for d in matrices if d.name not in own] if numbered else []
 
 
 def _from_map(base: Mapping[str, int], parameters: Sequence[Decided], scaled: Sequence[Decided]) -> Ratio:
@@ -108,7 +115,7 @@ def _from_map(base: Mapping[str, int], parameters: Sequence[Decided], scaled: Se
     chosen = {d.name: first_match(base, d.names) for d in scaled}
     missing = [d for d in scaled if chosen[d.name] is None]
     if missing:
-        raise ValueError(remedies.for_missing(missing))
+        raise ValueError(remedies.for_missing(missing, scaled))
     members: dict[str, list[Decided]] = {}
     for d in scaled:
         if (by_user := chosen[d.name]) is not None and d.fan_in is not None:

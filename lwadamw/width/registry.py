@@ -22,7 +22,7 @@ def register_role(module: type[nn.Module] | str, roles: Mapping[str, RoleSpec]) 
         module: the class, or its name, so that nothing has to be imported. Its subclasses count too.
         roles: for the names of parameters within the module: "matrix", "vector", "output", `Matrix(fan_in=dim)` or
             `Output(fan_in=dim)`. A name is a pattern, as those of `param_groups(roles=...)`, and may reach into the modules
-            inside this module. The first pattern that matches counts.
+            inside this module. The number -1 stands for the last module of a list. The first pattern that matches counts.
 
     Raises:
         TypeError: `module` is neither a subclass of torch.nn.Module nor a name.
@@ -78,8 +78,7 @@ class Registry:
             for name, roles, by_user in self._of(type(site.trail[depth])):
                 if known is not None and not by_user:
                     continue
-                inner = ".".join((*site.path[depth:], site.attribute))
-                spec = next((spec for pattern, spec in roles.items() if matcher(pattern)(inner)), None)
+                spec = _spec(roles, site, depth) if roles else None
                 if spec is not None and by_user:
                     return Entry(spec, f"register_role({name})", True)
                 if spec is not None:
@@ -95,3 +94,14 @@ class Registry:
                 *((c.__name__, roles, False) for c in bases if (roles := known_roles(c))),
             ]
         return self._by_class[cls]
+
+
+def _spec(roles: Mapping[str, RoleSpec], site: Site, depth: int) -> RoleSpec | None:
+    """Return the role that the first matching pattern gives to a parameter, by its name within the module at a depth."""
+    path = site.path[depth:]
+    counted = [
+        "-1" if name.isdigit() and name == next(reversed(holder._modules)) else name
+        for name, holder in zip(path, site.trail[depth:], strict=False)
+    ]
+    names = {".".join((*path, site.attribute)), ".".join((*counted, site.attribute))}
+    return next((spec for pattern, spec in roles.items() if any(map(matcher(pattern), names))), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from .patterns import ALL, as_lines, matches_any, separating
 from .roles import Decided
@@ -43,7 +43,12 @@ def for_undecided(undecided: Sequence[Decided], grouped: Sequence[Decided]) -> s
 
 
 def for_int(
-    base_width: int, width: int, scaled: Sequence[Decided], odd: Sequence[Decided], apart: Mapping[str, int]
+    base_width: int,
+    width: int,
+    scaled: Sequence[Decided],
+    odd: Sequence[Decided],
+    assumed: Collection[str],
+    apart: Mapping[str, int],
 ) -> str:
     """Return the error about an int base_width that does not determine every width ratio, with the mapping that does.
 
@@ -51,10 +56,11 @@ def for_int(
         base_width: the width of the proxy.
         width: the width of the model.
         scaled: all parameters whose multipliers depend on the width.
-        odd: those of them whose ratio is not determined.
-        apart: those of them in a part of the model that has a width of its own, and this width.
+        odd: those whose ratio is not determined.
+        assumed: names of those of which nothing tells that their inputs follow the width.
+        apart: names of those in a part of the model that has a width of its own, and this width.
     """
-    unclear = {d.name for d in odd}
+    unclear = {d.name for d in odd} | set(assumed)
 
     def base_fan_in(found: Decided) -> int | tuple[str, int, int | None]:
         factor, rest = divmod(found.inputs, width)
@@ -88,9 +94,14 @@ def for_int(
     )
 
 
-def for_missing(missing: Sequence[Decided]) -> str:
-    """Return the error about parameters that no base_width pattern matches."""
-    entries = as_lines(separating({d.names: d.inputs for d in missing}), lambda fan_in: (TO_FILL, f"{fan_in} here"))
+def for_missing(missing: Sequence[Decided], scaled: Sequence[Decided]) -> str:
+    """Return the error about parameters that no base_width pattern matches.
+
+    Args:
+        missing: these parameters.
+        scaled: all parameters whose multipliers depend on the width.
+    """
+    entries = _open_entries(missing, scaled)
     return (
         f"param_groups: no base_width pattern matches {missing[0]}, fan_in {missing[0].inputs}. Add these to the end of "
         f"base_width, with every fan_in at the proxy filled in:\n{entries}"
@@ -106,9 +117,7 @@ def for_unlike(pattern: str, base_fan_in: int, matched: Sequence[Decided], scale
         matched: the parameters to which it gives the fan_in.
         scaled: all parameters whose multipliers depend on the width.
     """
-    ours = {d.name for d in matched}
-    labels = {d.names: d.inputs if d.name in ours else None for d in scaled}
-    entries = as_lines(separating(labels, unlisted=[None]), lambda fan_in: (TO_FILL, f"{fan_in} here"))
+    entries = _open_entries(matched, scaled)
     fan_ins = " and ".join(map(str, sorted({d.inputs for d in matched})))
     return (
         f"param_groups: base_width pattern {pattern!r} gives the fan_in {base_fan_in} at the proxy to matrices whose fan_in "
@@ -116,3 +125,10 @@ def for_unlike(pattern: str, base_fan_in: int, matched: Sequence[Decided], scale
         f"in:\n"
         f"{entries}\nIf {base_fan_in} is the fan_in of all of them at the proxy, write {json.dumps(ALL + pattern)}."
     )
+
+
+def _open_entries(wanted: Sequence[Decided], scaled: Sequence[Decided]) -> str:
+    """Return a mapping to fill in, whose patterns match the wanted parameters and no other ones."""
+    ours = {d.name for d in wanted}
+    labels = {d.names: d.inputs if d.name in ours else None for d in scaled}
+    return as_lines(separating(labels, unlisted=[None]), lambda fan_in: (TO_FILL, f"{fan_in} here"))

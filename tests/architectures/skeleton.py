@@ -28,8 +28,10 @@ def build(table: Table, which: int) -> nn.Module:
     """
     configs = _configs(table, which)
     modules: dict[str, nn.Module] = {}
+    distribution = table.source.partition(" ")[0]
+    package = {"megatron-core": "megatron", "open_clip_torch": "open_clip"}.get(distribution, distribution)
     for row in table.modules:
-        modules[row.path] = module = _module(row, which, configs)
+        modules[row.path] = module = _module(row, which, configs, package)
         if row.path != ROOT:
             parent, _, name = row.path.rpartition(".")
             modules[parent or ROOT].add_module(name, module)
@@ -56,22 +58,25 @@ def torch_class(name: str) -> type[nn.Module]:
 
 
 @functools.cache
-def _class(bases: tuple[str, ...], with_head: bool, exempt: str | None) -> type[nn.Module]:
+def _class(package: str, bases: tuple[str, ...], with_head: bool, exempt: str | None) -> type[nn.Module]:
     cls = torch_class(bases[-1])
     for name in reversed(bases[:-1]):
-        cls = type(name, (cls,), {})
-    methods: dict[str, Any] = {}
+        cls = type(name, (cls,), {"__module__": package})
+    methods: dict[str, Any] = {"__module__": package}
     if with_head:
         methods["get_output_embeddings"] = lambda self: self.output_embeddings[0]
     if exempt is not None:
         methods["no_weight_decay"] = lambda self: set(exempt.split(","))
-    return type(bases[0], (cls,), methods) if methods else cls
+    return type(bases[0], (cls,), methods) if len(methods) > 1 else cls
 
 
-def _module(row: ModuleRow, which: int, configs: dict[str, Any]) -> nn.Module:
+def _module(row: ModuleRow, which: int, configs: dict[str, Any], package: str) -> nn.Module:
     attributes = dict(row.attributes)
     cls = _class(
-        row.bases, attributes.pop("output_embeddings", None) is not None, attributes.pop("no_weight_decay", None)
+        package,
+        row.bases,
+        attributes.pop("output_embeddings", None) is not None,
+        attributes.pop("no_weight_decay", None),
     )
     module = cls.__new__(cls)
     nn.Module.__init__(module)

@@ -79,8 +79,10 @@ PRODUCTS: dict[str, dict[str, tuple[tuple[int, ...], Product]]] = {
         "weight1": ((IN, E * OUT), lambda w: torch.bmm(x(E, 2, IN), w.view(E, IN, -1))),
         "weight2": ((E * OUT, IN), lambda w: torch.bmm(x(E, 2, OUT), w.view(E, -1, IN))),
     },
-    "GroupedLinear": {f"weight{i}": ((OUT, IN), lambda w: F.linear(x(2, IN), w)) for i in range(E)},
-    "LayerNormMLP": {
+    "transformer_engine.pytorch.module.grouped_linear:GroupedLinear": {
+        f"weight{i}": ((OUT, IN), lambda w: F.linear(x(2, IN), w)) for i in range(E)
+    },
+    "transformer_engine.pytorch.module.layernorm_mlp:LayerNormMLP": {
         "fc1_weight": ((OUT, IN), lambda w: F.linear(x(2, IN), w)),
         "fc2_weight": ((IN, OUT), lambda w: F.linear(x(2, OUT), w)),
     },
@@ -96,7 +98,7 @@ PRODUCTS: dict[str, dict[str, tuple[tuple[int, ...], Product]]] = {
         "gate_weight": ((1, IN), lambda w: F.linear(x(2, IN), w)),
     },
     "DeepseekV4HyperConnection": {"fn": ((OUT, 4 * IN), lambda w: F.linear(x(2, 4 * IN), w))},
-    "HyperConnection": {"dynamic_alpha_fn": ((IN, OUT), lambda w: x(2, IN) @ w)},
+    "x_transformers.x_transformers:HyperConnection": {"dynamic_alpha_fn": ((IN, OUT), lambda w: x(2, IN) @ w)},
     "AMSoftmaxLoss": {"weight": ((IN, OUT), lambda w: torch.mm(x(2, IN), w))},
     "CsmCodebooksHead": {"weight": ((E, IN, OUT), lambda w: F.linear(x(2, IN), w[1].T))},
     "Gemma3MultiModalProjector": {"mm_input_projection_weight": ((IN, OUT), lambda w: x(2, 4, IN) @ w)},
@@ -110,10 +112,12 @@ PRODUCTS: dict[str, dict[str, tuple[tuple[int, ...], Product]]] = {
     "RecurrentGemmaRglru": {
         "input_gate_weight": ((2, IN, OUT), lambda w: torch.baddbmm(torch.zeros(2, 1, OUT), x(2, 4, IN), w)),
     },
-    "GroupedLinearLayer": {"weight": ((2, IN, OUT), lambda w: torch.matmul(x(2, 4, IN), w))},
+    "transformers.models.convbert.modeling_convbert:GroupedLinearLayer": {
+        "weight": ((2, IN, OUT), lambda w: torch.matmul(x(2, 4, IN), w))
+    },
     "LinearHeadwiseExpand": {"weight": ((2, OUT, IN), lambda w: torch.einsum("...hd,hod->...ho", x(4, 2, IN), w))},
     "sLSTMCell_vanilla": {"_recurrent_kernel_": ((2, OUT, IN), lambda w: x(4, 2, 1, IN) @ w.transpose(1, 2)[None])},
-    "MultiQueryAttentionV2": {
+    "timm.layers.attention2d:MultiQueryAttentionV2": {
         "query_proj": ((2, OUT, IN), lambda w: torch.einsum("bnd,hkd->bnhk", x(1, 3, IN), w)),
         "key_proj": ((IN, OUT), lambda w: torch.einsum("bmd,dk->bmk", x(1, 3, IN), w)),
         "out_proj": ((OUT, 2, IN), lambda w: torch.einsum("bnhv,dhv->bdn", x(1, 3, 2, IN), w)),

@@ -69,7 +69,7 @@ def brackets(d):
 CASES = {
     llama: {"layers.*.w2.weight": TO_FILL, "*": 16},
     fc: {"layers.*.fc2.weight": 64, "layers.*.fc3.weight": TO_FILL, "*": 16},
-    conv: {"layers.*.fc2.weight": 64, "conv1.weight": TO_FILL, "conv2.weight": 48, "*": 16},
+    conv: {"layers.*.fc2.weight": 64, "conv1.weight": TO_FILL, "conv2.weight": TO_FILL, "*": 16},
     shadowing: {
         r"re:^layers\.\d+\.fc\.weight$": 64,
         "layers.*.expert.fc.weight": 32,
@@ -131,6 +131,69 @@ def test_the_mapping_in_the_error_gives_every_parameter_its_true_ratio(build):
     evidence = param_groups(model, _fill(remedy, there), width=64).evidence
     assert {name: found.m for name, found in evidence.items() if found.role != "vector"} == truth
     assert {name: found.m for name, found in param_groups(model, proxy).evidence.items() if found.m} == truth
+
+
+def _llama_8b(d, hidden):
+    with torch.device("meta"):
+        return _model(d, [Layer(wq=(d, d), w1=(d, hidden), w2=(hidden, d), w3=(d, hidden)) for _ in range(2)])
+
+
+def _whisper_small(d):
+    with torch.device("meta"):
+        return _model(
+            d, [Layer(q_proj=(d, d), fc1=(d, 4 * d), fc2=(4 * d, d)) for _ in range(2)], conv1=nn.Conv1d(80, d, 3)
+        )
+
+
+def test_the_remedy_for_llama_8b_gives_every_matrix_a_ratio_of_16():
+    """Obeyed as one pattern for w1, w2 and w3, it would give w1 and w3 a ratio of 4096 / 896 = 4.57."""
+    model, there = _llama_8b(4096, 14336), _fan_ins(_llama_8b(256, 896))
+    remedy = _fill(_remedy(model, 256), there)
+    assert remedy == {"layers.*.w2.weight": 896, "*": 256}
+    assert {e.m for e in param_groups(model, remedy).evidence.values() if e.m} == {16.0}
+    with pytest.raises(
+        ValueError,
+        match=r"'\*.w\*.weight' gives the fan_in 896 at the proxy to matrices whose fan_in here is 4096 and 14336",
+    ):
+        param_groups(model, {"*.w*.weight": 896, "*": 256})
+
+
+def test_the_remedy_for_whisper_small_gives_every_fc2_a_ratio_of_4():
+    """One number for all patterns would give fc2 a ratio of 3072 / 192 = 16."""
+    model, there = _whisper_small(768), _fan_ins(_whisper_small(192))
+    remedy = _fill(_remedy(model, 192), there)
+    assert remedy == {"layers.*.fc2.weight": 768, "conv1.weight": 240, "*": 192}
+    ratios = {name: e.m for name, e in param_groups(model, remedy).evidence.items() if e.m}
+    assert ratios == {name: 1.0 if name == "conv1.weight" else 4.0 for name in ratios}
+    with pytest.raises(
+        ValueError, match=r"pattern '\*' gives the fan_in 192 .* whose fan_in here is 240 and 768 and 3072"
+    ) as error:
+        param_groups(model, {"*": 192})
+    assert '"layers.*.fc2.weight": <its fan_in at the proxy>,  # 3072 here' in str(error.value)
+    assert 'write "all:*"' in str(error.value)
+    assert param_groups(model, {"all:*": 192}).evidence["layers.0.fc2.weight"].m == 16.0
+
+
+def test_a_pattern_that_takes_the_decay_from_matrices_beside_what_is_undecided_is_refused():
+    """Two pasted lines that turn all convolutions of a codec into vectors."""
+
+    class Codec(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.ModuleList([nn.Conv1d(1, 8, 7), nn.Conv1d(8, 8, 7)])
+            self.encoder[0].scales = nn.Parameter(torch.zeros(8, 4))
+            self.encoder[0].mix = nn.Parameter(torch.zeros(8, 4))
+
+    for pattern in ("encoder.*", "*", "re:^encoder"):
+        with pytest.raises(ValueError, match="gives the role 'vector' to parameters that are not alike") as error:
+            param_groups(Codec(), 8, width=8, roles={pattern: "vector"})
+        assert "matrix: 'encoder.1.weight' (8, 8, 7), Conv1d; 1 in all" in str(error.value)
+        assert "undecided: 'encoder.0.scales' (8, 4)" in str(error.value)
+        groups = param_groups(Codec(), 8, width=8, roles={f"all:{pattern}": "vector"})
+        assert {e.role for e in groups.evidence.values()} == {"vector"}
+    with pytest.raises(ValueError, match="gives the role 'matrix' to parameters that are not alike"):
+        param_groups(zoo.MoE(64), 16, width=64, roles={"*": Matrix(fan_in=-1)})
+    param_groups(Codec(), 8, width=8, roles={"encoder.0.[sm]*": "vector"})
 
 
 def test_the_mapping_also_covers_vectors_where_the_rule_scales_them():
