@@ -57,9 +57,6 @@ _EXPERTS: Final[dict[str, Roles]] = {
 _ROUTERS: Final[dict[str, Roles]] = {
     "megatron:SharedExpertMLP": {"gate_weight": Output(fan_in=-1)},  # of shape (1, hidden)
     "deepspeed:MoE": {"coefficient.weight": "output"},
-    "DeepseekV2MoEGate": {"weight": "output"},
-    "HunYuanMoEV1Gate": {"wg.weight": "output"},
-    "JetMoeTopKGating": {"layer.weight": "output"},
     "DogeCDMoE": {"router_gate.weight": "output"},
     "MomAttention": {"gate.weight": "output"},
     "ZayaRouterMLP": {"fc?.weight": "matrix", "out_proj.weight": "output"},
@@ -111,24 +108,7 @@ _HEADS: Final[dict[str, Roles]] = {
         {"linear_1.weight": "matrix", "linear_2.weight": "output"},
     ),
     "Transformer2DModel": {"proj_out_1.weight": "matrix", "proj_out_2.weight": "output", "out.weight": "output"},
-    **_each(
-        "BertPreTrainingHeads BertOnlyNSPHead BigBirdPreTrainingHeads ErniePreTrainingHeads ErnieOnlyNSPHead "
-        "FNetPreTrainingHeads FNetOnlyNSPHead LxmertPreTrainingHeads MegatronBertPreTrainingHeads "
-        "MegatronBertOnlyNSPHead MobileBertPreTrainingHeads MobileBertOnlyNSPHead VisualBertPreTrainingHeads",
-        {"seq_relationship.weight": "output"},
-    ),
-    **_each(
-        "ElectraDiscriminatorPredictions FunnelDiscriminatorPredictions",
-        {"dense.weight": "matrix", "dense_prediction.weight": "output"},
-    ),
-    **_each(
-        "DetrForObjectDetection ConditionalDetrForObjectDetection TableTransformerForObjectDetection "
-        "YolosForObjectDetection",
-        {"class_labels_classifier*.weight": "output", "bbox_predictor.layers.2.weight": "output"},
-    ),
-    **_each("ViTMAEDecoder HieraDecoder", {"decoder_pred.weight": "output"}),
     "JanusVQVAEHead": {"proj_out.weight": "matrix", "vision_head.weight": "output"},
-    "DiaForConditionalGeneration": {"logits_dense.weight": "output"},
     "AMSoftmaxLoss": {"weight": Output(fan_in=-2)},
     "CsmCodebooksHead": {"weight": Output(fan_in=-2)},
     "MoshiDepthDecoder": {
@@ -152,20 +132,11 @@ _HEADS: Final[dict[str, Roles]] = {
 # Latents, captions of another model, and sinusoids of a time: there are as many of them at every width. In CogVideoX, in
 # CogView4 and in UNets there are as many sinusoids as the model is wide. So their projection is a matrix, as its type says.
 _DIT: Final[Roles] = {
-    "x_embedder.weight": "vector",
-    "x_embedder.proj.weight": "vector",
     "pos_embed.proj.weight": "vector",
-    "patch_embed.proj.weight": "vector",
-    "patch_embed.text_proj.weight": "vector",
-    "patch_embedding.weight": "vector",
-    "img_in.weight": "vector",
     "proj_in.weight": "vector",
-    "txt_in.weight": "vector",
-    "context_embedder.weight": "vector",
+    "patch_embed.text_proj.weight": "vector",
     "context_embedder.proj_in.weight": "vector",
-    "caption_projection.linear_1.weight": "vector",
     "*caption_embedder.1.weight": "vector",
-    "*text_embedder.linear_1.weight": "vector",
     "*.image_embedder.ff.*weight": "vector",
     "*.timestep_embedder.linear_1.weight": "vector",
     "*.guidance_embedder.linear_1.weight": "vector",
@@ -187,7 +158,6 @@ _INPUTS: Final[dict[str, Roles]] = {
     **_each("PixArtTransformer2DModel QwenImageTransformer2DModel SD3Transformer2DModel", _DIT),
     **_each("SanaTransformer2DModel WanTransformer3DModel", _DIT),
     "PixArtAlphaTextProjection": {"linear_2.weight": "matrix"},
-    **_each("Flux FluxModel", {"img_in.weight": "vector", "txt_in.weight": "vector"}),
     "MLPEmbedder": {"in_layer.weight": "vector"},
     "TimestepEmbedder": {"mlp.0.weight": "vector"},
     **_each(
@@ -209,9 +179,6 @@ _INPUTS: Final[dict[str, Roles]] = {
     "timm.models.volo:PatchEmbed": {"proj.weight": Matrix(fan_in=(1, 2, 3))},  # after a stem
     "Llama4UnfoldConvolution": {"linear.weight": "vector"},
     "Gemma4VisionPatchEmbedder": {"input_proj.weight": "vector"},
-    "Ernie4_5_VLMoePatchEmbed": {"proj.weight": "vector"},
-    **_each("FuyuModel FuyuForCausalLM", {"vision_embed_tokens.weight": "vector"}),
-    **_each("Pix2StructVisionEmbeddings Kosmos2_5VisionEmbeddings", {"patch_projection.weight": "vector"}),
 }
 
 _PACKED: Final[dict[str, Roles]] = {

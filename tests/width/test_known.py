@@ -235,10 +235,9 @@ MODULES: dict[str, tuple[dict[str, nn.Module], dict[str, tuple[str, int | None]]
     ),
     "ModernBertPredictionHead": ({"dense": nn.Linear(IN, IN)}, {"dense.weight": ("matrix", IN)}),
     "SiglipTextModel": ({"head": nn.Linear(IN, OUT)}, {"head.weight": ("matrix", IN)}),
-    "BertPreTrainingHeads": ({"seq_relationship": nn.Linear(IN, 2)}, {"seq_relationship.weight": ("output", IN)}),
-    "ElectraDiscriminatorPredictions": (
-        {"dense": nn.Linear(IN, IN), "dense_prediction": nn.Linear(IN, 1)},
-        {"dense.weight": ("matrix", IN), "dense_prediction.weight": ("output", IN)},
+    "JanusVQVAEHead": (
+        {"proj_out": nn.Linear(IN, OUT), "vision_head": nn.Linear(OUT, 4)},
+        {"proj_out.weight": ("matrix", IN), "vision_head.weight": ("output", OUT)},
     ),
     "DINOHead": (
         {
@@ -275,6 +274,7 @@ IN_A_HEAD = (
 def test_layers_of_a_known_class_have_their_roles_and_fan_ins(place: str, key: str) -> None:
     children, roles = MODULES[key]
     model = nn.Module()
-    model.add_module(place, named(key, **children))
+    model.add_module(place, module := named(key, **children))
+    assert known_roles(type(module))
     found = {d.name.removeprefix(f"{place}."): d for d in decide(model, {}) if d.param.ndim > 1}
     assert {name: (d.decision.role, d.fan_in) for name, d in found.items()} == roles
