@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import sys
@@ -13,6 +14,9 @@ from ..state.names import layer_type
 from ..width.rules import ROLES, RULES
 from .arguments import positive, whole
 from .factory import EXAMPLE, build, literal
+from .hf import build_pair
+from .pair import Pair
+from .paste import Paste, paste
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +34,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "width rule, and the reason. If the role of a parameter cannot be told, list every such parameter and exit with 1.",
     )
     option = parser.add_argument
-    option("factory", metavar="module:factory", help=f"class or function that returns the model, like {EXAMPLE}")
+    option(
+        "factory",
+        nargs="?",
+        metavar="module:factory",
+        help=f"class or function that returns the model, like {EXAMPLE}",
+    )
+    option(
+        "--hf",
+        metavar="CONFIG",
+        help="instead of a factory: the config.json of a model of transformers, a folder that has one, or the id of a model in "
+        "the cache of transformers. Nothing is downloaded. The proxy is built from the same config at --base-width, and the "
+        "call of param_groups for this proxy is printed below the table",
+    )
     option(
         "--args",
         nargs="+",
@@ -49,6 +65,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--base", metavar="module:factory", help="class or function that returns the proxy; called without arguments"
     )
     option("--width", type=whole, metavar="N", help="width of this model (default: from its config or its embedding)")
+    option("--depth", type=whole, metavar="N", help="with --hf: the most layers of the proxy (default: as this model)")
+    option(
+        "--set",
+        action="append",
+        default=[],
+        metavar="field=value",
+        help="with --hf: value of a field of the config at the proxy, as a Python literal, like num_key_value_heads=2 or "
+        "text_config.head_dim=64",
+    )
     option("--rule", choices=tuple(RULES), default="fan2025", help="width rule (default: %(default)s)")
     option(
         "--output", choices=("output", "vector"), default="output", help="'vector' if the model divides its logits by m"
@@ -59,7 +84,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default=[],
         metavar="pattern=role",
         help="role of the parameters whose name matches a pattern: matrix, vector or output. matrix:-1 if dimension -1 is the "
-        "fan_in",
+        "fan_in, and matrix:1,2,3 if several dimensions are",
     )
     option("--lr", type=positive, metavar="X", help="base learning rate; without it the table shows multipliers")
     option("--wd", type=positive, metavar="X", help="base weight decay; needs --lr")
@@ -82,28 +107,95 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error("argument --steps: tau needs --lr and --wd. Give them too, or leave out --steps.")
     if args.base is not None and args.base_width is not None:
         parser.error("argument --base: --base-width says the same. Give only one of them.")
+    if (args.factory is None) == (args.hf is None):
+        parser.error("give either module:factory or --hf CONFIG: the model comes from one of them.")
     try:
         roles = dict(_role(text) for text in args.role)
-        model = build("module:factory", args.factory, dict(literal(text) for text in args.args))
-        if undecided := _undecided(model, roles):
-            print(_complaint(undecided, args.full), file=sys.stderr)
+        found = _from_config(args) if args.hf is not None else None
+        if found is None and (args.depth is not None or args.set):
+            raise ValueError("arguments --depth and --set: they change a config, so they need --hf CONFIG.")
+        model = found.model if found else build("module:factory", args.factory, dict(map(literal, args.args)))
+        undecided, patterns = _undecided(model, roles)
+        if undecided:
+            print(_complaint(undecided, patterns, args.full), file=sys.stderr)
+            if found is not None and found.proxy is not model:
+                # The rest needs no choice. What takes the place of a choice here is left out of what is printed.
+                instead: dict[str, RoleSpec] = {f"re:^{re.escape(name)}$": "vector" for name, _, _ in undecided}
+                groups = param_groups(model, found.proxy, args.rule, {**roles, **instead}, output=args.output)
+                _write(args, found, paste(found, groups.evidence, roles, undecided), [], [])
             return 1
         base: Any = model
-        if args.base is not None:
+        if found is not None:
+            base = found.proxy
+        elif args.base is not None:
             base = build("--base", args.base, {})
         elif args.base_width is not None:
             base = _base_width(args.base_width)
-        groups = param_groups(model, base, args.rule, roles, width=args.width, output=args.output)
+        width = None if found else args.width
+        groups = param_groups(model, base, args.rule, roles, width=width, output=args.output)
     except (ValueError, TypeError, RuntimeError) as error:
-        parser.error(str(error))
+        shallow = (
+            ""
+            if args.depth is None
+            else f" --depth {args.depth} limits the layers of the proxy: a higher one may help."
+        )
+        parser.error(str(error) + shallow)
     if args.lr is not None:
         for group in groups:
             group |= {"lr": args.lr, "weight_decay": args.wd}
-    if args.json:
-        print(json.dumps(_rows(groups, args.steps), indent=1))
+    rows = _rows(groups, args.steps) if args.json else []
+    table = "" if args.json else summary(groups, steps=args.steps, full=args.full)
+    if found is not None:
+        made = None if found.proxy is model else paste(found, groups.evidence, roles)
+        _write(args, found, made, rows, [table, found.unlike(groups.evidence)])
     else:
-        print(summary(groups, steps=args.steps, full=args.full))
+        print(json.dumps(rows, indent=1) if args.json else table)
     return 0
+
+
+def _from_config(args: argparse.Namespace) -> Pair:
+    """Build the model and the proxy of --hf."""
+    if args.args or args.base is not None:
+        raise ValueError(
+            "arguments --args and --base: with --hf the config says it all. Leave them out, or leave out --hf."
+        )
+    texts = args.base_width
+    if texts is None and (args.depth is not None or args.set):
+        raise ValueError("arguments --depth and --set: they change the proxy, so they need --base-width N.")
+    if texts is not None and (len(texts) > 1 or "=" in texts[0]):
+        raise ValueError("argument --base-width: with --hf it is one number, the width of the proxy, like 256.")
+    base_width = None if texts is None else _whole(texts[0], texts[0])
+    return build_pair(args.hf, args.width, base_width, args.depth, dict(map(_setting, args.set)))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    try:
+        if not (equals and all(part.isidentifier() for part in path.split("."))):
+            raise ValueError(text)
+        return path, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise ValueError(
+            f"argument --set: {text!r} is not field=value with a Python literal, like num_key_value_heads=2 or "
+            "text_config.head_dim=64."
+        ) from None
+
+
+def _write(
+    args: argparse.Namespace, found: Pair, made: Paste | None, rows: Sequence[Mapping[str, Any]], parts: Sequence[str]
+) -> None:
+    """Print the output of --hf: as JSON the rows, or else what was done to the config, the parts, and the code."""
+    values = None if args.lr is None else (args.lr, args.wd)
+    code = made.code(args.rule, args.output, values) if made is not None else None
+    if args.json:
+        more = {**made.as_dict(), "code": code} if made is not None else {}
+        print(json.dumps({**found.as_dict(), **more, "parameters": rows}, indent=1))
+        return
+    if code is None:
+        last = "Give --base-width N, the width of the proxy, for the width ratios and for the code that makes them."
+    else:
+        last = f"The call that makes these ratios in a program, for the names of {found.name}:\n\n{code}"
+    print("\n\n".join(part for part in (found.report(), *parts, last) if part))
 
 
 def _base_width(texts: Sequence[str]) -> int | dict[str, int]:
@@ -134,8 +226,9 @@ def _role(text: str) -> tuple[str, RoleSpec]:
     pattern, _, spec = text.rpartition("=")
     role, colon, dimension = spec.partition(":")
     kinds: dict[str, type[Matrix] | type[Output]] = {"matrix": Matrix, "output": Output}
-    if pattern and colon and role in kinds and re.fullmatch(r"-?\d+", dimension):
-        return pattern, kinds[role](fan_in=int(dimension))
+    if pattern and colon and role in kinds and re.fullmatch(r"-?\d+(,-?\d+)*", dimension):
+        dims = tuple(map(int, dimension.split(",")))
+        return pattern, kinds[role](fan_in=dims if len(dims) > 1 else dims[0])
     if pattern and not colon:
         for known in ROLES:
             if role == known:
@@ -146,14 +239,20 @@ def _role(text: str) -> tuple[str, RoleSpec]:
     )
 
 
-def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[tuple[str, tuple[int, ...], str]]:
+Undecided = list[tuple[str, tuple[int, ...], str]]
+
+
+def _undecided(model: nn.Module, roles: Mapping[str, RoleSpec]) -> tuple[Undecided, list[str]]:
+    """Return name, shape and reason of every parameter without a role, and patterns that match these parameters only."""
+    from ..width.patterns import separating
     from ..width.roles import decide
 
-    undecided = [d for d in decide(model, roles) if d.param.requires_grad and d.decision.role is None]
-    return [(d.name, tuple(d.param.shape), d.decision.why) for d in undecided]
+    found = [d for d in decide(model, roles) if d.param.requires_grad]
+    undecided = [(d.name, tuple(d.param.shape), d.decision.why) for d in found if d.decision.role is None]
+    return undecided, [*separating({d.names: d.decision.role is None for d in found}, unlisted=[False])]
 
 
-def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool) -> str:
+def _complaint(undecided: Undecided, patterns: Sequence[str], full: bool) -> str:
     alike: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, shape, why in undecided:
         alike.setdefault((name if full else layer_type(name), shape, why), []).append(name)
@@ -161,14 +260,18 @@ def _complaint(undecided: Sequence[tuple[str, tuple[int, ...], str]], full: bool
         f"  {names[0] if len(names) == 1 else f'{pattern} x{len(names)}'}  {shape}  {why}"
         for (pattern, shape, why), names in alike.items()
     ]
-    pattern = next(iter(alike))[0]
     return "\n".join(
         [
             f"The role of {len(undecided)} parameter(s) cannot be told:",
             *lines,
-            f"Decide the role with --role '{pattern}=vector' for constant lr and no decay, or '{pattern}=matrix:-1' for the",
-            "width rule with dimension -1 as fan_in, or 'output:-1' for a head or router. In a program use",
-            "param_groups(roles={...}), or lwadamw.register_role for the module class.",
+            "Decide the roles with",
+            *(f"    --role '{pattern}=<role>'" for pattern in patterns),
+            "where a <role> is one of",
+            "    matrix:-1   a matrix, with weight decay: fan_in is the last dimension. Packed experts: (experts, out, in)",
+            "    matrix:-2   a matrix, with weight decay: fan_in is the last but one. Packed experts: (experts, in, out)",
+            "    output:-1   a head or a router: the lr follows the width, no weight decay",
+            "    vector      an embedding, a position, a gain: constant lr, no weight decay",
+            "In a program use param_groups(roles={...}), or lwadamw.register_role for the module class.",
         ]
     )
 

@@ -70,7 +70,9 @@ def summary(optimizer: Optimizer | Groups, *, steps: int | None = None, full: bo
             label = name if full else layer_type(name)
             lines.setdefault((label, cells), _Line(label, cells)).names.append(name)
     rows = [(_label(line), *line.cells) for line in lines.values()]
-    return "\n".join([_title(groups), *aligned([_HEADER, *rows], _RIGHT), _tail(totals, evidence)])
+    return "\n".join(
+        [_title(groups), *aligned([_HEADER, *rows], _RIGHT), _tail(totals, evidence), *_assumptions(evidence)]
+    )
 
 
 def _named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:
@@ -119,6 +121,18 @@ def _tail(totals: Mapping[str, _Total], evidence: Mapping[str, Evidence]) -> str
     parts = [f"{role} {total.tensors} tensors {_human(total.elements)}" for role, total in sorted(totals.items())]
     frozen = sum(e.frozen for e in evidence.values())
     return "   ".join([*parts, f"frozen {frozen} (left out)"] if frozen else parts)
+
+
+def _assumptions(evidence: Mapping[str, Evidence]) -> list[str]:
+    """Return the line that says what the rule assumes of the forward pass: without it, values do not transfer."""
+    logits = {name: found.logits for name, found in evidence.items() if found.logits}
+    if not any(found.m is not None for found in evidence.values()):
+        return []
+    assumed = [f"logits of {name} {how}" for name, how in logits.items()]
+    assumed.append(
+        "attention scores divided by the size of a head, and not by its root, if this size follows the width"
+    )
+    return [f"the rule assumes of the forward pass: {'; '.join(assumed)}"]
 
 
 def _human(n: int) -> str:

@@ -26,6 +26,7 @@ class Decision:
             nobody knows them.
         by_size: whether a size of this model is the evidence, so that a model of another width may not show it.
         per: attribute of the module by which the fan_in is divided; None where it is not.
+        gives_logits: whether it is a head, or an embedding that is tied to one.
     """
 
     role: Role | None
@@ -33,6 +34,7 @@ class Decision:
     dims: tuple[int, ...] = ()
     by_size: bool = False
     per: str | None = None
+    gives_logits: bool = False
 
 
 # Names of parameters of two and more dimensions that a module holds itself, without a linear layer: tokens, positions and
@@ -78,7 +80,7 @@ def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output
             whose = why.partition(": ")[2]
             return Decision(None, f"one of several matrices in {whose}: which of them gives the outputs?", dims)
         if part == "final":
-            return Decision("output" if dims else None, why, dims)
+            return Decision("output" if dims else None, why, dims, gives_logits=why.startswith("head"))
     if at.attribute == "weight" and heads.may_be_a_head(at):
         return Decision(None, f"{kind}, the last of the model outside its layers: is it a head?", dims)
     if dims and (embeds := inputs.embeds_the_input(at)) is not None:
@@ -101,7 +103,7 @@ def fan_in_of(p: Tensor, site: Site, decision: Decision) -> int:
     Raises:
         ValueError: the module has no number of experts under the name that the decision gives.
     """
-    size = site.module.__dict__.get("input_size")
+    size = vars(site.module).get("input_size")
     if isinstance(size, int) and p.ndim == 2 and decision.dims in ((-1,), (1,)):
         return size
     fan_in = math.prod(p.shape[dim] for dim in decision.dims)
@@ -173,7 +175,7 @@ def transposes(module: nn.Module) -> bool | None:
     Args:
         module: the module that holds the experts.
     """
-    told = module.__dict__.get("is_transposed", getattr(type(module), "is_transposed", None))
+    told = getattr(type(module), "is_transposed", vars(module).get("is_transposed"))
     return told if isinstance(told, bool) and "Experts" in type(module).__name__ else None
 
 

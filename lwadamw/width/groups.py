@@ -34,6 +34,8 @@ class Evidence:
         m: width ratio; None where the multipliers do not depend on it.
         why: the evidence for the role, and the base fan_in where it is not the base width.
         frozen: whether the parameter is in no group because it does not require a gradient.
+        logits: what the rule assumes that the forward pass does to the logits that this parameter gives; "" where it gives none
+            or the rule does not follow the width.
     """
 
     role: Role
@@ -41,6 +43,7 @@ class Evidence:
     m: float | None
     why: str
     frozen: bool = False
+    logits: str = ""
 
 
 class Groups(list[dict[str, Any]]):
@@ -136,7 +139,7 @@ def param_groups(
     found = _settle_undecided(found, left_out, strict)
     scaled = [d for d in found if d.name not in left_out and not _is_constant(resolved[d.role])]
     ratio = ratios(model, base_width, width, found, scaled, roles)
-    evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio)
+    evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, resolved)
     groups = _merged([d for d in found if d.name not in left_out], evidence, resolved, overrides, segments)
     if fold:
         groups = [_folded(group, float(lr or 0.0), float(weight_decay or 0.0), eps) for group in groups]
@@ -202,12 +205,22 @@ def _settle_undecided(found: Sequence[Decided], left_out: set[str], strict: bool
     return [replace(d, decision=guessed.get(d.name, d.decision)) for d in found]
 
 
-def _evidence(found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio) -> dict[str, Evidence]:
+def _evidence(
+    found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio, rule: Rule
+) -> dict[str, Evidence]:
     evidence = {}
     for d in found:
         m, remark = ratio(d) if d.name in scaled else (None, "")
-        evidence[d.name] = Evidence(d.role, d.fan_in, m, d.decision.why + remark, frozen=d.name in left_out)
+        frozen = d.name in left_out
+        evidence[d.name] = Evidence(d.role, d.fan_in, m, d.decision.why + remark, frozen, _logits(d, rule))
     return evidence
+
+
+def _logits(found: Decided, rule: Rule) -> str:
+    """Return what a rule assumes of the logits that a parameter gives. In muP, either lr or logits of a head follow 1/m."""
+    if not found.decision.gives_logits or _is_constant(rule.matrix):
+        return ""
+    return "as they are" if rule[found.role].lr else "divided by m"
 
 
 def _merged(

@@ -104,6 +104,7 @@ def decide(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[Decided]:
             continue
         pattern, spec = by_user
         decision = _given(spec, p, f"roles[{pattern!r}]", names[0], evidence)
+        decision = replace(decision, gives_logits=evidence.gives_logits)
         found.append(Decided(p, names, places[0], decision, evidence, pattern))
     _check_patterns(found)
     return found
@@ -127,7 +128,9 @@ def _agreed(decisions: list[Decision], names: tuple[str, ...]) -> Decision:
     decided = [d for d in decisions if d.role is not None]
     best = next((d for d in decided if d.role == "vector"), decided[0] if decided else decisions[0])
     others = [name for name, d in zip(names, decisions, strict=True) if d is not best]
-    return replace(best, why=f"{best.why}; tied with {', '.join(others)}")
+    return replace(
+        best, why=f"{best.why}; tied with {', '.join(others)}", gives_logits=any(d.gives_logits for d in decisions)
+    )
 
 
 def _given(spec: RoleSpec, p: Tensor, why: str, name: str, evidence: Decision) -> Decision:

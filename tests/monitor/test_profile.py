@@ -29,7 +29,7 @@ def reading(step, **columns):
 def monitored():
     """Make an optimizer with the three segments of `reading`."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4, bias=False))
-    groups = param_groups(model, {"*": 4}, roles={"0.weight": "matrix", "1.weight": "matrix"})
+    groups = param_groups(model, {"all:*": 4}, roles={"0.weight": "matrix", "1.weight": "matrix"})
     return AdamW(groups, lr=torch.tensor(0.25), weight_decay=0.1, betas=(0.9, 0.95))
 
 

@@ -83,7 +83,7 @@ def test_the_report_has_its_own_line_for_each_of_w1_w2_and_w3():
     """Layer numbers are replaced by `*`. Digits inside a name are not."""
     model = nn.Module()
     model.layers = nn.ModuleList(_FeedForward() for _ in range(2))
-    optimizer = AdamW(param_groups(model, {"*": 4}, roles={"*.weight": "matrix"}), lr=1e-2, weight_decay=1.0)
+    optimizer = AdamW(param_groups(model, {"all:*": 4}, roles={"*.weight": "matrix"}), lr=1e-2, weight_decay=1.0)
     monitor = Monitor(optimizer, every=1)
     train_on_noise(optimizer, 1)
     titles = [re.split(r"\s{2,}", line)[0] for line in monitor.report().splitlines()[2:]]

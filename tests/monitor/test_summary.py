@@ -2,7 +2,7 @@
 
 import torch
 
-from lwadamw import AdamW, param_groups, summary
+from lwadamw import AdamW, Matrix, param_groups, summary
 from tests import zoo
 
 
@@ -26,7 +26,21 @@ def test_summary_of_a_scaled_model():
         "layers.*.down_proj.weight x3       (64,192)  matrix     192  4  0.0025  0.2  2000 = 2 run  Linear, base fan_in 48",
         "lm_head.weight                     (96,64)   output      64  4  0.0025    0             -  head: named 'lm_head'",
         "matrix 21 tensors 141K   output 1 tensors 6.14K   vector 14 tensors 6.64K",
+        "the rule assumes of the forward pass: logits of lm_head.weight as they are; attention scores divided by the size of a "
+        "head, and not by its root, if this size follows the width",
     ]
+
+
+def test_the_summary_says_what_the_rule_assumes_of_the_logits():
+    def last(model, *args, **kwargs):
+        return summary(param_groups(model, 16, *args, **kwargs)).splitlines()[-1]
+
+    assert "logits of lm_head.weight divided by m;" in last(zoo.Llama(64, 1), output="vector")
+    assert "logits of wte.weight divided by m;" in last(zoo.GPT2(64)), "a tied head has the constant lr of an embedding"
+    assert "the rule assumes" not in last(zoo.Llama(64, 1), "standard")
+    assert "logits" not in last(zoo.MoE(64), width=64, roles={"experts.*": Matrix(fan_in=-1)}), (
+        "a router gives no logits"
+    )
 
 
 def test_layers_with_other_values_get_their_own_lines():
