@@ -41,11 +41,9 @@ _EXPERTS: Final[dict[str, Roles]] = {
     "megablocks:MLP": {"w1": _IN_OUT, "w2": _IN_OUT},
     # (hidden, experts * out) and (experts * in, hidden)
     "megatron:GroupedMLP": {"weight1": Matrix(fan_in=0), "weight2": Matrix(fan_in=0, per="num_local_experts")},
-    # weight0, weight1, ...
-    **_each(
-        "transformer_engine:GroupedLinear TEColumnParallelGroupedLinear TERowParallelGroupedLinear",
-        {"weight*": _OUT_IN},
-    ),
+    # One weight for all experts, or weight0, weight1, ... for each.
+    "transformer_engine:GroupedLinear": {"weight*": _OUT_IN},
+    "GroupedLinear": {"weight[0-9]*": _OUT_IN},
     # torchtitan 0.1 has (experts, in, out) in torchtitan.experiments.
     "torchtitan.models:GroupedExperts": {"w?": _OUT_IN, "w?_E*": _OUT_IN},
     "torchtitan:GroupedExperts": {"w?_E*": _OUT_IN},

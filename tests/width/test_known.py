@@ -79,8 +79,9 @@ PRODUCTS: dict[str, dict[str, tuple[tuple[int, ...], Product]]] = {
         "weight1": ((IN, E * OUT), lambda w: torch.bmm(x(E, 2, IN), w.view(E, IN, -1))),
         "weight2": ((E * OUT, IN), lambda w: torch.bmm(x(E, 2, OUT), w.view(E, -1, IN))),
     },
+    "GroupedLinear": {f"weight{i}": ((OUT, IN), lambda w: F.linear(x(2, IN), w)) for i in range(E)},
     "transformer_engine.pytorch.module.grouped_linear:GroupedLinear": {
-        f"weight{i}": ((OUT, IN), lambda w: F.linear(x(2, IN), w)) for i in range(E)
+        "weight": ((E, OUT, IN), lambda w: torch.bmm(x(E, 2, IN), w.transpose(1, 2))),
     },
     "transformer_engine.pytorch.module.layernorm_mlp:LayerNormMLP": {
         "fc1_weight": ((OUT, IN), lambda w: F.linear(x(2, IN), w)),
@@ -149,7 +150,9 @@ def test_every_entry_is_a_class_name_with_patterns_and_roles(key: str) -> None:
     assert KNOWN[key], key
     for pattern, spec in KNOWN[key].items():
         check_spec(spec)
-        assert matcher(pattern)(pattern.replace("*", "a").replace("?", "1").replace("[qkvr]", "q")), pattern
+        assert matcher(pattern)(
+            pattern.replace("*", "a").replace("?", "1").replace("[qkvr]", "q").replace("[0-9]", "1")
+        ), pattern
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ IN_A_HEAD = (
     "SiglipMultiheadAttentionPoolingHead",
     "ModernBertPredictionHead",
     "FinalLayer",
-    "ElectraDiscriminatorPredictions",
+    "JanusVQVAEHead",
 )
 
 
