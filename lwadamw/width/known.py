@@ -35,24 +35,26 @@ _EXPERTS: Final[dict[str, Roles]] = {
     **_each("JetMoeParallelExperts GraniteMoeParallelExperts", {"weight": _OUT_IN}),
     **_each("GraniteMoeSharedParallelExperts GraniteMoeHybridParallelExperts", {"weight": _OUT_IN}),
     "AriaGroupedExpertsGemm": {"weight": _IN_OUT},
-    # The rows of w1, v1 and w2 are those of all experts. In w2 they are inputs, so its fan_in is not one of its sizes.
-    **_each("DbrxExpertGLU megablocks:SparseMLP", {"w1": _OUT_IN, "v1": _OUT_IN}),
+    # The rows of w1, v1 and w2 are those of all experts. In w2 they are inputs. SparseMLP does not hold the number of experts.
+    "DbrxExpertGLU": {"w1": _OUT_IN, "v1": _OUT_IN, "w2": Matrix(fan_in=0, per="moe_num_experts")},
+    "megablocks:SparseMLP": {"w1": _OUT_IN, "v1": _OUT_IN},
     "megablocks:MLP": {"w1": _IN_OUT, "w2": _IN_OUT},
-    "megatron:GroupedMLP": {"weight1": Matrix(fan_in=0)},  # (hidden, experts * out); weight2 is like w2 of DBRX
-    "GroupedLinear": {"weight*": _OUT_IN},  # of Transformer Engine: weight0, weight1, ...
+    # (hidden, experts * out) and (experts * in, hidden)
+    "megatron:GroupedMLP": {"weight1": Matrix(fan_in=0), "weight2": Matrix(fan_in=0, per="num_local_experts")},
+    # One weight for all experts, or weight0, weight1, ... for each.
+    "transformer_engine:GroupedLinear": {"weight*": _OUT_IN},
+    "GroupedLinear": {"weight[0-9]*": _OUT_IN},
     # torchtitan 0.1 has (experts, in, out) in torchtitan.experiments.
     "torchtitan.models:GroupedExperts": {"w?": _OUT_IN, "w?_E*": _OUT_IN},
+    "torchtitan:GroupedExperts": {"w?_E*": _OUT_IN},
     "torchtitan:GptOssGroupedExperts": {"mlp?_weight*": _OUT_IN, "mlp?_bias*": "vector"},
     **_each("torchtitan:FusedSwiGLU torchtitan:FusedGroupedExperts", {"w13": _OUT_IN, "w2_*": _OUT_IN}),
     "deepspeed:GroupedExperts": {"w?": _OUT_IN},
 }
 
 _ROUTERS: Final[dict[str, Roles]] = {
-    "SharedExpertMLP": {"gate_weight": Output(fan_in=-1)},  # of Megatron, of shape (1, hidden)
+    "megatron:SharedExpertMLP": {"gate_weight": Output(fan_in=-1)},  # of shape (1, hidden)
     "deepspeed:MoE": {"coefficient.weight": "output"},
-    "DeepseekV2MoEGate": {"weight": "output"},
-    "HunYuanMoEV1Gate": {"wg.weight": "output"},
-    "JetMoeTopKGating": {"layer.weight": "output"},
     "DogeCDMoE": {"router_gate.weight": "output"},
     "MomAttention": {"gate.weight": "output"},
     "ZayaRouterMLP": {"fc?.weight": "matrix", "out_proj.weight": "output"},
@@ -60,7 +62,7 @@ _ROUTERS: Final[dict[str, Roles]] = {
     # Coefficients that mix a few copies of the residual stream. Their number is the same at every width.
     **_each("DeepseekV4HyperConnection Glm5NextTextHyperConnection HYV4HyperConnection", {"fn": Output(fan_in=-1)}),
     **_each("DeepseekV4HyperHead HYV4HyperHead", {"hc_fn": Output(fan_in=-1)}),
-    "HyperConnection": {"dynamic_alpha_fn": Output(fan_in=-2), "static_alpha": "vector"},
+    "x_transformers:HyperConnection": {"dynamic_alpha_fn": Output(fan_in=-2), "static_alpha": "vector"},
     "Gemma3nTextAltUp": {"modality_router.weight": "output", "*_coefs.weight": "vector"},
 }
 
@@ -91,6 +93,8 @@ _HIDDEN_IN_A_HEAD: Final[dict[str, Roles]] = {
         {"classifier.weight": "matrix"},
     ),
     **_each("Qwen3ASREncoder Qwen3OmniMoeAudioEncoder", {"conv_out.weight": "matrix"}),
+    "PerceiverSelfOutput": {"dense.weight": "matrix"},
+    "Tipsv2DptReadoutProjectLayer": {"*weight": "matrix"},
 }
 
 _HEADS: Final[dict[str, Roles]] = {
@@ -102,6 +106,7 @@ _HEADS: Final[dict[str, Roles]] = {
         {"linear_1.weight": "matrix", "linear_2.weight": "output"},
     ),
     "Transformer2DModel": {"proj_out_1.weight": "matrix", "proj_out_2.weight": "output", "out.weight": "output"},
+    "JanusVQVAEHead": {"proj_out.weight": "matrix", "vision_head.weight": "output"},
     "AMSoftmaxLoss": {"weight": Output(fan_in=-2)},
     "CsmCodebooksHead": {"weight": Output(fan_in=-2)},
     "MoshiDepthDecoder": {
@@ -117,61 +122,61 @@ _HEADS: Final[dict[str, Roles]] = {
     ),
     # Codes of the quantizer on one side, sound on the other.
     **_each("EncodecEncoder EncodecDecoder", {"layers.0.conv.*1": "vector", "layers.-1.conv.*original1": "output"}),
-    "DINOHead": {"mlp.*.weight": "matrix", "last_layer.weight": "output", "last_layer.weight_v": "output"},
+    # The last layer has weight norm, in torch's older form or as a parametrization.
+    "DINOHead": {"mlp.*weight": "matrix", "last_layer.weight_v": "output", "last_layer.*.original1": "output"},
     "NormMlpClassifierHead": {"pre_logits.*.weight": "matrix", "fc.weight": "output"},
 }
 
-# Latents, captions of another model, and sinusoids of a time: there are as many of them at every width.
+# Latents, captions of another model, and sinusoids of a time: there are as many of them at every width. In CogVideoX, in
+# CogView4 and in UNets there are as many sinusoids as the model is wide. So their projection is a matrix, as its type says.
 _DIT: Final[Roles] = {
-    "x_embedder.weight": "vector",
-    "x_embedder.proj.weight": "vector",
     "pos_embed.proj.weight": "vector",
-    "patch_embed.proj.weight": "vector",
-    "patch_embed.text_proj.weight": "vector",
-    "patch_embedding.weight": "vector",
-    "img_in.weight": "vector",
     "proj_in.weight": "vector",
-    "txt_in.weight": "vector",
-    "context_embedder.weight": "vector",
+    "patch_embed.text_proj.weight": "vector",
     "context_embedder.proj_in.weight": "vector",
+    "*caption_embedder.1.weight": "vector",
+    "*.image_embedder.ff.*weight": "vector",
     "*.timestep_embedder.linear_1.weight": "vector",
     "*.guidance_embedder.linear_1.weight": "vector",
     "*.time_embedder.linear_1.weight": "vector",
+    "*.resolution_embedder.linear_1.weight": "vector",
+    "*.aspect_ratio_embedder.linear_1.weight": "vector",
+    "pos_frequencies": "vector",
     "proj_out_1.weight": "matrix",
     "proj_out_2.weight": "output",
     "proj_out.weight": "output",
 }
+_CONVOLUTION: Final = Output(fan_in=(1, 2, 3))
 _MEL: Final[Roles] = {"conv1.weight": "vector"}
 _INPUTS: Final[dict[str, Roles]] = {
-    **_each("AuraFlowTransformer2DModel ChromaTransformer2DModel CogView4Transformer2DModel", _DIT),
+    **_each("AuraFlowTransformer2DModel ChromaTransformer2DModel", _DIT),
     **_each("CogVideoXTransformer3DModel DiTTransformer2DModel Flux2Transformer2DModel FluxTransformer2DModel", _DIT),
     **_each("HunyuanDiT2DModel HunyuanVideoTransformer3DModel LTXVideoTransformer3DModel", _DIT),
     **_each("LatteTransformer3DModel Lumina2Transformer2DModel MochiTransformer3DModel", _DIT),
     **_each("PixArtTransformer2DModel QwenImageTransformer2DModel SD3Transformer2DModel", _DIT),
     **_each("SanaTransformer2DModel WanTransformer3DModel", _DIT),
-    "PixArtAlphaTextProjection": {"linear_1.weight": "vector"},
-    **_each("Flux FluxModel", {"img_in.weight": "vector", "txt_in.weight": "vector"}),
+    "PixArtAlphaTextProjection": {"linear_2.weight": "matrix"},
     "MLPEmbedder": {"in_layer.weight": "vector"},
     "TimestepEmbedder": {"mlp.0.weight": "vector"},
     **_each(
         "UNet2DModel UNet2DConditionModel UNet3DConditionModel UNetMotionModel UNetSpatioTemporalConditionModel "
         "ControlNetModel",
-        {"conv_in.weight": "vector", "conv_out.weight": "output"},
+        {"conv_in.weight": "vector", "conv_out.weight": _CONVOLUTION, "add_embedding.linear_1.weight": "vector"},
     ),
     **_each(
         "AutoencoderKL VQModel",
-        {"*coder.conv_in.weight": "vector", "*coder.conv_out.weight": "output", "*quant_conv.weight": "vector"},
+        {"*coder.conv_in.weight": "vector", "*coder.conv_out.weight": _CONVOLUTION, "*quant_conv.weight": "vector"},
     ),
     # Mel bands.
-    **_each("WhisperEncoder AudioEncoder Qwen2AudioEncoder AudioFlamingo3Encoder VoxtralEncoder GlmAsrEncoder", _MEL),
+    **_each(
+        "WhisperEncoder whisper:AudioEncoder Qwen2AudioEncoder AudioFlamingo3Encoder VoxtralEncoder GlmAsrEncoder", _MEL
+    ),
     "Qwen2_5OmniAudioEncoder": _MEL,
     **_each("SeamlessM4TConformerFeatureProjection Wav2Vec2BertFeatureProjection", {"projection.weight": "vector"}),
     # Patches of pixels.
+    "timm.models.volo:PatchEmbed": {"proj.weight": Matrix(fan_in=(1, 2, 3))},  # after a stem
     "Llama4UnfoldConvolution": {"linear.weight": "vector"},
     "Gemma4VisionPatchEmbedder": {"input_proj.weight": "vector"},
-    "Ernie4_5_VLMoePatchEmbed": {"proj.weight": "vector"},
-    **_each("FuyuModel FuyuForCausalLM", {"vision_embed_tokens.weight": "vector"}),
-    **_each("Pix2StructVisionEmbeddings Kosmos2_5VisionEmbeddings", {"patch_projection.weight": "vector"}),
 }
 
 _PACKED: Final[dict[str, Roles]] = {
@@ -180,22 +185,22 @@ _PACKED: Final[dict[str, Roles]] = {
     "open_clip:Attention": {"in_proj_weight": _OUT_IN},
     **_each("Gemma3MultiModalProjector T5Gemma2MultiModalProjector", {"mm_input_projection_weight": _IN_OUT}),
     "XCLIPModel": {"prompts_visual_projection": _IN_OUT},
-    "LayerNormMLP": {"fc?_weight": _OUT_IN},  # of Transformer Engine
+    "transformer_engine:LayerNormMLP": {"fc?_weight": _OUT_IN},
     "XLNetRelativeAttention": {"[qkvr]": Matrix(fan_in=0), "o": Matrix(fan_in=(-2, -1))},
     "FunnelRelMultiheadAttention": {"r_kernel": Matrix(fan_in=0)},
     "ZambaMambaMixer": {"x_proj_weight": _OUT_IN, "dt_proj_weight": _OUT_IN},
     "RecurrentGemmaRglru": {"*_gate_weight": _IN_OUT},
-    "GroupedLinearLayer": {"weight": _IN_OUT},  # of ConvBERT
+    "transformers:GroupedLinearLayer": {"weight": _IN_OUT},
     "LinearHeadwiseExpand": {"weight": _OUT_IN},  # of xLSTM
     "sLSTMCell_vanilla": {"_recurrent_kernel_": _OUT_IN, "_bias_": "vector"},
     "sLSTMCell_cuda": {"_recurrent_kernel_": _IN_OUT, "_bias_": "vector"},
-    "MultiQueryAttentionV2": {
+    "timm:MultiQueryAttentionV2": {
         "query_proj": _OUT_IN,
         "key_proj": Matrix(fan_in=0),
         "value_proj": Matrix(fan_in=0),
         "out_proj": Matrix(fan_in=(-2, -1)),
     },
-    "LowRankLinear": {"weight_?": _OUT_IN},
+    "x_transformers:LowRankLinear": {"weight_?": _OUT_IN},
 }
 
 KNOWN: Final[Mapping[str, Roles]] = {**_EXPERTS, **_ROUTERS, **_HIDDEN_IN_A_HEAD, **_HEADS, **_INPUTS, **_PACKED}
