@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .builders import ARCHITECTURES, table_widths
+from .builders import ARCHITECTURES
+from .sizes import table_widths
 from .skeleton import torch_class
 from .table import ROOT, TABLES, ModuleRow, ParameterRow, Table, render
 from .truth import truth, unused
@@ -20,6 +21,14 @@ _CONFIG_HOLDERS = ("config", "cfg", "model_args", "args", "params", "hparams")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "width", "embed_dim", "model_dim", "inner_dim", "num_features")
 _PARTS = ("text_config", "vision_config", "audio_config")
 _EVIDENCE = ("is_transposed", "input_size", "output_size", "num_experts", "num_local_experts", "groups", "stride")
+# Names under which packages are installed, where these are not the names that are imported.
+_PACKAGES = {
+    "fla": "flash-linear-attention",
+    "megatron": "megatron-core",
+    "open_clip": "open_clip_torch",
+    "tests": "torch",
+    "x_transformers": "x-transformers",
+}
 # Base classes of transformers' models that say nothing about an architecture.
 _UNTOLD = ("PreTrainedModel", "GradientCheckpointingLayer", "ModelMixin", "GenericForSequenceClassification")
 
@@ -48,7 +57,9 @@ def record(name: str) -> Table:
         fan_in = None if dims is None else (_size(low, dims), _size(high, dims))
         exempt = getattr(low, "_no_weight_decay", False)
         shapes = (tuple(low.shape), tuple(high.shape))
-        rows.append(ParameterRow(path, shapes, role, fan_in, None if tied == path else tied, exempt))
+        rows.append(
+            ParameterRow(path, shapes, role, fan_in, None if tied == path else tied, exempt, not low.requires_grad)
+        )
     if left := unused(name, [row.name for row in rows]):
         raise RuntimeError(f"{name}: the patterns {left} of truth.py match no parameter. Delete them.")
     labels = dict.fromkeys((*configs[0], *configs[1]))
@@ -146,8 +157,9 @@ def _merged(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
 
 def _source(model: nn.Module) -> str:
     package = type(model).__module__.split(".")[0]
-    package = {"megatron": "megatron-core", "open_clip": "open_clip_torch"}.get(package, package)
-    return f"{package} {importlib.metadata.version(package)} {type(model).__name__}"
+    package = _PACKAGES.get(package, package)
+    version = importlib.metadata.version(package).partition("+")[0]
+    return f"{package} {version} {type(model).__name__}"
 
 
 if __name__ == "__main__":

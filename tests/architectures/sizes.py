@@ -17,3 +17,13 @@ TABLE_OF: Final[dict[str, tuple[int, int]]] = {
     **dict.fromkeys(("dit", "pixart", "sd3", "flux"), (384, 768)),
 }
 WIDTHS_OF: Final[dict[str, tuple[int, ...]]] = dict.fromkeys(("dit", "pixart", "sd3", "flux"), (384, 512, 640, 768))
+
+
+def table_widths(name: str) -> tuple[int, int]:
+    """Return the two widths of the table of an architecture."""
+    return TABLE_OF.get(name, TABLE)
+
+
+def widths_of(name: str) -> tuple[int, ...]:
+    """Return the four widths at which the roles of an architecture have to be the same."""
+    return WIDTHS_OF.get(name, WIDTHS)

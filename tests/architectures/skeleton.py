@@ -37,7 +37,7 @@ def build(table: Table, which: int) -> nn.Module:
     for p in table.parameters:
         path, _, name = p.name.rpartition(".")
         if p.tied is None:
-            made[p.name] = nn.Parameter(torch.empty(p.shapes[which], device="meta"))
+            made[p.name] = nn.Parameter(torch.empty(p.shapes[which], device="meta"), requires_grad=not p.frozen)
             if p.exempt:
                 made[p.name]._no_weight_decay = True  # type: ignore[attr-defined]
         modules[path or ROOT].register_parameter(name, made[p.tied or p.name])

@@ -35,6 +35,7 @@ class ParameterRow:
         fan_in: fan_in at each width; None for a vector and where the role is undecided.
         tied: the first name of the same parameter; None if this is the first one.
         exempt: whether it has the attribute `_no_weight_decay`.
+        frozen: whether it requires no gradient.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ParameterRow:
     fan_in: tuple[int, int] | None
     tied: str | None = None
     exempt: bool = False
+    frozen: bool = False
 
     @property
     def m(self) -> float | None:
@@ -112,14 +114,15 @@ def _parameter(cells: list[str]) -> ParameterRow:
     name, first, second, role, low, high, _, *flags = cells
     tied = next((flag.removeprefix("tied with ") for flag in flags if flag.startswith("tied with ")), None)
     fan_in = None if low == "-" else (int(low), int(high))
-    return ParameterRow(name, (_shape(first), _shape(second)), role, fan_in, tied, "_no_weight_decay" in flags)
+    shapes = _shape(first), _shape(second)
+    return ParameterRow(name, shapes, role, fan_in, tied, "_no_weight_decay" in flags, "frozen" in flags)
 
 
 def _cells_of(row: ParameterRow) -> list[str]:
     shapes = ["x".join(map(str, shape)) or "scalar" for shape in row.shapes]
     width = ["-"] * 3 if row.fan_in is None else [str(row.fan_in[0]), str(row.fan_in[1]), f"{row.m:g}"]
-    flags = [f"tied with {row.tied}"] if row.tied else []
-    return [row.name, *shapes, row.role, *width, *flags, *(["_no_weight_decay"] if row.exempt else [])]
+    flags = {f"tied with {row.tied}": row.tied, "_no_weight_decay": row.exempt, "frozen": row.frozen}
+    return [row.name, *shapes, row.role, *width, *(flag for flag, is_set in flags.items() if is_set)]
 
 
 def _shape(text: str) -> tuple[int, ...]:
