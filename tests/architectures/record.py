@@ -67,6 +67,7 @@ def record(name: str) -> Table:
         _source(models[0]),
         widths,
         {label: _merged(configs[0][label], configs[1][label]) for label in labels},
+        _classes(models[0]),
         [ModuleRow(a.path, a.bases, _merged(a.attributes, b.attributes)) for a, b in zip(*modules, strict=True)],
         rows,
     )
@@ -99,19 +100,33 @@ def _modules(model: nn.Module, configs: list[dict[str, dict[str, str]]]) -> Iter
         listed = getattr(module, "no_weight_decay", None)
         if callable(listed):
             attributes["no_weight_decay"] = ",".join(sorted(listed()))
-        yield ModuleRow(path or ROOT, _bases(type(module)), attributes)
+        yield ModuleRow(path or ROOT, tuple(base.__name__ for base in _bases(type(module))), attributes)
 
 
-def _bases(cls: type) -> tuple[str, ...]:
-    """Return the names of a class and of the modules it derives from, down to the first class of torch."""
-    bases: list[str] = []
+def _bases(cls: type) -> tuple[type, ...]:
+    """Return a class and the modules it derives from, down to the first class of torch."""
+    bases: list[type] = []
     for base in cls.__mro__:
         if base.__module__.startswith("torch.nn") and _is_public(base):
-            return (*bases, base.__name__)
+            return (*bases, base)
         told = not any(base.__name__.endswith(untold) for untold in _UNTOLD)
         if not bases or (issubclass(base, nn.Module) and told):
-            bases.append(base.__name__)
+            bases.append(base)
     raise RuntimeError(f"{cls} derives from no module of torch")
+
+
+def _classes(model: nn.Module) -> dict[str, str]:
+    """Return the module path of every class of a model, and of those it derives from, that is not of torch."""
+    paths: dict[str, str] = {}
+    for module in model.modules():
+        if next(module.parameters(), None) is None:
+            continue
+        for base in _bases(type(module))[:-1]:
+            if paths.setdefault(base.__name__, base.__module__) != base.__module__:
+                raise RuntimeError(
+                    f"two classes are named {base.__name__}: of {paths[base.__name__]}, {base.__module__}"
+                )
+    return dict(sorted(paths.items()))
 
 
 def _is_public(cls: type) -> bool:

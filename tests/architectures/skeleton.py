@@ -29,7 +29,7 @@ def build(table: Table, which: int) -> nn.Module:
     configs = _configs(table, which)
     modules: dict[str, nn.Module] = {}
     for row in table.modules:
-        modules[row.path] = module = _module(row, which, configs)
+        modules[row.path] = module = _module(row, which, configs, table.classes)
         if row.path != ROOT:
             parent, _, name = row.path.rpartition(".")
             modules[parent or ROOT].add_module(name, module)
@@ -56,23 +56,24 @@ def torch_class(name: str) -> type[nn.Module]:
 
 
 @functools.cache
-def _class(bases: tuple[str, ...], with_head: bool, exempt: str | None) -> type[nn.Module]:
+def _class(bases: tuple[str, ...], paths: tuple[str, ...], with_head: bool, exempt: str | None) -> type[nn.Module]:
     cls = torch_class(bases[-1])
-    for name in reversed(bases[:-1]):
-        cls = type(name, (cls,), {})
-    methods: dict[str, Any] = {}
+    for name, path in reversed([*zip(bases[:-1], paths, strict=True)]):
+        cls = type(name, (cls,), {"__module__": path})
+    methods: dict[str, Any] = {"__module__": cls.__module__}
     if with_head:
         methods["get_output_embeddings"] = lambda self: self.output_embeddings[0]
     if exempt is not None:
         methods["no_weight_decay"] = lambda self: set(exempt.split(","))
-    return type(bases[0], (cls,), methods) if methods else cls
+    return type(bases[0], (cls,), methods) if len(methods) > 1 else cls
 
 
-def _module(row: ModuleRow, which: int, configs: dict[str, Any]) -> nn.Module:
+def _module(row: ModuleRow, which: int, configs: dict[str, Any], paths: dict[str, str]) -> nn.Module:
     attributes = dict(row.attributes)
-    cls = _class(
-        row.bases, attributes.pop("output_embeddings", None) is not None, attributes.pop("no_weight_decay", None)
-    )
+    with_head, exempt = "output_embeddings" in attributes, attributes.get("no_weight_decay")
+    cls = _class(row.bases, tuple(paths[name] for name in row.bases[:-1]), with_head, exempt)
+    for name in ("output_embeddings", "no_weight_decay"):
+        attributes.pop(name, None)
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     for name, text in attributes.items():

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from . import table
 from .sizes import widths_of
 from .test_skeletons import differences, recorded, roles
 
-pytestmark = [
-    pytest.mark.zoo,
-    pytest.mark.filterwarnings("default"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("transformers") is None, reason="needs the packages of `make test-zoo`"
-    ),
-]
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("default")]
 each_architecture = pytest.mark.parametrize("name", table.names())
 
 
