@@ -39,7 +39,8 @@ test-matrix: .venv/.installed
 	test -x .venv-zoo/bin/python || $(PYTHON) -m venv .venv-zoo
 	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		torch triton numpy pytest pytest-xdist expecttest hypothesis
-	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/architectures/requirements.txt
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		-r tests/architectures/requirements.txt
 	touch $@
 
 test-zoo: .venv-zoo/.installed

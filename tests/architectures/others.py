@@ -13,12 +13,12 @@ from .sizes import POSITIONS, VOCABULARY
 
 
 class LSTMLanguageModel(nn.Module):
-    """An AWD-LSTM: the embedding is narrower than the hidden state."""
+    """An AWD-LSTM: the embedding is narrower than the hidden state, and has one size."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.encoder = nn.Embedding(VOCABULARY, width // 4)
-        self.rnn = nn.LSTM(width // 4, width, num_layers=2)
+        self.encoder = nn.Embedding(VOCABULARY, 40)
+        self.rnn = nn.LSTM(40, width, num_layers=2)
         self.decoder = nn.Linear(width, VOCABULARY)
 
     def get_output_embeddings(self) -> nn.Module:

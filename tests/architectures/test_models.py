@@ -8,7 +8,7 @@ from . import table
 from .sizes import widths_of
 from .test_skeletons import differences, recorded, roles
 
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 each_architecture = pytest.mark.parametrize("name", table.names())
 
 

@@ -63,8 +63,8 @@ def test_roles_and_fan_ins_are_the_recorded_ones(table: Table, which: int) -> No
 def test_width_ratios_from_a_proxy_are_the_recorded_ones(table: Table) -> None:
     undecided = {p.name: "vector" for p in table.parameters if p.role == "undecided"}
     groups = param_groups(build(table, 1), base_width=build(table, 0), roles=undecided)
-    matrices = {p.name: p.m for p in table.parameters if p.role == "matrix" and p.tied is None}
-    assert {name: groups.evidence[name].m for name in matrices} == matrices
+    ratios = {p.name: p.m for p in table.parameters if p.fan_in and p.tied is None and not p.frozen}
+    assert {name: groups.evidence[name].m for name in ratios} == ratios
 
 
 @pytest.mark.parametrize("name", names())
