@@ -11,8 +11,16 @@ from .encoders import ENCODERS
 from .language import LANGUAGE
 from .others import OTHERS
 from .packages import declare_torchvision_operators
+from .unusual import UNUSUAL
 from .vision import VISION
 
 declare_torchvision_operators()
 
-ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION, **OTHERS}
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    **LANGUAGE,
+    **ENCODERS,
+    **VISION,
+    **DIFFUSION,
+    **OTHERS,
+    **UNUSUAL,
+}

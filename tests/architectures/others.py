@@ -98,34 +98,36 @@ def titan_deepseek_v3(width: int) -> nn.Module:
     from torchtitan.models import deepseek_v3
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
 
+    layers = deepseek_v3._build_dsv3_layers(
+        n_layers=2,
+        n_dense_layers=1,
+        dim=width,
+        n_heads=width // HEAD,
+        q_lora_rank=72,
+        kv_lora_rank=40,
+        qk_nope_head_dim=HEAD,
+        qk_rope_head_dim=HEAD // 2,
+        v_head_dim=HEAD,
+        mscale=0.7,
+        dense_hidden_dim=5 * width // 2,
+        moe_hidden_dim=5 * width // 16,
+        num_experts=4,
+        num_shared_experts=1,
+        router_top_k=2,
+        router_score_func="sigmoid",
+        attn_backend="flex",
+        moe_comm_backend="standard",
+        non_blocking_capacity_factor=None,
+        rope=ComplexRoPE.Config(dim=HEAD // 2, max_seq_len=POSITIONS, theta=10000.0, scaling="none"),
+    )
     config = deepseek_v3.DeepSeekV3Model.Config(
         dim=width,
         vocab_size=VOCABULARY,
         tok_embeddings=Embedding.Config(num_embeddings=VOCABULARY, embedding_dim=width),
         norm=RMSNorm.Config(normalized_shape=width),
         lm_head=Linear.Config(in_features=width, out_features=VOCABULARY),
-        layers=deepseek_v3._build_dsv3_layers(
-            n_layers=2,
-            n_dense_layers=1,
-            dim=width,
-            n_heads=width // HEAD,
-            q_lora_rank=72,
-            kv_lora_rank=40,
-            qk_nope_head_dim=HEAD,
-            qk_rope_head_dim=HEAD // 2,
-            v_head_dim=HEAD,
-            mscale=0.7,
-            dense_hidden_dim=5 * width // 2,
-            moe_hidden_dim=5 * width // 16,
-            num_experts=4,
-            num_shared_experts=1,
-            router_top_k=2,
-            router_score_func="sigmoid",
-            attn_backend="flex",
-            moe_comm_backend="standard",
-            non_blocking_capacity_factor=None,
-            rope=ComplexRoPE.Config(dim=HEAD // 2, max_seq_len=POSITIONS, theta=10000.0, scaling="none"),
-        ),
+        layers=layers,
+        mtp_layers=deepseek_v3._build_mtp_layers(layers[-1], dim=width, num_mtp_layers=1),
     )
     with torch.device("meta"):
         return config.build()
