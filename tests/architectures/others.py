@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ def lstm(width: int) -> nn.Module:
         return LSTMLanguageModel(width)
 
 
-def _megatron(width: int, experts: int | None = None, **fields: Any) -> nn.Module:
+def _megatron(width: int, experts: int | None = None, grouped: bool = False, **fields: Any) -> nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -52,7 +53,9 @@ def _megatron(width: int, experts: int | None = None, **fields: Any) -> nn.Modul
     # Layers of Megatron are allocated on the CPU whatever the default device is.
     model: nn.Module = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            num_experts=experts, moe_grouped_gemm=grouped, moe_use_legacy_grouped_gemm=grouped
+        ),
         vocab_size=VOCABULARY,
         max_sequence_length=POSITIONS,
         position_embedding_type="learned_absolute",
@@ -68,6 +71,16 @@ def megatron_gpt(width: int) -> nn.Module:
 def megatron_moe(width: int) -> nn.Module:
     shared = {"moe_shared_expert_intermediate_size": 3 * width, "add_bias_linear": False, "gated_linear_unit": True}
     return _megatron(width, 4, moe_router_topk=2, moe_ffn_hidden_size=3 * width // 2, **shared)
+
+
+def megatron_grouped(width: int) -> nn.Module:
+    from megatron.core.transformer.moe import grouped_gemm_util
+
+    # The kernels are not needed to build the module.
+    with mock.patch.object(grouped_gemm_util, "assert_grouped_gemm_is_available"):
+        return _megatron(
+            width, 4, grouped=True, moe_router_topk=2, moe_ffn_hidden_size=3 * width // 2, add_bias_linear=False
+        )
 
 
 def titan_llama3(width: int) -> nn.Module:
@@ -182,6 +195,7 @@ OTHERS: dict[str, Callable[[int], nn.Module]] = {
         lstm,
         megatron_gpt,
         megatron_moe,
+        megatron_grouped,
         titan_llama3,
         titan_deepseek_v3,
         peft_lora,
