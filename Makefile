@@ -1,19 +1,20 @@
 # make demo   trains a small language model at two widths and shows its norms
 # make test   runs lint, types and tests: everything that CI runs
 # make test-matrix   runs every combination of what others may do; CI runs it after make test
+# make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it last
 # make check  runs lint and types
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
 # make gpu    runs the GPU tests, then the benchmarks; needs only python3, torch, triton and numpy
 # make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
 #             Runs that exist already are not repeated.
-# All targets but gpu and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
+# All targets but test-zoo, gpu and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
 
 PYTHON ?= python3
 OUT ?= bench/results
 JOBS ?= auto
 BIN := .venv/bin
 
-.PHONY: demo test test-matrix check bench study gpu clean
+.PHONY: demo test test-matrix test-zoo check bench study gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,6 +34,17 @@ test: check
 
 test-matrix: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m matrix
+
+.venv-zoo/.installed: tests/architectures/requirements.txt constraints.txt
+	test -x .venv-zoo/bin/python || $(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		torch triton numpy pytest pytest-xdist expecttest hypothesis
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		-r tests/architectures/requirements.txt
+	touch $@
+
+test-zoo: .venv-zoo/.installed
+	OMP_NUM_THREADS=1 .venv-zoo/bin/python -m pytest tests/architectures -m zoo
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json
@@ -60,4 +72,4 @@ gpu:
 	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu --out $(OUT)
 
 clean:
-	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-zoo build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -9,15 +9,18 @@ from torch import nn
 from .diffusion import DIFFUSION
 from .encoders import ENCODERS
 from .language import LANGUAGE
+from .others import OTHERS
 from .packages import declare_torchvision_operators
-from .sizes import TABLE, TABLE_OF
+from .unusual import UNUSUAL
 from .vision import VISION
 
 declare_torchvision_operators()
 
-ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION}
-
-
-def table_widths(name: str) -> tuple[int, int]:
-    """Return the two widths of the table of an architecture."""
-    return TABLE_OF.get(name, TABLE)
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    **LANGUAGE,
+    **ENCODERS,
+    **VISION,
+    **DIFFUSION,
+    **OTHERS,
+    **UNUSUAL,
+}

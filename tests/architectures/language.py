@@ -94,8 +94,8 @@ def qwen3_next(width: int) -> nn.Module:
     experts = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": width // 4,
-        "shared_expert_intermediate_size": width // 4,
+        "moe_intermediate_size": 5 * width // 16,
+        "shared_expert_intermediate_size": 5 * width // 16,
         "linear_num_key_heads": width // HEAD,
         "linear_num_value_heads": width // HEAD,
         "linear_key_head_dim": HEAD,
@@ -157,7 +157,11 @@ def olmo2(width: int) -> nn.Module:
 
 
 def olmoe(width: int) -> nn.Module:
-    return build("OlmoeConfig", "OlmoeForCausalLM", **decoder(width, 0.5, num_experts=4, num_experts_per_tok=2))
+    return build(
+        "OlmoeConfig",
+        "OlmoeForCausalLM",
+        **decoder(width, 0.5, num_key_value_heads=width // HEAD, num_experts=4, num_experts_per_tok=2),
+    )
 
 
 def phi3(width: int) -> nn.Module:
@@ -183,7 +187,7 @@ def granite(width: int) -> nn.Module:
 
 def granite_moe(width: int) -> nn.Module:
     return build(
-        "GraniteMoeConfig", "GraniteMoeForCausalLM", **decoder(width, 0.5, num_local_experts=4, num_experts_per_tok=2)
+        "GraniteMoeConfig", "GraniteMoeForCausalLM", **decoder(width, 0.375, num_local_experts=4, num_experts_per_tok=2)
     )
 
 
@@ -253,6 +257,51 @@ def bloom(width: int) -> nn.Module:
     return build("BloomConfig", "BloomForCausalLM", **fields, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
+def opt(width: int) -> nn.Module:
+    # The smallest OPT and 350M have embeddings narrower than the model, with projections around the layers.
+    fields = {"word_embed_proj_dim": width // 2, "do_layer_norm_before": False, "ffn_dim": 4 * width}
+    return build("OPTConfig", "OPTForCausalLM", **decoder(width, 4, tie_word_embeddings=True, **fields))
+
+
+def cohere2(width: int) -> nn.Module:
+    return build("Cohere2Config", "Cohere2ForCausalLM", **decoder(width, 3.5, head_dim=HEAD, tie_word_embeddings=True))
+
+
+def nemotron_h(width: int) -> nn.Module:
+    mixer = {
+        "mamba_num_heads": 2 * width // HEAD,
+        "mamba_head_dim": HEAD,
+        "ssm_state_size": 40,
+        "n_groups": 1,
+        "layers_block_type": ["mamba", "attention", "moe"],
+        "head_dim": HEAD,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 3 * width // 4,
+        "moe_shared_expert_intermediate_size": 3 * width // 2,
+    }
+    return build("NemotronHConfig", "NemotronHForCausalLM", **decoder(width, 4, **mixer))
+
+
+def lfm2(width: int) -> nn.Module:
+    layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    return build("Lfm2Config", "Lfm2ForCausalLM", **decoder(width, 4.5, tie_word_embeddings=True, **layers))
+
+
+def gemma3n(width: int) -> nn.Module:
+    fields = {
+        "head_dim": HEAD,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 40,
+        "laurel_rank": 24,
+        "altup_num_inputs": 3,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": None,
+    }
+    return build("Gemma3nTextConfig", "Gemma3nForCausalLM", **decoder(width, 8, tie_word_embeddings=True, **fields))
+
+
 LANGUAGE: dict[str, Callable[[int], nn.Module]] = {
     function.__name__: function
     for function in (
@@ -286,5 +335,10 @@ LANGUAGE: dict[str, Callable[[int], nn.Module]] = {
         rwkv,
         falcon,
         bloom,
+        opt,
+        cohere2,
+        nemotron_h,
+        lfm2,
+        gemma3n,
     )
 }

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .builders import ARCHITECTURES, table_widths
+from .builders import ARCHITECTURES
+from .sizes import table_widths
 from .skeleton import torch_class
 from .table import ROOT, TABLES, ModuleRow, ParameterRow, Table, render
 from .truth import truth, unused
@@ -20,6 +21,14 @@ _CONFIG_HOLDERS = ("config", "cfg", "model_args", "args", "params", "hparams")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "width", "embed_dim", "model_dim", "inner_dim", "num_features")
 _PARTS = ("text_config", "vision_config", "audio_config")
 _EVIDENCE = ("is_transposed", "input_size", "output_size", "num_experts", "num_local_experts", "groups", "stride")
+# Names under which packages are installed, where these are not the names that are imported.
+_PACKAGES = {
+    "fla": "flash-linear-attention",
+    "megatron": "megatron-core",
+    "open_clip": "open_clip_torch",
+    "tests": "torch",
+    "x_transformers": "x-transformers",
+}
 # Base classes of transformers' models that say nothing about an architecture.
 _UNTOLD = ("PreTrainedModel", "GradientCheckpointingLayer", "ModelMixin", "GenericForSequenceClassification")
 
@@ -48,7 +57,9 @@ def record(name: str) -> Table:
         fan_in = None if dims is None else (_size(low, dims), _size(high, dims))
         exempt = getattr(low, "_no_weight_decay", False)
         shapes = (tuple(low.shape), tuple(high.shape))
-        rows.append(ParameterRow(path, shapes, role, fan_in, None if tied == path else tied, exempt))
+        rows.append(
+            ParameterRow(path, shapes, role, fan_in, None if tied == path else tied, exempt, not low.requires_grad)
+        )
     if left := unused(name, [row.name for row in rows]):
         raise RuntimeError(f"{name}: the patterns {left} of truth.py match no parameter. Delete them.")
     labels = dict.fromkeys((*configs[0], *configs[1]))
@@ -56,6 +67,7 @@ def record(name: str) -> Table:
         _source(models[0]),
         widths,
         {label: _merged(configs[0][label], configs[1][label]) for label in labels},
+        _classes(models[0]),
         [ModuleRow(a.path, a.bases, _merged(a.attributes, b.attributes)) for a, b in zip(*modules, strict=True)],
         rows,
     )
@@ -88,19 +100,33 @@ def _modules(model: nn.Module, configs: list[dict[str, dict[str, str]]]) -> Iter
         listed = getattr(module, "no_weight_decay", None)
         if callable(listed):
             attributes["no_weight_decay"] = ",".join(sorted(listed()))
-        yield ModuleRow(path or ROOT, _bases(type(module)), attributes)
+        yield ModuleRow(path or ROOT, tuple(base.__name__ for base in _bases(type(module))), attributes)
 
 
-def _bases(cls: type) -> tuple[str, ...]:
-    """Return the names of a class and of the modules it derives from, down to the first class of torch."""
-    bases: list[str] = []
+def _bases(cls: type) -> tuple[type, ...]:
+    """Return a class and the modules it derives from, down to the first class of torch."""
+    bases: list[type] = []
     for base in cls.__mro__:
         if base.__module__.startswith("torch.nn") and _is_public(base):
-            return (*bases, base.__name__)
+            return (*bases, base)
         told = not any(base.__name__.endswith(untold) for untold in _UNTOLD)
         if not bases or (issubclass(base, nn.Module) and told):
-            bases.append(base.__name__)
+            bases.append(base)
     raise RuntimeError(f"{cls} derives from no module of torch")
+
+
+def _classes(model: nn.Module) -> dict[str, str]:
+    """Return the module path of every class of a model, and of those it derives from, that is not of torch."""
+    paths: dict[str, str] = {}
+    for module in model.modules():
+        if next(module.parameters(), None) is None:
+            continue
+        for base in _bases(type(module))[:-1]:
+            if paths.setdefault(base.__name__, base.__module__) != base.__module__:
+                raise RuntimeError(
+                    f"two classes are named {base.__name__}: of {paths[base.__name__]}, {base.__module__}"
+                )
+    return dict(sorted(paths.items()))
 
 
 def _is_public(cls: type) -> bool:
@@ -146,8 +172,9 @@ def _merged(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
 
 def _source(model: nn.Module) -> str:
     package = type(model).__module__.split(".")[0]
-    package = {"megatron": "megatron-core", "open_clip": "open_clip_torch"}.get(package, package)
-    return f"{package} {importlib.metadata.version(package)} {type(model).__name__}"
+    package = _PACKAGES.get(package, package)
+    version = importlib.metadata.version(package).partition("+")[0]
+    return f"{package} {version} {type(model).__name__}"
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ def build(table: Table, which: int) -> nn.Module:
     """
     configs = _configs(table, which)
     modules: dict[str, nn.Module] = {}
-    distribution = table.source.partition(" ")[0]
-    package = {"megatron-core": "megatron", "open_clip_torch": "open_clip"}.get(distribution, distribution)
     for row in table.modules:
-        modules[row.path] = module = _module(row, which, configs, package)
+        modules[row.path] = module = _module(row, which, configs, table.classes)
         if row.path != ROOT:
             parent, _, name = row.path.rpartition(".")
             modules[parent or ROOT].add_module(name, module)
@@ -39,7 +37,7 @@ def build(table: Table, which: int) -> nn.Module:
     for p in table.parameters:
         path, _, name = p.name.rpartition(".")
         if p.tied is None:
-            made[p.name] = nn.Parameter(torch.empty(p.shapes[which], device="meta"))
+            made[p.name] = nn.Parameter(torch.empty(p.shapes[which], device="meta"), requires_grad=not p.frozen)
             if p.exempt:
                 made[p.name]._no_weight_decay = True  # type: ignore[attr-defined]
         modules[path or ROOT].register_parameter(name, made[p.tied or p.name])
@@ -58,11 +56,11 @@ def torch_class(name: str) -> type[nn.Module]:
 
 
 @functools.cache
-def _class(package: str, bases: tuple[str, ...], with_head: bool, exempt: str | None) -> type[nn.Module]:
+def _class(bases: tuple[str, ...], paths: tuple[str, ...], with_head: bool, exempt: str | None) -> type[nn.Module]:
     cls = torch_class(bases[-1])
-    for name in reversed(bases[:-1]):
-        cls = type(name, (cls,), {"__module__": package})
-    methods: dict[str, Any] = {"__module__": package}
+    for name, path in reversed([*zip(bases[:-1], paths, strict=True)]):
+        cls = type(name, (cls,), {"__module__": path})
+    methods: dict[str, Any] = {"__module__": cls.__module__}
     if with_head:
         methods["get_output_embeddings"] = lambda self: self.output_embeddings[0]
     if exempt is not None:
@@ -70,14 +68,12 @@ def _class(package: str, bases: tuple[str, ...], with_head: bool, exempt: str | 
     return type(bases[0], (cls,), methods) if len(methods) > 1 else cls
 
 
-def _module(row: ModuleRow, which: int, configs: dict[str, Any], package: str) -> nn.Module:
+def _module(row: ModuleRow, which: int, configs: dict[str, Any], paths: dict[str, str]) -> nn.Module:
     attributes = dict(row.attributes)
-    cls = _class(
-        package,
-        row.bases,
-        attributes.pop("output_embeddings", None) is not None,
-        attributes.pop("no_weight_decay", None),
-    )
+    with_head, exempt = "output_embeddings" in attributes, attributes.get("no_weight_decay")
+    cls = _class(row.bases, tuple(paths[name] for name in row.bases[:-1]), with_head, exempt)
+    for name in ("output_embeddings", "no_weight_decay"):
+        attributes.pop(name, None)
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     for name, text in attributes.items():

@@ -1,8 +1,9 @@
 """The text file of an architecture: its modules and parameters at two widths, with the role of each parameter.
 
-A file has three sections. `header` has the source, the widths and the configs. `modules` has the path of each module that holds
-parameters, its class, the classes that it derives from, and attributes. `parameters` has the name, the shapes, the role, the
-fan_ins and the width ratio of each parameter. A value that differs between the widths is written as `256|512`.
+A file has four sections. `header` has the source, the widths and the configs. `classes` has the module path in which each class
+is defined. `modules` has the path of each module that holds parameters, its class, the classes that it derives from, and
+attributes. `parameters` has the name, the shapes, the role, the fan_ins and the width ratio of each parameter. A value that
+differs between the widths is written as `256|512`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class ParameterRow:
         fan_in: fan_in at each width; None for a vector and where the role is undecided.
         tied: the first name of the same parameter; None if this is the first one.
         exempt: whether it has the attribute `_no_weight_decay`.
+        frozen: whether it requires no gradient.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ParameterRow:
     fan_in: tuple[int, int] | None
     tied: str | None = None
     exempt: bool = False
+    frozen: bool = False
 
     @property
     def m(self) -> float | None:
@@ -52,11 +55,12 @@ class ParameterRow:
 
 @dataclass(frozen=True)
 class Table:
-    """One architecture. `configs` has the fields of each config by its label."""
+    """One architecture. `configs` has the fields of each config by its label, `classes` the module path of each class name."""
 
     source: str
     widths: tuple[int, int]
     configs: dict[str, dict[str, str]]
+    classes: dict[str, str]
     modules: list[ModuleRow]
     parameters: list[ParameterRow]
 
@@ -93,9 +97,9 @@ def parse(text: str) -> Table:
             header[cells[0]] = cells[1]
     first, second = header["widths"].split("|")
     modules = [ModuleRow(path, tuple(bases.split(" < ")), _pairs(rest)) for path, bases, *rest in sections["modules"]]
-    return Table(
-        header["source"], (int(first), int(second)), configs, modules, [_parameter(c) for c in sections["parameters"]]
-    )
+    classes = {name: path for name, path in sections.get("classes", [])}
+    parameters = [_parameter(cells) for cells in sections["parameters"]]
+    return Table(header["source"], (int(first), int(second)), configs, classes, modules, parameters)
 
 
 def render(table: Table) -> str:
@@ -104,22 +108,24 @@ def render(table: Table) -> str:
     header += [[f"config {label}", *_cells(fields)] for label, fields in table.configs.items()]
     modules = [[row.path, " < ".join(row.bases), *_cells(row.attributes)] for row in table.modules]
     parameters = [_cells_of(row) for row in table.parameters]
-    sections = {"header": header, "modules": modules, "parameters": parameters}
-    return "\n".join(f"[{title}]\n{_aligned(rows)}" for title, rows in sections.items())
+    classes = [list(item) for item in table.classes.items()]
+    sections = {"header": header, "classes": classes, "modules": modules, "parameters": parameters}
+    return "\n".join(f"[{title}]\n{_aligned(rows)}" for title, rows in sections.items() if rows)
 
 
 def _parameter(cells: list[str]) -> ParameterRow:
     name, first, second, role, low, high, _, *flags = cells
     tied = next((flag.removeprefix("tied with ") for flag in flags if flag.startswith("tied with ")), None)
     fan_in = None if low == "-" else (int(low), int(high))
-    return ParameterRow(name, (_shape(first), _shape(second)), role, fan_in, tied, "_no_weight_decay" in flags)
+    shapes = _shape(first), _shape(second)
+    return ParameterRow(name, shapes, role, fan_in, tied, "_no_weight_decay" in flags, "frozen" in flags)
 
 
 def _cells_of(row: ParameterRow) -> list[str]:
     shapes = ["x".join(map(str, shape)) or "scalar" for shape in row.shapes]
     width = ["-"] * 3 if row.fan_in is None else [str(row.fan_in[0]), str(row.fan_in[1]), f"{row.m:g}"]
-    flags = [f"tied with {row.tied}"] if row.tied else []
-    return [row.name, *shapes, row.role, *width, *flags, *(["_no_weight_decay"] if row.exempt else [])]
+    flags = {f"tied with {row.tied}": row.tied, "_no_weight_decay": row.exempt, "frozen": row.frozen}
+    return [row.name, *shapes, row.role, *width, *(flag for flag, is_set in flags.items() if is_set)]
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -16,8 +16,10 @@ from torch import nn
 from .truth_diffusion import DIFFUSION
 from .truth_encoders import ENCODERS, VISION
 from .truth_language import LANGUAGE
+from .truth_others import OTHERS
+from .truth_unusual import UNUSUAL
 
-TRUTH: Final[dict[str, dict[str, str]]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION}
+TRUTH: Final[dict[str, dict[str, str]]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION, **OTHERS, **UNUSUAL}
 
 
 def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[int, ...] | None]:

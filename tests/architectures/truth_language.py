@@ -47,4 +47,15 @@ LANGUAGE: Final[dict[str, dict[str, str]]] = {
     "rwkv": {"head.weight": "output", "*.time_*": "vector"},
     "falcon": {},
     "bloom": {},
+    "opt": {},
+    "cohere2": {},
+    "nemotron_h": {
+        **_HEAD,
+        "*.experts.up_proj": "matrix -1",
+        "*.experts.down_proj": "matrix -1",
+        "*.mixer.gate.weight": "output -1",
+    },
+    "lfm2": {},
+    # The coefficients mix a few copies of the hidden states; neither of their sizes grows.
+    "gemma3n": {"*.modality_router.weight": "output", "*_coefs.weight": "vector"},
 }
