@@ -72,6 +72,7 @@ _POOLING: Final[Roles] = {
     "?_proj.weight": "matrix",
     "output_proj.weight": "matrix",
 }
+_MAPS: Final = Matrix(fan_in=(1, 2, 3))
 _HIDDEN_IN_A_HEAD: Final[dict[str, Roles]] = {
     # The head of these models pools with attention.
     **_each("SiglipMultiheadAttentionPoolingHead Siglip2MultiheadAttentionPoolingHead", _POOLING),
@@ -92,6 +93,14 @@ _HIDDEN_IN_A_HEAD: Final[dict[str, Roles]] = {
         "Data2VecAudioForXVector",
         {"classifier.weight": "matrix"},
     ),
+    **_each(
+        "DistilBertForSequenceClassification DistilBertForMultipleChoice MraForMultipleChoice YosoForMultipleChoice "
+        "NystromformerForMultipleChoice LowFormer",
+        {"pre_classifier*.weight": "matrix"},
+    ),
+    "HighResolutionNet": {"final_layer.0.weight": _MAPS},
+    "SelecSls": {"head.*.0.weight": _MAPS},
+    **_each("VitsPosteriorEncoder VitsStochasticDurationPredictor", {"conv_proj.weight": Matrix(fan_in=(1, 2))}),
     **_each("Qwen3ASREncoder Qwen3OmniMoeAudioEncoder", {"conv_out.weight": "matrix"}),
     "PerceiverSelfOutput": {"dense.weight": "matrix"},
     "Tipsv2DptReadoutProjectLayer": {"*weight": "matrix"},
@@ -173,8 +182,16 @@ _INPUTS: Final[dict[str, Roles]] = {
     ),
     "Qwen2_5OmniAudioEncoder": _MEL,
     **_each("SeamlessM4TConformerFeatureProjection Wav2Vec2BertFeatureProjection", {"projection.weight": "vector"}),
+    # Patches of a time series, and what is made of them.
+    **_each(
+        "TimesFmModel TimesFm2_5Model",
+        {"input_ff_layer.output_layer.weight": "matrix", "input_ff_layer.*.weight": "vector"},
+    ),
     # Patches of pixels.
-    "timm.models.volo:PatchEmbed": {"proj.weight": Matrix(fan_in=(1, 2, 3))},  # after a stem
+    "timm.models.volo:PatchEmbed": {"proj.weight": _MAPS},  # after a stem
+    # Between stages. The first one of Visformer stands after a stem.
+    "CoaT": {"patch_embed[234].proj.weight": _MAPS},
+    "Visformer": {"patch_embed[123].proj.weight": _MAPS},
     "Llama4UnfoldConvolution": {"linear.weight": "vector"},
     "Gemma4VisionPatchEmbedder": {"input_proj.weight": "vector"},
 }

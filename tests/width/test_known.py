@@ -151,7 +151,12 @@ def test_every_entry_is_a_class_name_with_patterns_and_roles(key: str) -> None:
     for pattern, spec in KNOWN[key].items():
         check_spec(spec)
         assert matcher(pattern)(
-            pattern.replace("*", "a").replace("?", "1").replace("[qkvr]", "q").replace("[0-9]", "1")
+            pattern.replace("*", "a")
+            .replace("?", "1")
+            .replace("[qkvr]", "q")
+            .replace("[0-9]", "1")
+            .replace("[234]", "2")
+            .replace("[123]", "2")
         ), pattern
 
 
@@ -221,6 +226,27 @@ MODULES: dict[str, tuple[dict[str, nn.Module], dict[str, tuple[str, int | None]]
     "UNet2DConditionModel": (
         convolutions(9, 4),
         {"conv_in.weight": ("vector", None), "middle.weight": ("matrix", 72), "conv_out.weight": ("output", 72)},
+    ),
+    "TimesFmModel": (
+        {"input_ff_layer": linears(input_layer=(4, 8), output_layer=(8, 8), residual_layer=(4, 8))},
+        {
+            "input_ff_layer.input_layer.weight": ("vector", None),
+            "input_ff_layer.output_layer.weight": ("matrix", 8),
+            "input_ff_layer.residual_layer.weight": ("vector", None),
+        },
+    ),
+    # The stem of three channels embeds the image, and the later stages read it.
+    "CoaT": (
+        {f"patch_embed{i}": nn.Sequential(OrderedDict(proj=nn.Conv2d(n, 8, 2, 2))) for i, n in ((1, 3), (2, 16))},
+        {"patch_embed1.proj.weight": ("vector", None), "patch_embed2.proj.weight": ("matrix", 64)},
+    ),
+    "DistilBertForSequenceClassification": (
+        {"pre_classifier": nn.Linear(IN, OUT), "classifier": nn.Linear(OUT, 2)},
+        {"pre_classifier.weight": ("matrix", IN), "classifier.weight": ("output", OUT)},
+    ),
+    "SelecSls": (
+        {"head": nn.Sequential(nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)))},
+        {"head.0.0.weight": ("matrix", 72)},
     ),
     "timm.models.volo:PatchEmbed": ({"proj": nn.Conv2d(8, 16, 4, 4)}, {"proj.weight": ("matrix", 128)}),
     "WhisperEncoder": (
