@@ -175,6 +175,8 @@ _INPUTS: Final[dict[str, Roles]] = {
     **_each("SeamlessM4TConformerFeatureProjection Wav2Vec2BertFeatureProjection", {"projection.weight": "vector"}),
     # Patches of pixels.
     "timm.models.volo:PatchEmbed": {"proj.weight": Matrix(fan_in=(1, 2, 3))},  # after a stem
+    # They make a table of positions from two coordinates, by 512 features at every width.
+    "Swinv2SelfAttention": {"continuous_position_bias_mlp.*.weight": "vector"},
     "Llama4UnfoldConvolution": {"linear.weight": "vector"},
     "Gemma4VisionPatchEmbedder": {"input_proj.weight": "vector"},
 }
