@@ -42,7 +42,7 @@ class Decision:
 _VECTOR_NAMES: Final = re.compile(
     r"bias(_\w+)?|\w*bias|\w*bias_[uv]|\w*bias_table|rel_pos_[hw]|(\w+_)?tokens?|\w+_token_\w+|mask_emb"
     r"|(\w+_)?pos_(emb|enc)\w*|\w*position\w*_(emb|enc)\w*|(\w+_)?embed(s|ding|dings)?|(\w+_)?emb|latents?|latents?_\w+"
-    r"|(query|latent)_(tokens|queries|query)|queries|probe|learnable_registers|codevectors|\w*prompts?|image_newline"
+    r"|mem_[kv]|(query|latent)_(tokens|queries|query)|queries|probe|learnable_registers|codevectors|\w*prompts?|image_newline"
     r"|A_log\w*|D|D_log|dt_bias\w*|time_(mix|maa)_\w+|time_(decay|first|faaaa)|x_[rwkvag]|r_k|lower_bounds"
     r"|layer_?scale\w*|ls[12]|gamma\w*|logit_scale\w*|temperature|\w*scale|\w*scale_shift_table|modulation|sinks"
 )
@@ -104,7 +104,7 @@ def fan_in_of(p: Tensor, site: Site, decision: Decision) -> int:
         ValueError: the module has no number of experts under the name that the decision gives.
     """
     size = vars(site.module).get("input_size")
-    if isinstance(size, int) and p.ndim == 2 and decision.dims in ((-1,), (1,)):
+    if isinstance(size, int) and type(site.module).__name__.endswith("Linear") and decision.dims in ((-1,), (1,)):
         return size
     fan_in = math.prod(p.shape[dim] for dim in decision.dims)
     if decision.per is not None:

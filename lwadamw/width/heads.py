@@ -13,9 +13,10 @@ from .sites import Site
 _HEADS: Final = re.compile(r"(\w+_)?lm_heads?|unembed(ding)?|embed_out|shared_head|to_logits|logits")
 # A module of this name is a head if it is outside the numbered layers.
 _OUTER_HEADS: Final = re.compile(
-    r"heads?|head_dist|(aux|ctc|codec|audio|value|reward|v|classification|segmentation)_heads?|score|readout|predictions"
-    r"|(\w+_)?classifier|class_embed|class_predictor|bbox_embed|bbox_predictor|bbox_pred|cls_score|cls_logits|qa_outputs"
-    r"|seq_relationship|decoder_pred|dense_prediction|prob_out|feat_out|output|output_layer|output_projection|vocab_projector|logits_(proj|dense)|lm_loss|final_layer"
+    r"(?!\w*(att|proj|pool|multi))(\w+_)?heads?|head_dist|score|readout|predictions|predict_\w+|(\w+_)?classifier"
+    r"|class_embed|class_predictor|bbox_(embed|predictor|pred)|cls_score|cls_logits|qa_outputs|seq_relationship|decoder_pred"
+    r"|dense_prediction|prob_out|feat_out|output|output_layer|output_projection|vocab_projector|logits_(proj|dense)|lm_loss"
+    r"|final_layer"
 )
 # A module of this name is a head if the model itself holds it, after all other linear layers that the model itself holds.
 _LAST: Final = frozenset({"fc", "last_linear", "final_linear", "out", "proj_out", "proj_out_2", "conv_out", "to_out"})

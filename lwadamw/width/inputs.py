@@ -16,7 +16,7 @@ _MOST_INPUT_CHANNELS: Final = 4
 # such a class, reads patches, latents, spectra, actions, or the states of another model.
 _NAMES: Final = re.compile(
     r"patch_embed(ding|dings|der)?|patch_(projection|conv|dense)|patcher|conv_proj|conv_stem|vision_embed_tokens"
-    r"|video_patch_projection|x_embedders?|img_in|audio_latent_proj|audio_proj_in|noisy_images_proj|mel_conv"
+    r"|video_patch_projection|input_embed(ding)?s?|x_embedders?|img_in|audio_latent_proj|audio_proj_in|noisy_images_proj|mel_conv"
     r"|context_embedder|caption_projection|caption_embedder|txt_in|text_embedder|cap_embedder"
     r"|embed_(state|action|return)|action_in_proj|quant_conv|post_quant_conv"
 )

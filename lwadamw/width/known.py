@@ -192,6 +192,8 @@ _INPUTS: Final[dict[str, Roles]] = {
     # Between stages. The first one of Visformer stands after a stem.
     "CoaT": {"patch_embed[234].proj.weight": _MAPS},
     "Visformer": {"patch_embed[123].proj.weight": _MAPS},
+    # They make a table of positions from two coordinates, by 512 features at every width.
+    "Swinv2SelfAttention": {"continuous_position_bias_mlp.*.weight": "vector"},
     "Llama4UnfoldConvolution": {"linear.weight": "vector"},
     "Gemma4VisionPatchEmbedder": {"input_proj.weight": "vector"},
 }

@@ -33,7 +33,11 @@ def truth(table: Table) -> dict[str, float]:
 
 def found(model: nn.Module, **arguments: Any) -> dict[str, float]:
     """Return the width ratios that param_groups finds."""
-    return {name: e.m for name, e in param_groups(model, **arguments).evidence.items() if e.m is not None}
+    return {
+        name: e.m
+        for name, e in param_groups(model, include_frozen=True, **arguments).evidence.items()
+        if e.m is not None
+    }
 
 
 def filled(text: str, values: Mapping[str, Any], place: str) -> dict[str, Any]:

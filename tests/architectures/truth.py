@@ -2,8 +2,9 @@
 
 `TRUTH` has, for each architecture, patterns on parameter names; the first one that matches counts. The role is "vector",
 "matrix" or "output". After it come the dimensions whose product is the fan_in, where the module is no linear layer or
-convolution. What no pattern names follows from its module: at most one dimension, an embedding and a depthwise convolution are
-vectors; other linear layers and convolutions are matrices. Anything else is an error.
+convolution, and a slash and the number of experts whose inputs share these dimensions. What no pattern names follows from its
+module: at most one dimension, an embedding and a depthwise convolution are vectors; other linear layers and convolutions are
+matrices. Anything else is an error.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .truth_unusual import UNUSUAL
 TRUTH: Final[dict[str, dict[str, str]]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION, **OTHERS, **UNUSUAL}
 
 
-def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[int, ...] | None]:
-    """Return the role of a parameter and the dimensions of its fan_in.
+def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[int, ...] | None, int]:
+    """Return the role of a parameter, the dimensions of its fan_in, and the number of experts that share them.
 
     Args:
         architecture: name of the architecture.
@@ -38,16 +39,16 @@ def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[in
     spec = next((spec for pattern, spec in TRUTH.get(architecture, {}).items() if fnmatchcase(name, pattern)), "")
     if not spec:
         if p.ndim <= 1 or isinstance(module, (nn.Embedding, nn.LayerNorm, nn.GroupNorm)) or _is_depthwise(module):
-            return "vector", None
+            return "vector", None, 1
         if attribute != "weight" or not _dims(module):
             raise LookupError(f"{architecture}: no role for {name} {tuple(p.shape)} of {type(module).__name__}")
         spec = "matrix"
-    role, *dims = spec.split()
+    role, *dims = spec.partition("/")[0].split()
     if role in ("vector", "undecided"):
-        return role, None
+        return role, None, 1
     if not dims and not _dims(module):
         raise LookupError(f"{architecture}: no fan_in for {name} {tuple(p.shape)} of {type(module).__name__}")
-    return role, tuple(map(int, dims)) or _dims(module)
+    return role, tuple(map(int, dims)) or _dims(module), int(spec.partition("/")[2] or 1)
 
 
 def unused(architecture: str, names: list[str]) -> list[str]:

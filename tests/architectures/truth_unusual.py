@@ -53,7 +53,7 @@ UNUSUAL: Final[dict[str, dict[str, str]]] = {
         "*.patch_embeddings.projection.weight": "vector",
         "*.logit_scale": "vector",
         # From two coordinates to 512 hidden features to one number for each head.
-        "*.continuous_position_bias_mlp.0.weight": "vector",
+        "*.continuous_position_bias_mlp.*.weight": "vector",
     },
     "sam": {
         "*.positional_embedding": "vector",
