@@ -22,8 +22,8 @@ class Decision:
     Attributes:
         role: the role; None where nothing decided it.
         why: the evidence in a few words, as `summary` prints it.
-        dims: the dimensions whose sizes multiply to the fan_in, if it is a matrix or an output; empty for a vector and where
-            nobody knows them.
+        dims: the dimensions whose sizes multiply to the fan_in of a matrix or an output. Other parameters may have them too, if
+            their module multiplies inputs with them; empty where nobody knows them.
         by_size: whether a size of this model is the evidence, so that a model of another width may not show it.
         per: attribute of the module by which the fan_in is divided; None where it is not.
         gives_logits: whether it is a head, or an embedding that is tied to one.
@@ -68,12 +68,11 @@ def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output
     _refuse_shard(p, site)
     if any(part.startswith("lora_") for part in (*site.path, site.attribute)):
         return Decision(None, "LoRA: no width rule is settled for it")
-    vector = _vector(p, at, kind)
+    dims, vector = _inputs(p, at, kind), _vector(p, at, kind)
     if vector is None and (getattr(p, "_no_weight_decay", False) or exempt(site.name)):
         vector = "the model takes it out of the weight decay"
     if vector is not None:
-        return Decision("vector", vector)
-    dims = _inputs(p, at, kind)
+        return Decision("vector", vector, dims)
     if (found := _output(at, output_modules)) is not None:
         why, part = found
         if part == "unclear":
@@ -85,7 +84,7 @@ def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output
         return Decision(None, f"{kind}, the last of the model outside its layers: is it a head?", dims)
     if dims and (embeds := inputs.embeds_the_input(at)) is not None:
         why, by_size = embeds
-        return Decision("vector", f"{kind} {why}", by_size=by_size)
+        return Decision("vector", f"{kind} {why}", dims, by_size)
     return (
         Decision("matrix", kind, dims) if dims else Decision(None, f"{type(p).__name__} on {kind}, not a known module")
     )

@@ -13,7 +13,7 @@ from .sites import Site
 _HEADS: Final = re.compile(r"(\w+_)?lm_heads?|unembed(ding)?|embed_out|shared_head|to_logits|logits")
 # A module of this name is a head if it is outside the numbered layers.
 _OUTER_HEADS: Final = re.compile(
-    r"(?!\w*(att|proj|pool|multi))(\w+_)?heads?|head_dist|score|readout|predictions|predict_\w+|(\w+_)?classifier"
+    r"(?!\w*(att|proj|pool|multi))(\w+_)?heads?|head_dist|score|readout|predictions|predict_\w+|(?!pre_)(\w+_)?classifier"
     r"|class_embed|class_predictor|bbox_(embed|predictor|pred)|cls_score|cls_logits|qa_outputs|seq_relationship|decoder_pred"
     r"|dense_prediction|prob_out|feat_out|output|output_layer|output_projection|vocab_projector|logits_(proj|dense)|lm_loss"
     r"|final_layer"

@@ -147,7 +147,7 @@ def _from_model(base: nn.Module, roles: Mapping[str, RoleSpec]) -> Ratio:
             fan_ins = {_same_dimensions(found, d): d.name for d in at_proxy}
             if len(fan_ins) == 1:
                 (base_fan_in,) = fan_ins
-                note = f", base fan_in {base_fan_in}" if found.decision.dims else ""
+                note = f", base fan_in {base_fan_in}" if found.fan_in is not None else ""
                 return found.inputs / base_fan_in, note
             differing |= fan_ins
         if differing:
@@ -199,4 +199,4 @@ def _same_dimensions(found: Decided, at_proxy: Decided) -> int:
             f"({proxy.why}). Build the base model with the same options, or give "
             f'roles={{"{found.name}": <role>}} with the role that both have.'
         )
-    return fan_in_of(p, at_proxy.site, here) if here.dims else at_proxy.inputs
+    return at_proxy.inputs if found.fan_in is None else fan_in_of(p, at_proxy.site, here)

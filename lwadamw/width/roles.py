@@ -65,7 +65,8 @@ class Decided:
     @property
     def fan_in(self) -> int | None:
         """Number of inputs of each output, from the global shape; None for a vector and where nothing decided the role."""
-        return fan_in_of(self.param, self.site, self.decision) if self.decision.role and self.decision.dims else None
+        known = self.decision.role in ("matrix", "output") and self.decision.dims
+        return fan_in_of(self.param, self.site, self.decision) if known else None
 
     @property
     def inputs(self) -> int:
@@ -127,10 +128,9 @@ def _agreed(decisions: list[Decision], names: tuple[str, ...]) -> Decision:
         return decisions[0]
     decided = [d for d in decisions if d.role is not None]
     best = next((d for d in decided if d.role == "vector"), decided[0] if decided else decisions[0])
-    others = [name for name, d in zip(names, decisions, strict=True) if d is not best]
-    return replace(
-        best, why=f"{best.why}; tied with {', '.join(others)}", gives_logits=any(d.gives_logits for d in decisions)
-    )
+    others = dict.fromkeys(name for name in names if name != names[decisions.index(best)])
+    tied = f"{best.why}; tied with {', '.join(others)}" if others else best.why
+    return replace(best, why=tied, gives_logits=any(d.gives_logits for d in decisions))
 
 
 def _given(spec: RoleSpec, p: Tensor, why: str, name: str, evidence: Decision) -> Decision:
@@ -189,8 +189,15 @@ def _check_patterns(found: list[Decided]) -> None:
 
 def _output_modules(model: nn.Module) -> frozenset[int]:
     """Return the ids of the modules that `get_output_embeddings` returns, of the model and of the models inside it."""
-    owners = (module for module in model.modules() if callable(getattr(type(module), "get_output_embeddings", None)))
-    return frozenset(id(owner.get_output_embeddings()) for owner in owners)  # type: ignore[operator]
+    found: list[object] = []
+    for module in model.modules():
+        if callable(getattr(type(module), "get_output_embeddings", None)):
+            try:
+                heads = module.get_output_embeddings()  # type: ignore[operator]
+            except (AttributeError, NotImplementedError):  # What models without a head raise.
+                continue
+            found += heads if isinstance(heads, (nn.ModuleList, list, tuple)) else [heads]
+    return frozenset(map(id, found))
 
 
 def _exempt(model: nn.Module) -> Callable[[str], object]:
