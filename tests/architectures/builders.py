@@ -9,6 +9,7 @@ from torch import nn
 from .diffusion import DIFFUSION
 from .encoders import ENCODERS
 from .language import LANGUAGE
+from .mixtures import MIXTURES
 from .others import OTHERS
 from .packages import declare_torchvision_operators
 from .unusual import UNUSUAL
@@ -18,6 +19,7 @@ declare_torchvision_operators()
 
 ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     **LANGUAGE,
+    **MIXTURES,
     **ENCODERS,
     **VISION,
     **DIFFUSION,

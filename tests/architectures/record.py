@@ -53,8 +53,8 @@ def record(name: str) -> Table:
     rows, seen = [], {}
     for (path, low), (_, high) in zip(first, second, strict=True):
         tied = seen.setdefault(id(low), path)
-        role, dims = truth(name, tied, models[0])
-        fan_in = None if dims is None else (_size(low, dims), _size(high, dims))
+        role, dims, parts = truth(name, tied, models[0])
+        fan_in = None if dims is None else (_size(low, dims) // parts, _size(high, dims) // parts)
         exempt = getattr(low, "_no_weight_decay", False)
         shapes = (tuple(low.shape), tuple(high.shape))
         rows.append(

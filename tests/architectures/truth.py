@@ -2,7 +2,7 @@
 
 `TRUTH` has, for each architecture, patterns on parameter names; the first one that matches counts. The role is "vector",
 "matrix" or "output". After it come the dimensions whose product is the fan_in, where the module is no linear layer or
-convolution. What no pattern names follows from its module: at most one dimension, an embedding and a depthwise convolution are
+convolution, and "/4" where the rows of four experts lie in one dimension. "undecided" is what the package must not decide. What no pattern names follows from its module: at most one dimension, an embedding and a depthwise convolution are
 vectors; other linear layers and convolutions are matrices. Anything else is an error.
 """
 
@@ -22,8 +22,8 @@ from .truth_unusual import UNUSUAL
 TRUTH: Final[dict[str, dict[str, str]]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION, **OTHERS, **UNUSUAL}
 
 
-def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[int, ...] | None]:
-    """Return the role of a parameter and the dimensions of its fan_in.
+def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[int, ...] | None, int]:
+    """Return the role of a parameter, the dimensions of its fan_in, and the number by which their product is divided.
 
     Args:
         architecture: name of the architecture.
@@ -38,16 +38,17 @@ def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[in
     spec = next((spec for pattern, spec in TRUTH.get(architecture, {}).items() if fnmatchcase(name, pattern)), "")
     if not spec:
         if p.ndim <= 1 or isinstance(module, (nn.Embedding, nn.LayerNorm, nn.GroupNorm)) or _is_depthwise(module):
-            return "vector", None
+            return "vector", None, 1
         if attribute != "weight" or not _dims(module):
             raise LookupError(f"{architecture}: no role for {name} {tuple(p.shape)} of {type(module).__name__}")
         spec = "matrix"
     role, *dims = spec.split()
     if role in ("vector", "undecided"):
-        return role, None
+        return role, None, 1
     if not dims and not _dims(module):
         raise LookupError(f"{architecture}: no fan_in for {name} {tuple(p.shape)} of {type(module).__name__}")
-    return role, tuple(map(int, dims)) or _dims(module)
+    parts = int(dims.pop().strip("/")) if dims and dims[-1].startswith("/") else 1
+    return role, tuple(map(int, dims)) or _dims(module), parts
 
 
 def unused(architecture: str, names: list[str]) -> list[str]:
