@@ -8,6 +8,7 @@ from torch import nn
 
 from .diffusion import DIFFUSION
 from .encoders import ENCODERS
+from .further import FURTHER
 from .language import LANGUAGE
 from .mixtures import MIXTURES
 from .others import OTHERS
@@ -25,4 +26,5 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     **DIFFUSION,
     **OTHERS,
     **UNUSUAL,
+    **FURTHER,
 }

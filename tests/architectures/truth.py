@@ -2,8 +2,9 @@
 
 `TRUTH` has, for each architecture, patterns on parameter names; the first one that matches counts. The role is "vector",
 "matrix" or "output". After it come the dimensions whose product is the fan_in, where the module is no linear layer or
-convolution, and "/4" where the rows of four experts lie in one dimension. "undecided" is what the package must not decide. What no pattern names follows from its module: at most one dimension, an embedding and a depthwise convolution are
-vectors; other linear layers and convolutions are matrices. Anything else is an error.
+convolution, and "/4" where the rows of four experts lie in one dimension. "undecided" is what the package must not decide. What
+no pattern names follows from its module: at most one dimension, an embedding and a depthwise convolution are vectors; other
+linear layers and convolutions are matrices. Anything else is an error.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ from torch import nn
 
 from .truth_diffusion import DIFFUSION
 from .truth_encoders import ENCODERS, VISION
+from .truth_further import FURTHER
 from .truth_language import LANGUAGE
 from .truth_others import OTHERS
 from .truth_unusual import UNUSUAL
 
-TRUTH: Final[dict[str, dict[str, str]]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION, **OTHERS, **UNUSUAL}
+TRUTH: Final[dict[str, dict[str, str]]] = {
+    **LANGUAGE,
+    **ENCODERS,
+    **VISION,
+    **DIFFUSION,
+    **OTHERS,
+    **UNUSUAL,
+    **FURTHER,
+}
 
 
 def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[int, ...] | None, int]:
