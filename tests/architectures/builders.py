@@ -8,7 +8,9 @@ from torch import nn
 
 from .diffusion import DIFFUSION
 from .encoders import ENCODERS
+from .further import FURTHER
 from .language import LANGUAGE
+from .mixtures import MIXTURES
 from .others import OTHERS
 from .packages import declare_torchvision_operators
 from .unusual import UNUSUAL
@@ -18,9 +20,11 @@ declare_torchvision_operators()
 
 ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     **LANGUAGE,
+    **MIXTURES,
     **ENCODERS,
     **VISION,
     **DIFFUSION,
     **OTHERS,
     **UNUSUAL,
+    **FURTHER,
 }

@@ -20,7 +20,8 @@ from .truth import truth, unused
 _CONFIG_HOLDERS = ("config", "cfg", "model_args", "args", "params", "hparams")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "width", "embed_dim", "model_dim", "inner_dim", "num_features")
 _PARTS = ("text_config", "vision_config", "audio_config")
-_EVIDENCE = ("is_transposed", "input_size", "output_size", "num_experts", "num_local_experts", "groups", "stride")
+_EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts")
+_EVIDENCE = ("is_transposed", "input_size", "output_size", *_EXPERTS, "groups", "stride")
 # Names under which packages are installed, where these are not the names that are imported.
 _PACKAGES = {
     "fla": "flash-linear-attention",
@@ -53,8 +54,8 @@ def record(name: str) -> Table:
     rows, seen = [], {}
     for (path, low), (_, high) in zip(first, second, strict=True):
         tied = seen.setdefault(id(low), path)
-        role, dims, experts = truth(name, tied, models[0])
-        fan_in = None if dims is None else (_size(low, dims) // experts, _size(high, dims) // experts)
+        role, dims, parts = truth(name, tied, models[0])
+        fan_in = None if dims is None else (_size(low, dims) // parts, _size(high, dims) // parts)
         exempt = getattr(low, "_no_weight_decay", False)
         shapes = (tuple(low.shape), tuple(high.shape))
         rows.append(

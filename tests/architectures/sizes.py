@@ -11,7 +11,7 @@ POSITIONS: Final = 76
 TABLE: Final = (256, 512)
 WIDTHS: Final = (256, 384, 512, 768)
 
-_WITH_TIMESTEPS: Final = ("dit", "pixart", "sd3", "flux", "wan", "ltx")
+_WITH_TIMESTEPS: Final = ("dit", "pixart", "sd3", "flux", "wan", "ltx", "sana")
 # Timesteps have 256 features, so diffusion models have other widths. At the width 768 a patch of SigLIP2 has as many inputs.
 TABLE_OF: Final[dict[str, tuple[int, int]]] = {
     "siglip2": (256, 768),

@@ -8,7 +8,7 @@ differs between the widths is written as `256|512`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -79,6 +79,38 @@ def at(value: str, which: int) -> str:
     """Return the value at one of the two widths from text such as `256|512`."""
     parts = value.split("|")
     return parts[which] if len(parts) == 2 else value
+
+
+def stretched(table: Table, width: int) -> Table:
+    """Return a table whose second width is another one. Every size either follows the width or stays.
+
+    Args:
+        table: the recorded table.
+        width: the other width.
+    """
+    low, high = table.widths
+
+    def size(first: int, second: int) -> int:
+        return round(first + (second - first) * (width - low) / (high - low))
+
+    def fields(values: dict[str, str]) -> dict[str, str]:
+        split = {name: text.split("|") for name, text in values.items()}
+        return {
+            name: f"{parts[0]}|{size(*map(int, parts))}" if len(parts) == 2 else parts[0]
+            for name, parts in split.items()
+        }
+
+    def parameter(p: ParameterRow) -> ParameterRow:
+        shapes = p.shapes[0], tuple(size(*pair) for pair in zip(*p.shapes, strict=True))
+        return replace(p, shapes=shapes, fan_in=p.fan_in and (p.fan_in[0], size(*p.fan_in)))
+
+    return replace(
+        table,
+        widths=(low, width),
+        configs={label: fields(config) for label, config in table.configs.items()},
+        modules=[replace(row, attributes=fields(row.attributes)) for row in table.modules],
+        parameters=[parameter(p) for p in table.parameters],
+    )
 
 
 def parse(text: str) -> Table:

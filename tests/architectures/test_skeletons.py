@@ -8,8 +8,9 @@ from torch import nn
 from lwadamw import param_groups
 from lwadamw.width.roles import decide
 
+from .sizes import widths_of
 from .skeleton import build
-from .table import ROOT, Table, names, parse, read, render
+from .table import ROOT, Table, names, parse, read, render, stretched
 
 # Numbers of heads, experts and classes are small, and some are equal.
 A_FEW = 8
@@ -57,6 +58,13 @@ def test_a_skeleton_has_the_recorded_names_shapes_and_classes(table: Table, whic
 @at_both_widths
 def test_roles_and_fan_ins_are_the_recorded_ones(table: Table, which: int) -> None:
     assert differences(roles(build(table, which)), recorded(table, which)) == []
+
+
+@each_architecture
+def test_roles_are_the_same_at_other_widths(table: Table, request: pytest.FixtureRequest) -> None:
+    for width in widths_of(request.node.callspec.id):
+        other = stretched(table, width)
+        assert differences(roles(build(other, 1)), recorded(other, 1)) == []
 
 
 @each_architecture

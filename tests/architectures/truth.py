@@ -2,9 +2,9 @@
 
 `TRUTH` has, for each architecture, patterns on parameter names; the first one that matches counts. The role is "vector",
 "matrix" or "output". After it come the dimensions whose product is the fan_in, where the module is no linear layer or
-convolution, and a slash and the number of experts whose inputs share these dimensions. What no pattern names follows from its
-module: at most one dimension, an embedding and a depthwise convolution are vectors; other linear layers and convolutions are
-matrices. Anything else is an error.
+convolution, and "/4" where the rows of four experts lie in one dimension. "undecided" is what the package must not decide. What
+no pattern names follows from its module: at most one dimension, an embedding and a depthwise convolution are vectors; other
+linear layers and convolutions are matrices. Anything else is an error.
 """
 
 from __future__ import annotations
@@ -16,15 +16,24 @@ from torch import nn
 
 from .truth_diffusion import DIFFUSION
 from .truth_encoders import ENCODERS, VISION
+from .truth_further import FURTHER
 from .truth_language import LANGUAGE
 from .truth_others import OTHERS
 from .truth_unusual import UNUSUAL
 
-TRUTH: Final[dict[str, dict[str, str]]] = {**LANGUAGE, **ENCODERS, **VISION, **DIFFUSION, **OTHERS, **UNUSUAL}
+TRUTH: Final[dict[str, dict[str, str]]] = {
+    **LANGUAGE,
+    **ENCODERS,
+    **VISION,
+    **DIFFUSION,
+    **OTHERS,
+    **UNUSUAL,
+    **FURTHER,
+}
 
 
 def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[int, ...] | None, int]:
-    """Return the role of a parameter, the dimensions of its fan_in, and the number of experts that share them.
+    """Return the role of a parameter, the dimensions of its fan_in, and the number by which their product is divided.
 
     Args:
         architecture: name of the architecture.
@@ -43,12 +52,13 @@ def truth(architecture: str, name: str, model: nn.Module) -> tuple[str, tuple[in
         if attribute != "weight" or not _dims(module):
             raise LookupError(f"{architecture}: no role for {name} {tuple(p.shape)} of {type(module).__name__}")
         spec = "matrix"
-    role, *dims = spec.partition("/")[0].split()
+    role, *dims = spec.split()
     if role in ("vector", "undecided"):
         return role, None, 1
     if not dims and not _dims(module):
         raise LookupError(f"{architecture}: no fan_in for {name} {tuple(p.shape)} of {type(module).__name__}")
-    return role, tuple(map(int, dims)) or _dims(module), int(spec.partition("/")[2] or 1)
+    parts = int(dims.pop().strip("/")) if dims and dims[-1].startswith("/") else 1
+    return role, tuple(map(int, dims)) or _dims(module), parts
 
 
 def unused(architecture: str, names: list[str]) -> list[str]:

@@ -15,12 +15,12 @@ OTHERS: Final[dict[str, dict[str, str]]] = {
     "lstm": {"rnn.weight_*": "matrix -1", "decoder.weight": "output"},
     "megatron_gpt": _MEGATRON,
     "megatron_moe": {**_MEGATRON, "*.router.weight": "output -1"},
-    # weight1 has the shape (hidden, experts * out). The rows of weight2 are the inputs of all experts, of which there are four.
+    # weight1 has the shape (hidden, experts * out). The rows of weight2 are the inputs of all four experts.
     "megatron_grouped": {
         **_MEGATRON,
         "*.router.weight": "output -1",
         "*.experts.weight1": "matrix 0",
-        "*.experts.weight2": "matrix 0/4",
+        "*.experts.weight2": "matrix 0 /4",
     },
     "titan_llama3": _HEAD,
     # The letters in the names are the dimensions: experts, features of the expert, features of the model. The forward

@@ -52,7 +52,7 @@ UNUSUAL: Final[dict[str, dict[str, str]]] = {
         **_CLASSIFIER,
         "*.patch_embeddings.projection.weight": "vector",
         "*.logit_scale": "vector",
-        # From two coordinates to 512 hidden features to one number for each head.
+        # From two coordinates to one number for each head: the authors take all of it out of the weight decay.
         "*.continuous_position_bias_mlp.*.weight": "vector",
     },
     "sam": {
