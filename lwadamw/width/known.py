@@ -194,6 +194,8 @@ _INPUTS: Final[dict[str, Roles]] = {
     "Visformer": {"patch_embed[123].proj.weight": _MAPS},
     # They make a table of positions from two coordinates, by 512 features at every width.
     "Swinv2SelfAttention": {"continuous_position_bias_mlp.*.weight": "vector"},
+    # Linear layers whose weight is read as a table of positions.
+    "LayoutLMv3Encoder": {"rel_pos_*bias.weight": "vector"},
     "Llama4UnfoldConvolution": {"linear.weight": "vector"},
     "Gemma4VisionPatchEmbedder": {"input_proj.weight": "vector"},
 }
