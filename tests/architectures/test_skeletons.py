@@ -75,6 +75,50 @@ def test_width_ratios_from_a_proxy_are_the_recorded_ones(table: Table) -> None:
     assert {name: groups.evidence[name].m for name in ratios} == ratios
 
 
+MOST_TRAINED = [
+    "llama",
+    "llama_tied",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4",
+    "olmo2",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "granite_moe",
+    "glm4",
+    "glm4_moe",
+    "mamba",
+    "mamba2",
+    "jamba",
+    "bert",
+    "modernbert",
+    "t5",
+    "whisper",
+    "vit",
+    "dinov2",
+    "siglip",
+    "dit",
+    "megatron_gpt",
+    "megatron_moe",
+    "megatron_grouped",
+]
+
+
+@pytest.mark.parametrize("name", MOST_TRAINED)
+def test_the_most_trained_architectures_need_no_line_of_the_user(name: str) -> None:
+    assert [d.name for d in decide(build(read(name), 1), {}) if d.decision.role is None] == []
+
+
 @pytest.mark.parametrize("name", names())
 def test_a_table_is_read_as_it_was_written(name: str) -> None:
     table = read(name)
