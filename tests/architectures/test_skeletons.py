@@ -75,43 +75,15 @@ def test_width_ratios_from_a_proxy_are_the_recorded_ones(table: Table) -> None:
     assert {name: groups.evidence[name].m for name in ratios} == ratios
 
 
+# fmt: off
 MOST_TRAINED = [
-    "llama",
-    "llama_tied",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "gemma2",
-    "gemma3",
-    "deepseek_v3",
-    "gpt_oss",
-    "llama4",
-    "olmo2",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "granite",
-    "granite_moe",
-    "glm4",
-    "glm4_moe",
-    "mamba",
-    "mamba2",
-    "jamba",
-    "bert",
-    "modernbert",
-    "t5",
-    "whisper",
-    "vit",
-    "dinov2",
-    "siglip",
-    "dit",
-    "megatron_gpt",
-    "megatron_moe",
-    "megatron_grouped",
+    "llama", "llama_tied", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "gemma2", "gemma3", "deepseek_v3", "gpt_oss", "llama4", "olmo2", "phi3", "gpt2",
+    "gpt_neox", "granite", "granite_moe", "glm4", "glm4_moe", "mamba", "mamba2", "jamba",
+    "bert", "modernbert", "t5", "whisper", "vit", "dinov2", "siglip", "dit",
+    "megatron_gpt", "megatron_moe", "megatron_grouped",
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("name", MOST_TRAINED)
