@@ -94,10 +94,25 @@ def any_gradient(params: Mapping[str, Sequence[Tensor]]) -> bool:
     return any(grad is not None for attribute, some in params.items() for grad in gradients_of(some, attribute))
 
 
+def split_dimensions(tensor: Any) -> tuple[int, ...]:
+    """Return the dimensions of the device mesh along which processes hold different parts of a tensor.
+
+    Every process gets the same answer, also one that holds all elements or none.
+
+    Args:
+        tensor: any tensor. One that is no DTensor is whole.
+    """
+    if local(tensor) is tensor:
+        return ()
+    mesh = tensor.device_mesh
+    # _StridedShard is no subclass of Shard in every version of torch.
+    split = [placement.is_shard() or "Shard" in type(placement).__name__ for placement in tensor.placements]
+    return tuple(d for d, is_split in enumerate(split) if is_split and mesh.size(d) > 1)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether other processes hold other parts of this tensor."""
-    shard = local(tensor)
-    return shard is not tensor and shard.numel() != tensor.numel()
+    return bool(split_dimensions(tensor))
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -17,8 +17,9 @@ from ..state.checks import capturing, check_capturable, check_real, check_state
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
-from ..state.members import Member, ParamGroups, is_sharded, local, members_of
+from ..state.members import Member, ParamGroups, local, members_of
 from ..state.naming import Naming
+from ..state.shards import Shards
 from ..state.storage import check_options
 from ..tables.request import Request
 from .backends import use_triton
@@ -35,10 +36,11 @@ class Engine:
     Args:
         backend: the optimizer's argument `backend`: None, "triton" or "torch".
         naming: the names of the optimizer's parameters.
+        shards: says how each parameter is split over processes.
     """
 
-    def __init__(self, backend: str | None, naming: Naming) -> None:
-        self._backend, self._naming = backend, naming
+    def __init__(self, backend: str | None, naming: Naming, shards: Shards) -> None:
+        self._backend, self._naming, self._shards = backend, naming, shards
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
         self._norm_check = DelayedNormCheck()
@@ -114,10 +116,15 @@ class Engine:
     def _run_clipped(self, request: Request) -> None:
         """Run the backends with gradients clipped by the norm over both backends."""
         triton_backend, torch_backend = self._triton, self._torch
-        torch_totals = torch_backend.sum_gradients()
-        totals = ([] if triton_backend is None else triton_backend.sum_gradients()) + torch_totals
+        torch_sums = torch_backend.sum_gradients(self._shards)
+        sums = ([] if triton_backend is None else triton_backend.sum_gradients()) + torch_sums
+        whole = self._shards.total(sums)
+        totals = [total for _, total in sums] if whole is None else [whole]
         if triton_backend is not None:
-            triton_backend.share_totals(torch_totals)
+            if whole is None:
+                triton_backend.share_totals([total for _, total in torch_sums])
+            else:
+                triton_backend.set_total(whole)
             triton_backend.run(clip=True, norms=request.norms)
             self.grad_norm = triton_backend.grad_norm
         if torch_backend.buckets:
@@ -259,7 +266,7 @@ class Engine:
         if for_triton:
             from ..tables.triton_backend import TritonBackend
 
-            self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
+            self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle, shards=self._shards)
         self._fingerprint = Fingerprint(groups)
 
     def keep_captures(self, former: Engine) -> None:
@@ -283,40 +290,48 @@ class Engine:
         rows += [(m.order, [m.name]) for m in self._torch_members if state.get(m.param)]
         return [name for _, names in sorted(rows, key=lambda row: row[0]) for name in names]
 
-    def norm_sums(self, state: State) -> tuple[list[str], Tensor]:
+    def norm_sums(self, state: State, *, whole: bool) -> tuple[list[str], Tensor]:
         """Return the sums of the last step for all segments that have taken a step.
 
         Args:
             state: the optimizer's state by parameter.
+            whole: add up the sums of all processes that hold parts of a parameter. This is collective.
 
         Returns:
             The names of the n segments, and their sums, float64[n, 4] on the device of the first segment. The columns are
             those of `AdamW.norm_sums`.
         """
-        pieces: list[tuple[int, str, Tensor]] = []  # order of the parameter, name, float64[4]
+        members, sums = self._local_sums(state)
+        names = [name for _, name in members]
+        if not whole:
+            return names, sums
+        splits = [self._shards.split_of(member) for member, _ in members]
+        if not self._shards.declared and not any(split.groups for split in splits):
+            return names, sums
+        return self._shards.whole_rows(names, splits, sums)
+
+    def _local_sums(self, state: State) -> tuple[list[tuple[Member, str]], Tensor]:
+        """Return the parameter and the name of each segment, and the sums over what this process holds of it."""
+        pieces: list[tuple[Member, str, Tensor]] = []  # parameter, name, float64[4]
         tables = [] if self._triton is None else self._triton.norm_sums()
         if len(tables) == 1 and not self._torch_members:
             ((members, sums),) = tables
-            return [name for m in members for name in m.segment_names()], sums
+            return [(m, name) for m in members for name in m.segment_names()], sums
         for members, sums in tables:
             rows = iter(sums.unbind())
-            pieces += [(m.order, name, next(rows)) for m in members for name in m.segment_names()]
+            pieces += [(m, name, next(rows)) for m in members for name in m.segment_names()]
         stepped_together = [m for m in self._torch_members if id(m.param) not in self._released]
         torch_sums = self._torch.norm_sums(stepped_together, state)
         for member, torch_backend in self._released.values():
             torch_sums += torch_backend.norm_sums([member], state)
-        pieces += [(m.order, m.name, sums) for m, sums in torch_sums]
+        pieces += [(m, m.name, sums) for m, sums in torch_sums]
         if not pieces:
             return [], torch.empty(0, 4, dtype=torch.float64, device="cpu")
-        pieces.sort(key=lambda piece: piece[0])
+        pieces.sort(key=lambda piece: piece[0].order)
         device = pieces[0][2].device
-        return [name for _, name, _ in pieces], torch.stack([t.to(device, non_blocking=True) for _, _, t in pieces])
-
-    def sharded_member(self) -> Member | None:
-        """Return the first parameter found of which this process holds only a shard, or None."""
-        if self._triton is not None and self._triton.sharded is not None:
-            return self._triton.sharded
-        return next((m for m in self._torch_members if is_sharded(m.param)), None)
+        return [(m, name) for m, name, _ in pieces], torch.stack(
+            [t.to(device, non_blocking=True) for _, _, t in pieces]
+        )
 
 
 def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..state.arrivals import arrived
 from ..state.checks import check_gradient
 from ..state.geometry import Geometry
 from ..state.members import Member, gradients_of, local
@@ -82,6 +83,7 @@ class Gradients:
             if grad is None:
                 addresses.append(0)
                 continue
+            grad = arrived(member.param, grad, self._attribute)
             check_gradient(member, grad)
             p, g = local(member.param), local(grad)
             if g.dtype != self._dtype and g.dtype in FLOATS:
