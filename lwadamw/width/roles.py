@@ -28,7 +28,7 @@ from .evidence import Decision, fan_in_of, from_evidence, transposes
 from .patterns import ALL, first_match
 from .registry import Registry
 from .rules import Role
-from .sites import Site, sites
+from .sites import Site, sites, unwrapped
 from .specs import Matrix, RoleSpec
 
 
@@ -92,23 +92,27 @@ def decide(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[Decided]:
     Raises:
         ValueError: a role of the user does not say which dimension is the fan_in, or names a dimension that is none. Or a
             pattern gives one role to parameters whose evidence differs.
+        TypeError: the model is no module.
         RuntimeError: a parameter is a flattened or partitioned shard.
     """
-    registry, exempt, output_modules = Registry(), _exempt(model), _output_modules(model)
-    found = []
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups: the model is {type(model).__name__}. Give the torch.nn.Module itself.")
+    registry, exempt, output_modules = Registry(), _exempt(unwrapped(model)), _output_modules(model)
+    known = []
     for p, places in sites(model):
         names = tuple(site.name for site in places)
         evidence = _agreed([_at(p, site, registry, exempt, output_modules) for site in places], names)
-        by_user = first_match(roles, names)
-        if by_user is None:
-            found.append(Decided(p, names, places[0], evidence, evidence, None))
-            continue
-        pattern, spec = by_user
-        decision = _given(spec, p, f"roles[{pattern!r}]", names[0], evidence)
-        decision = replace(decision, gives_logits=evidence.gives_logits)
-        found.append(Decided(p, names, places[0], decision, evidence, pattern))
-    _check_patterns(found)
-    return found
+        pattern, _ = first_match(roles, names) or (None, None)
+        known.append(Decided(p, names, places[0], evidence, evidence, pattern))
+    _check_patterns(known, roles)
+    return [d if d.pattern is None else _decided_by_user(d, roles[d.pattern]) for d in known]
+
+
+def _decided_by_user(known: Decided, spec: RoleSpec) -> Decided:
+    evidence = known.evidence
+    decision = _given(spec, known.param, f"roles[{known.pattern!r}]", known.name, evidence)
+    head = decision.role == "output" and not evidence.why.startswith("router")
+    return replace(known, decision=replace(decision, gives_logits=head or evidence.gives_logits))
 
 
 def _at(
@@ -165,7 +169,7 @@ def _given(spec: RoleSpec, p: Tensor, why: str, name: str, evidence: Decision) -
     return Decision(role, why, dims, per=spec.per if isinstance(spec, Matrix) else None)
 
 
-def _check_patterns(found: list[Decided]) -> None:
+def _check_patterns(found: list[Decided], roles: Mapping[str, RoleSpec]) -> None:
     """Raise a ValueError if a pattern gives one role to parameters whose evidence differs, and so changes what is certain."""
     by_pattern: dict[str, list[Decided]] = {}
     for d in found:
@@ -173,7 +177,8 @@ def _check_patterns(found: list[Decided]) -> None:
             by_pattern.setdefault(d.pattern, []).append(d)
     for pattern, matched in by_pattern.items():
         kinds = {d.evidence.role: d for d in reversed(matched)}
-        role = matched[0].decision.role
+        spec = roles[pattern]
+        role = spec if isinstance(spec, str) else "matrix" if isinstance(spec, Matrix) else "output"
         if len(kinds) == 1 or kinds.keys() <= {None, role}:
             continue
         listed = "".join(

@@ -167,9 +167,7 @@ def test_sizes_that_agree_by_accident_are_no_evidence(d, positions, words):
 
 def test_a_head_of_several_matrices_whose_last_one_is_unclear_is_refused():
     unclear = model(head=_class("TwoTowers", left=linear(8), right=linear(8)))
-    with pytest.raises(
-        ValueError, match="one of several matrices in named 'head': which of them gives the outputs"
-    ) as error:
+    with pytest.raises(ValueError, match="perhaps a head 'head': does it give the outputs") as error:
         param_groups(unclear, 16, width=8)
     assert '"head.left.weight": <role>' in str(error.value)
     assert '"head.right.weight": <role>' in str(error.value)
