@@ -320,3 +320,24 @@ def test_patterns_separate_labels_in_any_order():
     }
     for names, label in labels.items():
         assert {value for pattern, value in found.items() if any(matches(pattern, n) for n in names)} == {label}
+
+
+def test_parameters_that_are_not_alike_are_told_before_a_missing_dimension():
+    """The missing dimension is that of a norm, which nobody meant."""
+    for pattern in ("layers.*", "*", "layers.*.weight"):
+        with pytest.raises(ValueError, match="to parameters that are not alike"):
+            param_groups(zoo.Llama(64, 1), 16, width=64, roles={pattern: "matrix"})
+
+
+def test_a_head_that_multiplies_from_the_left_is_offered():
+    """Its fan_in is the last dimension but one. The last one is the number of classes, which is the same at the proxy."""
+
+    class Hand(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.embed, self.w_out = nn.Embedding(9, d), nn.Parameter(torch.zeros(d, 10))
+
+    with pytest.raises(ValueError, match="-1 or -2 as for matrices"):
+        param_groups(Hand(64), Hand(16))
+    given = {"w_out": Output(fan_in=-2)}
+    assert param_groups(Hand(64), Hand(16), roles=given).evidence["w_out"].m == 4.0
