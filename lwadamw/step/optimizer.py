@@ -346,8 +346,8 @@ class AdamW(StateExchange):
         """Return the sums from which `norms()` is computed.
 
         Args:
-            local: return sums over what this process holds. `lwadamw.reduce_sums` adds them up. False: sums over whole
-                parameters; then this call is collective if parameters are split over processes.
+            local: return sums over what this process holds. False: sums over whole parameters; then this call is collective if
+                parameters are split over processes.
 
         Returns:
             float64[n, 4] on the device, one row per name of `norm_names()`. The columns are the square sum of the weight
