@@ -102,6 +102,29 @@ class Engine:
             if checked and self.grad_norm is not None and not capturing():
                 self._norm_check.submit(self.grad_norm)
 
+    @torch.no_grad()
+    def measure_gradients(self, groups: ParamGroups, state: State, request: Request, *, verify_state: bool) -> Tensor:
+        """Return the global norm of the gradients as they are now, float32[] on the device, without taking a step.
+
+        Arguments and errors are those of `step`. State that is missing is created.
+        """
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self._prepare(groups, state, request, verify_state)
+            totals = self._totals()
+            return _clip_factor(totals, request)[0] if totals else torch.zeros((), device="cpu")
+
+    def _totals(self) -> list[Tensor]:
+        """Return sums that add up to the square sum of all gradients before unscaling. The Triton backend gets them too."""
+        sums = [] if self._triton is None else self._triton.sum_gradients()
+        torch_sums = self._torch.sum_gradients(self._shards)
+        whole = self._shards.total(sums + torch_sums)
+        if self._triton is not None:
+            if whole is None:
+                self._triton.share_totals([total for _, total in torch_sums])
+            else:
+                self._triton.set_total(whole)
+        return [total for _, total in sums + torch_sums] if whole is None else [whole]
+
     def _run(self, request: Request) -> None:
         """Run the backends without clipping."""
         if self._triton is not None:
@@ -116,15 +139,8 @@ class Engine:
     def _run_clipped(self, request: Request) -> None:
         """Run the backends with gradients clipped by the norm over both backends."""
         triton_backend, torch_backend = self._triton, self._torch
-        torch_sums = torch_backend.sum_gradients(self._shards)
-        sums = ([] if triton_backend is None else triton_backend.sum_gradients()) + torch_sums
-        whole = self._shards.total(sums)
-        totals = [total for _, total in sums] if whole is None else [whole]
+        totals = self._totals()
         if triton_backend is not None:
-            if whole is None:
-                triton_backend.share_totals([total for _, total in torch_sums])
-            else:
-                triton_backend.set_total(whole)
             triton_backend.run(clip=True, norms=request.norms)
             self.grad_norm = triton_backend.grad_norm
         if torch_backend.buckets:

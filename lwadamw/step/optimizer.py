@@ -205,6 +205,7 @@ class AdamW(StateExchange):
         )
         self._released: ReleaseHooks | None = None
         self._state_was_shared = False
+        self._clip_once: float | None = None  # for the next step alone
 
     @property
     def state(self) -> Any:
@@ -241,6 +242,35 @@ class AdamW(StateExchange):
                 "Call remove() on the handle of release_gradients() first."
             )
         self._max_grad_norm = None if value is None else float(value)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradients of the next step by their global norm, and return this norm.
+
+        The result is that of `torch.nn.utils.clip_grad_norm_`, for loops and frameworks that clip by themselves. No gradient is
+        rewritten: the next step multiplies by the factor, and reads the gradients once more to know it. For that step
+        `max_norm` takes the place of `max_grad_norm`. Where parameters are split over processes, the norm is that of the whole model, and
+        the call is collective. Under a GradScaler call `scaler.unscale_` first, as with torch's function.
+
+        Args:
+            max_norm: the largest norm, positive.
+
+        Returns:
+            The global norm of the gradients, float32[] on the device.
+
+        Raises:
+            ValueError: `max_norm` is not positive.
+            RuntimeError: gradients are released, or the step could not be taken. Nothing has been written then.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"clip_grad_norm_: max_norm={max_norm} is not positive. Give a norm to clip to.")
+        if self._released is not None:
+            raise RuntimeError(
+                "clip_grad_norm_: gradients are released. Call remove() on the handle of release_gradients()."
+            )
+        state, verify = self.__dict__["state"], self._state_was_shared
+        norm = self._engine.measure_gradients(self.param_groups, state, self._request(), verify_state=verify)
+        self._clip_once = float(max_norm)
+        return norm
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -312,6 +342,7 @@ class AdamW(StateExchange):
         state, verify = self.__dict__["state"], self._state_was_shared
         if self._released is None:
             self._engine.step(self.param_groups, state, self._request(), verify_state=verify)
+            self._clip_once = None
         else:
             self._released.step(self._engine, self.param_groups, state, self._request(), verify)
         return loss
@@ -320,7 +351,7 @@ class AdamW(StateExchange):
         # A GradScaler that has looked at no gradient assigns the int 0.
         found_inf = getattr(self, "found_inf", None)
         return Request(
-            self._max_grad_norm,
+            self._max_grad_norm if self._clip_once is None else self._clip_once,
             self.options.nonfinite,
             self.options.norms,
             getattr(self, "grad_scale", None),
@@ -499,6 +530,7 @@ class AdamW(StateExchange):
         self.__dict__.setdefault("_max_grad_norm", None)
         self.__dict__.setdefault("evidence", {})
         self.__dict__.setdefault("_released", None)
+        self.__dict__.setdefault("_clip_once", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

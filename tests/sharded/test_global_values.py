@@ -56,6 +56,11 @@ def _clipped_steps_and_norms(world):
                     _alike((found.weight.tolist(), found.update.tolist(), found.grad.tolist(), found.angle.tolist()))
                 one.zero_grad()
                 many.zero_grad()
+            models.backward(single, steps)
+            models.backward(sharded, steps, part)
+            _close(float(many.clip_grad_norm_(CLIP)), float(one.clip_grad_norm_(CLIP)), 1e-4)
+            one.zero_grad()
+            many.zero_grad()
             for p, q in zip(single.parameters(), sharded.parameters(), strict=True):
                 torch.testing.assert_close(models.whole(q), p.detach(), rtol=1e-4, atol=1e-5)
             _one_bad_shard(sharded, many, part)
@@ -182,3 +187,28 @@ def _asynchronous(world):
 
 def test_gradients_that_are_still_on_their_way_are_waited_for():
     assert run(2, _asynchronous, 2) == [True] * 2
+
+
+def _counted(world):
+    """The collective calls of one step, by what the step is asked for."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    counts = {}
+    for name, (wrap, part, d, hidden) in models.layouts(world).items():
+        for backend in BACKENDS:
+            for clip in (None, CLIP):
+                model = wrap(models.net(d, hidden))
+                optimizer = models.optimizer(model, backend, max_grad_norm=clip)
+                models.backward(model, 0, part)
+                with CommDebugMode() as mode:
+                    optimizer.step()
+                counts[name, backend, clip] = mode.get_total_counts()
+                with CommDebugMode() as mode:
+                    optimizer.norms()
+                counts[name, backend, "norms"] = mode.get_total_counts()
+    return counts
+
+
+def test_a_step_calls_the_other_processes_only_to_clip_and_then_once():
+    for counts in run(2, _counted, 2):
+        assert all(counts[key] == (0 if key[2] is None else 1) for key in counts), counts
