@@ -247,9 +247,9 @@ class AdamW(StateExchange):
         """Clip the gradients of the next step by their global norm, and return this norm.
 
         The result is that of `torch.nn.utils.clip_grad_norm_`, for loops and frameworks that clip by themselves. No gradient is
-        rewritten: the next step multiplies by the factor, and reads the gradients once more to know it. For that step
-        `max_norm` takes the place of `max_grad_norm`. Where parameters are split over processes, the norm is that of the whole model, and
-        the call is collective. Under a GradScaler call `scaler.unscale_` first, as with torch's function.
+        rewritten: the next step multiplies by the factor, and reads the gradients once more to know it. `max_norm` takes the
+        place of `max_grad_norm` for that step. Where parameters are split over processes, the norm is that of the whole model,
+        and the call is collective. Under a GradScaler call `scaler.unscale_` first, as with torch's function.
 
         Args:
             max_norm: the largest norm, positive.
