@@ -7,6 +7,7 @@ again from the groups whenever something has changed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,6 +50,26 @@ class Member(NamedTuple):
 def local(tensor: Tensor) -> Tensor:
     """Return the tensor that this process holds: the shard of a DTensor, or else the tensor itself."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+_LOCAL = attrgetter("_local_tensor")
+_PLACEMENTS = attrgetter("_spec.placements")
+
+
+def locals_of(tensors: Sequence[Any]) -> list[Any]:
+    """Return `local` of many tensors. If all of them are DTensors, this is one loop in C."""
+    try:
+        return list(map(_LOCAL, tensors))
+    except AttributeError:
+        return list(map(local, tensors))
+
+
+def placements_of(tensors: Sequence[Any]) -> list[Any] | None:
+    """Return the placements of DTensors, in one loop in C; None if some of them is no DTensor."""
+    try:
+        return list(map(_PLACEMENTS, tensors))
+    except AttributeError:
+        return None
 
 
 def is_fake(tensor: Tensor) -> bool:
