@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from torch import nn
 
-from .sites import Site
+from .sites import Site, children, class_name, paths
 
 # A module of this name is a head wherever it is.
 _HEADS: Final = re.compile(r"(\w+_)?lm_heads?|unembed(ding)?|embed_out|shared_head|to_logits|logits")
@@ -41,7 +41,7 @@ def is_multiplied(module: nn.Module) -> bool:
         module: any module.
     """
     linear = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-    return linear or type(module).__name__.endswith(("Linear", "Conv1D"))
+    return linear or class_name(module).endswith(("Linear", "Conv1D"))
 
 
 def is_router(kind: str) -> bool:
@@ -56,7 +56,7 @@ def head(site: Site) -> tuple[str, Part] | None:
         site: where the weight sits, as `plain` gives it.
     """
     for depth, name in enumerate(site.path):
-        kind = type(site.trail[depth + 1]).__name__
+        kind = class_name(site.trail[depth + 1])
         if "Pool" in kind:  # Attention pooling is called `head` in some vision models.
             continue
         named = _HEADS.fullmatch(name) or (
@@ -82,8 +82,8 @@ def may_be_a_head(site: Site) -> bool:
     name, model = site.path[depth], site.trail[depth]
     if name.isdigit() or any(word in name for word in _INNER_WORDS):
         return False
-    paths = [path.split(".") for path, _ in model.named_modules()]
-    return any(part.isdigit() for path in paths if "parametrizations" not in path for part in path)
+    split = [path.split(".") for path, _ in paths(model, remove_duplicate=True)]
+    return any(part.isdigit() for path in split if "parametrizations" not in path for part in path)
 
 
 def router(site: Site) -> tuple[str, Part] | None:
@@ -93,7 +93,7 @@ def router(site: Site) -> tuple[str, Part] | None:
         site: where the weight sits, as `plain` gives it.
     """
     for depth in range(len(site.path), 0, -1):
-        name, kind = site.path[depth - 1], type(site.trail[depth]).__name__
+        name, kind = site.path[depth - 1], class_name(site.trail[depth])
         if name == "router" or is_router(kind):
             return f"router: {kind}", _part(site, depth)
         beside = site.trail[depth - 1]._modules if name in _GATES else ()
@@ -106,7 +106,7 @@ def _is_last(site: Site, depth: int) -> bool:
     """Return whether the module at a depth of a path is the last linear layer or convolution that the model itself holds."""
     if not all(part in _SHELLS for part in site.path[:depth]):
         return False
-    held = [module for module in site.trail[depth]._modules.values() if module is not None and is_multiplied(module)]
+    held = [module for module in children(site.trail[depth]).values() if is_multiplied(module)]
     return held[-1:] == [site.trail[depth + 1]]
 
 
@@ -120,7 +120,7 @@ def _part(site: Site, depth: int) -> Part:
     # The modulation of a norm is no output, though it may come last.
     inside = {
         path: module
-        for path, module in container.named_modules()
+        for path, module in paths(container, remove_duplicate=True)
         if is_multiplied(module) and not re.search("adaln|modulation", path.lower())
     }
     if len(inside) > 1 and not isinstance(container, nn.Sequential):
