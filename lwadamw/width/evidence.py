@@ -195,6 +195,6 @@ def _refuse_shard(p: Tensor, site: Site) -> None:
     if flat or cut:
         raise RuntimeError(
             f"param_groups: {site.name!r} of {kind} has shape {tuple(p.shape)}. So it is a flattened or partitioned shard, and "
-            "its fan_in is unknown. Call param_groups before the model is wrapped, and give lwadamw.rebind(groups, model) to the "
-            "optimizer. The wrapper has to keep the parameters: FullyShardedDataParallel(model, use_orig_params=True)."
+            "its fan_in is unknown. Call param_groups before the model is wrapped, and give lwadamw.rebind(groups, model) to "
+            "the optimizer. The wrapper has to keep the parameters: FullyShardedDataParallel(model, use_orig_params=True)."
         )

@@ -15,8 +15,8 @@ from .sites import sites
 def rebind(groups: Iterable[Mapping[str, Any]], model: nn.Module) -> Groups:
     """Return the same groups with the parameters that a model has today, found by their names.
 
-    `fully_shard`, `parallelize_module` and other wrappers put new parameters in the place of those that a model had. Groups that
-    were built before still hold the old ones, which no longer get gradients. Roles, multipliers, segments, evidence and all
+    `fully_shard`, `parallelize_module` and other wrappers put new parameters in the place of those that a model had. Groups
+    that were built before still hold the old ones, which no longer get gradients. Roles, multipliers, segments, evidence and all
     other keys of the groups stay as they are. The groups that are given are not changed.
 
     Args:
@@ -107,9 +107,9 @@ def _different(missing: list[str], new: list[str]) -> str:
     return (
         "rebind: the model has not the parameters that the groups were built of.\n  "
         + "\n  ".join(lines)
-        + "\nGive the model that param_groups was called with, after it has been wrapped. If the wrapper has changed names, ties, "
-        "or which parameters are frozen, call lwadamw.param_groups on the wrapped model instead. FullyShardedDataParallel needs "
-        "use_orig_params=True."
+        + "\nGive the model that param_groups was called with, after it has been wrapped. If the wrapper has changed names, "
+        "ties, or which parameters are frozen, call lwadamw.param_groups on the wrapped model instead. "
+        "FullyShardedDataParallel needs use_orig_params=True."
     )
 
 
