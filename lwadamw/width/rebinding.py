@@ -16,8 +16,8 @@ def rebind(groups: Iterable[Mapping[str, Any]], model: nn.Module) -> Groups:
     """Return the same groups with the parameters that a model has today, found by their names.
 
     `fully_shard`, `parallelize_module` and other wrappers put new parameters in the place of those that a model had. Groups
-    that were built before still hold the old ones, which no longer get gradients. Roles, multipliers, segments, evidence and all
-    other keys of the groups stay as they are. The groups that are given are not changed.
+    that were built before still hold the old ones, which no longer get gradients. Roles, multipliers, segments, evidence and
+    all other keys of the groups stay as they are. The groups that are given are not changed.
 
     Args:
         groups: what `param_groups` returned, or the `param_groups` of an optimizer that was built from it.

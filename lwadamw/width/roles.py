@@ -209,6 +209,7 @@ def _exempt(model: nn.Module) -> Callable[[str], object]:
     for path, module in paths(model):
         if callable(getattr(type(module), "no_weight_decay", None)):
             patterns += [
-                fnmatch.translate(f"{path}.{name}" if path else str(name)) for name in module.no_weight_decay()
+                fnmatch.translate(f"{path}.{name}" if path else str(name))
+                for name in module.no_weight_decay()  # type: ignore[operator]
             ]
     return re.compile("|".join(patterns) or r"(?!)").match

@@ -75,7 +75,7 @@ class Model(nn.Module):
 
 
 def _mesh(*sizes):
-    return init_device_mesh("cpu", sizes or (1,))
+    return init_device_mesh("cpu", sizes or (1,), mesh_dim_names=("replicate", "shard")[-max(len(sizes), 1) :])
 
 
 def _each(model, wrap):
@@ -176,7 +176,7 @@ def test_rebind_gives_the_groups_the_parameters_of_today(wrapper):
     assert _told(bound) == before
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for g in bound for _, p in g["params"]} == trained
-    assert [p for g in groups for _, p in g["params"]] == held if "FSDP2" not in wrapper else True
+    assert [id(p) for g in groups for _, p in g["params"]] == list(map(id, held))
     lwadamw.AdamW(bound, lr=1e-3)
 
 
