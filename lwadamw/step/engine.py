@@ -25,6 +25,7 @@ from ..tables.request import Request
 from .backends import use_triton
 from .nonfinite import DelayedNormCheck
 from .torch_backend import TorchBackend
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from ..tables.triton_backend import TritonBackend
@@ -44,6 +45,7 @@ class Engine:
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
         self._norm_check = DelayedNormCheck()
+        self._waiting = Waiting()
         self._captured: list[TritonBackend] = []  # former backends whose tables some CUDA graph still reads
         self._forget()
 
@@ -91,6 +93,8 @@ class Engine:
             self._norm_check.raise_if_arrived()
         # State that is created in inference mode could not be updated outside of it.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            if not self._waiting.over:  # before state is made for parameters that have a gradient
+                self._waiting.look(groups, state)
             self._prepare(groups, state, request, verify_state)
             self._released.clear()  # their norms are those of an earlier step
             if request.max_grad_norm is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import heads, inputs
 from .rules import Role
-from .sites import Site, plain
+from .sites import Site, class_name, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output
         RuntimeError: the parameter is a flattened or partitioned shard.
     """
     at = plain(site)
-    kind = type(at.module).__name__
+    kind = class_name(at.module)
     _refuse_shard(p, site)
     if any(part.startswith("lora_") for part in (*site.path, site.attribute)):
         return Decision(None, "LoRA: no width rule is settled for it")
@@ -107,7 +107,7 @@ def fan_in_of(p: Tensor, site: Site, decision: Decision) -> int:
         ValueError: the module has no number of experts under the name that the decision gives.
     """
     size = vars(site.module).get("input_size")
-    if isinstance(size, int) and type(site.module).__name__.endswith("Linear") and decision.dims in ((-1,), (1,)):
+    if isinstance(size, int) and class_name(site.module).endswith("Linear") and decision.dims in ((-1,), (1,)):
         return size
     fan_in = math.prod(p.shape[dim] for dim in decision.dims)
     if decision.per is not None:
@@ -115,7 +115,7 @@ def fan_in_of(p: Tensor, site: Site, decision: Decision) -> int:
         if not isinstance(count, int) or count < 1 or fan_in % count:
             raise ValueError(
                 f"param_groups: the fan_in {fan_in} of {site.name!r} {tuple(p.shape)} is to be divided by the attribute "
-                f"{decision.per!r} of {type(site.module).__name__}, which is {count!r}. Give an attribute that divides it."
+                f"{decision.per!r} of {class_name(site.module)}, which is {count!r}. Give an attribute that divides it."
             )
         fan_in //= count
     if getattr(p, "tensor_model_parallel", False) and p.partition_dim in (dim % p.ndim for dim in decision.dims):  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def transposes(module: nn.Module) -> bool | None:
         module: the module that holds the experts.
     """
     told = getattr(type(module), "is_transposed", vars(module).get("is_transposed"))
-    return told if isinstance(told, bool) and "Experts" in type(module).__name__ else None
+    return told if isinstance(told, bool) and "Experts" in class_name(module) else None
 
 
 def _output(at: Site, output_modules: frozenset[int]) -> tuple[str, heads.Part] | None:
@@ -196,11 +196,14 @@ def _output(at: Site, output_modules: frozenset[int]) -> tuple[str, heads.Part] 
 
 
 def _refuse_shard(p: Tensor, site: Site) -> None:
-    kind = type(site.module).__name__
-    flat = kind == "FlatParameter" or type(p).__name__ == "FlatParameter"
-    cut = p.ndim <= 1 and site.attribute == "weight" and isinstance(site.module, (nn.Linear, nn.Embedding))
+    kind = class_name(site.module)
+    # torch makes a FlatParameter as a plain Parameter with this mark.
+    flat = getattr(p, "_is_flat_param", False) or "FlatParameter" in (kind, type(p).__name__)
+    holds_matrix = heads.is_multiplied(site.module) or isinstance(site.module, nn.Embedding)
+    cut = p.ndim <= 1 and site.attribute == "weight" and holds_matrix
     if flat or cut:
         raise RuntimeError(
             f"param_groups: {site.name!r} of {kind} has shape {tuple(p.shape)}. So it is a flattened or partitioned shard, and "
-            "its fan_in is unknown. Call param_groups before the model is wrapped."
+            "its fan_in is unknown. Call param_groups before the model is wrapped, and give lwadamw.rebind(groups, model) to "
+            "the optimizer. The wrapper has to keep the parameters: FullyShardedDataParallel(model, use_orig_params=True)."
         )

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from torch import nn
 
-from .sites import Site
+from .sites import Site, children, class_name, paths
 
 # A module of this name is a head wherever it is.
 _HEADS: Final = re.compile(r"(\w+_)?lm_heads?|unembed(ding)?|embed_out|shared_head|to_logits|logits")
@@ -45,7 +45,7 @@ def is_multiplied(module: nn.Module) -> bool:
         module: any module.
     """
     linear = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-    return linear or type(module).__name__.endswith(("Linear", "Conv1D"))
+    return linear or class_name(module).endswith(("Linear", "Conv1D"))
 
 
 def is_router(kind: str) -> bool:
@@ -60,7 +60,7 @@ def head(site: Site) -> tuple[str, Part] | None:
         site: where the weight sits, as `plain` gives it.
     """
     for depth, name in enumerate(site.path):
-        kind = type(site.trail[depth + 1]).__name__
+        kind = class_name(site.trail[depth + 1])
         if "Pool" in kind:  # Attention pooling is called `head` in some vision models.
             continue
         outer, held = not any(p.isdigit() for p in site.path[:depth]), _is_held_by_the_model(site, depth)
@@ -89,20 +89,20 @@ def may_be_a_head(site: Site) -> bool:
     if any(word in site.path[depth] for word in _INNER_WORDS):
         return False
     after_layers = False
-    for child in site.trail[depth]._modules.values():
+    for child in children(site.trail[depth]).values():
         if child is site.module:
             return after_layers
-        after_layers |= child is not None and not is_multiplied(child) and _has_layers(child)
+        after_layers |= not is_multiplied(child) and _has_layers(child)
     return False
 
 
 def _has_layers(module: nn.Module) -> bool:
     """Return whether a module holds numbered layers: a list of modules that are more than a matrix."""
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
-        return any(not is_multiplied(child) and any(True for _ in child.parameters()) for child in module)
-    return any(
-        isinstance(inner, nn.ModuleList) and _has_layers(inner) for inner in module.modules() if inner is not module
-    )
+        inside = children(module).values()
+        return any(not is_multiplied(child) and any(True for _ in child.parameters()) for child in inside)
+    found = (inner for _, inner in paths(module) if inner is not module)
+    return any(isinstance(inner, nn.ModuleList) and _has_layers(inner) for inner in found)
 
 
 def router(site: Site) -> tuple[str, Part] | None:
@@ -112,7 +112,7 @@ def router(site: Site) -> tuple[str, Part] | None:
         site: where the weight sits, as `plain` gives it.
     """
     for depth in range(len(site.path), 0, -1):
-        name, kind = site.path[depth - 1], type(site.trail[depth]).__name__
+        name, kind = site.path[depth - 1], class_name(site.trail[depth])
         if name == "router" or is_router(kind):
             return f"router: {kind}", _part(site, depth)
         holder = site.trail[depth - 1]
@@ -127,7 +127,7 @@ def _is_held_by_the_model(site: Site, depth: int) -> bool:
 
 def _is_last(site: Site, depth: int) -> bool:
     """Return whether the module at a depth of a path is the last linear layer or convolution that its holder itself holds."""
-    held = [module for module in site.trail[depth]._modules.values() if module is not None and is_multiplied(module)]
+    held = [module for module in children(site.trail[depth]).values() if is_multiplied(module)]
     return held[-1:] == [site.trail[depth + 1]]
 
 
@@ -141,7 +141,7 @@ def _part(site: Site, depth: int) -> Part:
     # The modulation of a norm is no output, though it may come last.
     inside = {
         path: module
-        for path, module in container.named_modules()
+        for path, module in paths(container, remove_duplicate=True)
         if is_multiplied(module) and not re.search("adaln|modulation", path.lower())
     }
     if len(inside) > 1 and not isinstance(container, nn.Sequential):

@@ -8,7 +8,7 @@ from typing import Final
 from torch import nn
 
 from .heads import is_multiplied
-from .sites import Site
+from .sites import Site, class_name
 
 # A first convolution of at most this many input channels reads an image or a sound.
 _MOST_INPUT_CHANNELS: Final = 4
@@ -37,7 +37,7 @@ def embeds_the_input(site: Site) -> tuple[str, bool] | None:
         return None
     for depth in range(max(len(site.path) - 2, 0), len(site.path)):
         name, holder = site.path[depth], site.trail[depth + 1]
-        if (_NAMES.fullmatch(name) or _CLASSES.search(type(holder).__name__)) and _first_in(holder) is module:
+        if (_NAMES.fullmatch(name) or _CLASSES.search(class_name(holder))) and _first_in(holder) is module:
             return f"in {name!r}: embeds the input", False
     return None
 

@@ -28,7 +28,7 @@ from .evidence import Decision, fan_in_of, from_evidence, transposes
 from .patterns import ALL, first_match
 from .registry import Registry
 from .rules import Role
-from .sites import Site, sites, unwrapped
+from .sites import Site, paths, sites, unwrapped
 from .specs import Matrix, RoleSpec
 
 
@@ -202,7 +202,7 @@ def _output_modules(model: nn.Module) -> frozenset[int]:
             except (AttributeError, NotImplementedError):  # What models without a head raise.
                 continue
             found += heads if isinstance(heads, (nn.ModuleList, list, tuple)) else [heads]
-    return frozenset(map(id, found))
+    return frozenset(id(unwrapped(head)) for head in found if isinstance(head, nn.Module))
 
 
 def _exempt(model: nn.Module) -> Callable[[str], object]:
@@ -211,9 +211,10 @@ def _exempt(model: nn.Module) -> Callable[[str], object]:
     The models of timm have this method. It gives names and patterns within the module that has it.
     """
     patterns = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in paths(model):
         if callable(getattr(type(module), "no_weight_decay", None)):
             patterns += [
-                fnmatch.translate(f"{path}.{name}" if path else str(name)) for name in module.no_weight_decay()
+                fnmatch.translate(f"{path}.{name}" if path else str(name))
+                for name in module.no_weight_decay()  # type: ignore[operator]
             ]
     return re.compile("|".join(patterns) or r"(?!)").match

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from .sites import Site, unwrapped
+from .sites import Site, paths, unwrapped
 
 # Attributes of a model that may hold its config, and fields of a config that hold the width.
 _CONFIGS: Final = ("config", "cfg", "model_args", "args", "params", "hparams")
@@ -33,7 +33,7 @@ def model_width(model: nn.Module) -> tuple[int, str]:
     if not found:
         found = {
             f"the embedding {path!r}": module.embedding_dim
-            for path, module in model.named_modules()
+            for path, module in paths(model, remove_duplicate=True)
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         }
     if len(set(found.values())) == 1:
