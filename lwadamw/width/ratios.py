@@ -84,10 +84,11 @@ def _from_int(base_width: int, width: int, scaled: Sequence[Decided]) -> Ratio:
     widths: dict[int, int | None] = {}
     apart = {d.name: own for d in scaled if (own := width_at(d.site, widths)) not in (None, width)}
     odd = [d for d in scaled if d.name in apart or (d.fan_in is not None and d.fan_in % width)]
-    assumed = {d.name for d in _assumed([d for d in scaled if d.fan_in is not None])}
+    follows = [] if width == base_width else _assumed([d for d in scaled if d.fan_in is not None])
+    assumed = {d.name for d in follows}
     if odd:
         raise ValueError(remedies.for_int(base_width, width, scaled, odd, assumed, apart))
-    if assumed and width != base_width:
+    if assumed:
         listed = separating({d.names: d.name in assumed for d in scaled}, unlisted=[False])
         _log.warning(
             "base_width=%d assumes that the inputs of these matrices follow the width: %s. If one has as many inputs at the "

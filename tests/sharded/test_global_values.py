@@ -123,6 +123,7 @@ def _sequence_parallel(world):
     return True
 
 
+@MATRIX
 def test_gradients_of_sequence_parallel_are_brought_to_their_parameter_first():
     assert run(2, _sequence_parallel, 2) == [True] * 2
 

@@ -96,6 +96,7 @@ def _zero_redundancy(world):
     return True
 
 
+@pytest.mark.matrix
 def test_the_zero_redundancy_optimizer_clips_by_the_global_norm():
     assert run(2, _zero_redundancy, 2) == [True] * 2
 
