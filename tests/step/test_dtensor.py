@@ -56,6 +56,7 @@ def _train_and_check(world, backend):
     assert ours.norms().weight == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.matrix
 def test_the_step_of_shards_equals_the_whole_step(tmp_path):
     mp.spawn(_run, (2, str(tmp_path / "store"), tmp_path), nprocs=2)
     finished = {path.name for path in tmp_path.iterdir()}
