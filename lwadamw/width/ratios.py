@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -156,6 +157,7 @@ def _from_map(base: Mapping[str, int], parameters: Sequence[Decided], scaled: Se
 def _from_model(base: nn.Module, parameters: Sequence[Decided], roles: Mapping[str, RoleSpec]) -> Ratio:
     there = {name: d for d in decide(base, roles) for name in d.names}
     by_type, here = _by_type(there.values()), _by_type(parameters)
+    agree = functools.cache(lambda kind: len({d.inputs for d in here.get(kind, ())}) == 1)
 
     def ratio(found: Decided) -> tuple[float, str]:
         differing: dict[int, str] = {}
@@ -167,7 +169,7 @@ def _from_model(base: nn.Module, parameters: Sequence[Decided], roles: Mapping[s
             if not at_proxy:
                 continue
             fan_ins = {_same_dimensions(found, d): d.name for d in at_proxy}
-            alike = name in there or len({d.inputs for d in here.get(kind, ())}) == 1
+            alike = name in there or agree(kind)
             if len(fan_ins) == 1 and alike:
                 (base_fan_in,) = fan_ins
                 note = f", base fan_in {base_fan_in}" if found.fan_in is not None else ""
