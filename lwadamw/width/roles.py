@@ -21,6 +21,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from .sites import Site, paths, sites, unwrapped
 from .specs import Matrix, RoleSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decided:
     """One distinct parameter of a model, and what was decided about its role.
 
@@ -62,7 +63,7 @@ class Decided:
         """The role; `matrix` where nothing decided it, so that nothing loses its decay."""
         return self.decision.role or "matrix"
 
-    @property
+    @cached_property
     def fan_in(self) -> int | None:
         """Number of inputs of each output, from the global shape; None for a vector and where nothing decided the role."""
         known = self.decision.role in ("matrix", "output") and self.decision.dims
