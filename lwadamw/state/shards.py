@@ -55,6 +55,7 @@ class Shards:
             shard_group if isinstance(shard_group, Mapping) else {} if shard_group is None else {"*": shard_group}
         )
         self._patterns: dict[str, Split] = {}
+        self._by_mesh: dict[tuple[Any, tuple[int, ...]], Split] = {}
         for i, (pattern, one_or_more) in enumerate(given.items()):
             groups = tuple(one_or_more) if isinstance(one_or_more, (list, tuple)) else (one_or_more,)
             for group in groups:
@@ -81,14 +82,24 @@ class Shards:
             dimensions = split_dimensions(p)
             if not dimensions:
                 return WHOLE
-            mesh = p.device_mesh
-            return Split(
-                f"dimensions {dimensions} of a mesh {tuple(mesh.shape)}", tuple(map(mesh.get_group, dimensions))
-            )
+            place = (p.device_mesh, dimensions)
+            if place not in self._by_mesh:
+                self._by_mesh[place] = self._split_over(*place)
+            return self._by_mesh[place]
         for pattern, split in self._patterns.items():
             if fnmatch.fnmatchcase(member.name, pattern):
                 return split if split.groups else WHOLE
         return WHOLE
+
+    def _split_over(self, mesh: Any, dimensions: tuple[int, ...]) -> Split:
+        groups = tuple(map(mesh.get_group, dimensions))
+        label = f"dimensions {dimensions} of a mesh {tuple(mesh.shape)}"
+        alike = [split for split in self._by_mesh.values() if split.label.partition(" #")[0] == label]
+        for split in alike:
+            if split.groups == groups:
+                return split
+        # Another mesh of the same shape, such as the other dimension of a larger mesh. Processes meet meshes in one order.
+        return Split(f"{label} #{len({split.label for split in alike})}", groups)
 
     def total(self, sums: Iterable[tuple[Split, Tensor]]) -> Tensor | None:
         """Add up sums over this process's parts, so that the result is the same on every process.
@@ -162,6 +173,8 @@ def add_up(table: Tensor, splits: Sequence[Split]) -> None:
         groups |= {id(group): group for group in split.groups if id(group) not in groups}
     for group in groups.values():
         rows = [i for i, split in enumerate(splits) if group in split.groups]
-        part = table[rows]
+        # A list as an index would be copied to the device, for which the host would wait.
+        part = torch.stack([table[i] for i in rows])
         torch.distributed.all_reduce(part, group=group)
-        table[rows] = part
+        for i, row in zip(rows, part, strict=True):
+            table[i] = row
