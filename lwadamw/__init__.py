@@ -10,6 +10,7 @@ from .monitor.monitor import Monitor
 from .monitor.probe import Probe
 from .monitor.summary import summary
 from .state.groups import effective
+from .state.places import place_flat_shard
 from .step.norms import Norms
 from .step.optimizer import AdamW
 from .version import __version__ as __version__
@@ -36,6 +37,7 @@ __all__ = [
     "SteadyState",
     "effective",
     "param_groups",
+    "place_flat_shard",
     "rebind",
     "register_role",
     "summary",
