@@ -72,9 +72,9 @@ def _runs_at(member: Member, place: Place) -> tuple[int, int, int]:
     """Return (first, run, stride) of a flat shard."""
     if (found := place.runs()) is None:
         raise RuntimeError(
-            f"{member.name!r} {tuple(member.param.shape)} is a flat shard that begins inside a row of the block {place.block} of "
-            f"{place.whole}. Stochastic rounding and 8-bit moments round each element with random bits that depend on its index "
-            "in the whole parameter, which the kernels cannot compute here. Use rounding='kahan' or "
+            f"{member.name!r} {tuple(member.param.shape)} is a flat shard that begins inside a row of the block {place.block} "
+            f"of {place.whole}. Stochastic rounding and 8-bit moments round each element with random bits that depend on its "
+            "index in the whole parameter, which the kernels cannot compute here. Use rounding='kahan' or "
             "master_weights=torch.float32, with exp_avg_dtype=torch.bfloat16 and exp_avg_sq_dtype=torch.bfloat16."
         )
     first, run, stride = found

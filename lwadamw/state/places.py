@@ -1,7 +1,7 @@
 """Places: where a flat shard lies in its whole parameter, as the engine that cut it has told.
 
-A plain tensor does not say of which matrix it is a piece. An engine that cuts parameters into flat pieces knows, and may replace its
-tensors after the optimizer exists. So the place is kept with the tensor, and not with an optimizer or a name.
+A plain tensor does not say of which matrix it is a piece. An engine that cuts parameters into flat pieces knows, and may
+replace its tensors after the optimizer exists. So the place is kept with the tensor, and not with an optimizer or a name.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Place(NamedTuple):
     def runs(self) -> tuple[int, int, int] | None:
         """Return (first, run, stride) of the elements in the flattened whole.
 
-        The elements form runs of `run` neighbours in the whole. The runs begin `stride` elements apart, the first at `first`. A
-        shard that is one run has its own length, or 1, as run and as stride.
+        The elements form runs of `run` neighbours in the whole. The runs begin `stride` elements apart, the first at
+        `first`. A shard that is one run has its own length, or 1, as run and as stride.
 
         Returns:
-            None if three numbers cannot say it: the shard begins inside a run and does not end in it, or the runs are not evenly
-            spaced.
+            None if three numbers cannot say it: the shard begins inside a run and does not end in it, or the runs are not
+            evenly spaced.
         """
         if self.numel == 0:
             return 0, 1, 1
@@ -67,19 +67,20 @@ def place_flat_shard(
 ) -> None:
     """Tell where a flat shard lies in its whole parameter.
 
-    An engine that cuts parameters into flat pieces calls this for every piece that it gives to an optimizer, before the piece takes
-    its first step, and again when it replaces the tensor or cuts anew. The optimizer may exist already. Then stochastic rounding and 8-bit moments draw the
-    random bits that the whole parameter would draw, however it is cut. Without a place, a plain tensor counts as a whole parameter.
+    An engine that cuts parameters into flat pieces calls this for every piece that it gives to an optimizer, before the
+    piece takes its first step, and again when it replaces the tensor or cuts anew. The optimizer may exist already. Then
+    stochastic rounding and 8-bit moments draw the random bits that the whole parameter would draw, however it is cut.
+    Without a place, a plain tensor counts as a whole parameter.
 
-    The place does not say which processes hold the other pieces: that is `AdamW(shard_group=...)`. The place is kept in the
+    The place does not say which processes hold the other pieces: `AdamW(shard_group=...)` says it. The place is kept in the
     tensor. Copies of a parameter do not have it.
 
     Args:
         p: the piece, a plain tensor with its elements in memory order. It may be empty.
         whole_shape: shape of the whole parameter.
         first: index of the first element of the piece in the flattened whole, or in the flattened block.
-        block: begin and end for each dimension, if the piece was cut from a block of the whole, as tensor parallelism leaves one on
-            every process. None: from the whole.
+        block: begin and end for each dimension, if the piece was cut from a block of the whole, as tensor parallelism
+            leaves one on every process. None: from the whole.
 
     Raises:
         TypeError: the tensor is a DTensor, which knows its place.
@@ -99,8 +100,8 @@ def place_flat_shard(
     limits = tuple((0, size) for size in whole) if block is None else tuple((int(a), int(b)) for a, b in block)
     if len(limits) != len(whole) or any(not 0 <= a <= b <= n for (a, b), n in zip(limits, whole, strict=True)):
         raise ValueError(
-            f"{name} is a piece of block={limits}, which is no block of {whole}. Give (begin, end) for each of the {len(whole)} "
-            "dimensions."
+            f"{name} is a piece of block={limits}, which is no block of {whole}. Give (begin, end) for each of the "
+            f"{len(whole)} dimensions."
         )
     size = math.prod(b - a for a, b in limits)
     if first < 0 or first + p.numel() > size:
@@ -124,8 +125,8 @@ def place_of(p: Tensor, name: str = "") -> Place | None:
     place: Place | None = getattr(p, _ATTRIBUTE, None)
     if place is not None and place.numel != p.numel():
         raise RuntimeError(
-            f"{name!r} {tuple(p.shape)} was placed as {place.numel} elements of {place.whole}, and has {p.numel()} now. Tell the "
-            "place of the new piece: lwadamw.place_flat_shard(p, whole_shape, first)."
+            f"{name!r} {tuple(p.shape)} was placed as {place.numel} elements of {place.whole}, and has {p.numel()} now. Tell "
+            "the place of the new piece: lwadamw.place_flat_shard(p, whole_shape, first)."
         )
     return place
 
