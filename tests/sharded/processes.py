@@ -15,6 +15,9 @@ import torch.multiprocessing as mp
 # Longer than any test takes here, and short enough that a hang is seen.
 _TIMEOUT = 120
 
+# Processes are forks of one server that has imported everything, which takes seconds. The server starts no thread.
+_WARM = f"{__package__}.warm"
+
 
 def run(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what a function returns in each of several processes.
@@ -28,7 +31,8 @@ def run(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         RuntimeError: the function failed in some process, or did not end in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([_WARM])
         results: Any = context.SimpleQueue()
         started = [
             context.Process(target=_work, args=(rank, world, f"{folder}/store", results, work, arguments), daemon=True)
