@@ -11,6 +11,7 @@ from .monitor.probe import Probe
 from .monitor.summary import summary
 from .state.groups import effective
 from .state.places import place_flat_shard
+from .state.reduction import reduce_sums
 from .step.norms import Norms
 from .step.optimizer import AdamW
 from .version import __version__ as __version__
@@ -39,6 +40,7 @@ __all__ = [
     "param_groups",
     "place_flat_shard",
     "rebind",
+    "reduce_sums",
     "register_role",
     "summary",
 ]

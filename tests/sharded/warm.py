@@ -1,8 +1,8 @@
-"""What the server of processes.py does once, so that its forks need not: import torch, and let Triton's interpreter read kernels."""
+"""What the server of processes.py does once, and its forks need not: import torch, and let Triton read the kernels."""
 
 import pytest  # noqa: F401
 import torch
-import torch.distributed.optim  # noqa: F401
+import torch.distributed.optim
 
 from ..interpreter import patch_language_once_per_launch
 from . import models
