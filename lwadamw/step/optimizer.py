@@ -105,8 +105,9 @@ class AdamW(StateExchange):
         huber_scale: threshold of "huber", as a multiple of the mean of |w|.
         shard_group: the process group, or several, among which parameters are split that are plain tensors, as those of FSDP1,
             ZeroRedundancyOptimizer or Megatron are; or a mapping from fnmatch patterns on parameter names to such groups.
-            Then `max_grad_norm` and `norms()` are those of the whole model. DTensors tell their groups themselves. Copies and
-            pickles of the optimizer do not have it: a process group cannot be copied.
+            Then `max_grad_norm` and `norms()` are those of the whole model. No group, as in [], says that parameters are whole.
+            DTensors tell their groups themselves. Copies and pickles of the optimizer do not have it: a process group cannot be
+            copied.
 
     The group keys `exp_avg_dtype`, `exp_avg_sq_dtype`, `master_weights`, `rounding`, `rounding_seed`, `grad_attribute`,
     `decay`, `peak_lr` and `huber_scale` may differ by group. The arguments above apply to groups that lack the key.
