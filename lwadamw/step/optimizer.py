@@ -261,7 +261,8 @@ class AdamW(StateExchange):
 
         Raises:
             ValueError: `max_norm` is not positive.
-            RuntimeError: gradients are released, or the step could not be taken. Nothing has been written then.
+            RuntimeError: gradients are released, or the step could not be taken, or another process did not make the call.
+                Nothing has been written then.
         """
         if not max_norm > 0:
             raise ValueError(f"clip_grad_norm_: max_norm={max_norm} is not positive. Give a norm to clip to.")
@@ -334,8 +335,9 @@ class AdamW(StateExchange):
 
         Raises:
             RuntimeError: backend="triton" cannot update some parameter, a gradient is sparse, or state does not fit its
-                parameter. Nothing has been written then. With nonfinite="raise" also: the global gradient norm of this
-                or of an earlier step was not finite.
+                parameter. With `max_grad_norm` also: another process did not make the call, or parameters are shards of
+                FullyShardedDataParallel and `shard_group` does not tell their group. Nothing has been written then. With
+                nonfinite="raise" also: the global gradient norm of this or of an earlier step was not finite.
         """
         loss = None
         if closure is not None:
