@@ -105,8 +105,9 @@ class AdamW(StateExchange):
         huber_scale: threshold of "huber", as a multiple of the mean of |w|.
         shard_group: the process group, or several, among which parameters are split that are plain tensors, as those of FSDP1,
             ZeroRedundancyOptimizer or Megatron are; or a mapping from fnmatch patterns on parameter names to such groups.
-            Then `max_grad_norm` and `norms()` are those of the whole model. DTensors tell their groups themselves. Copies and
-            pickles of the optimizer do not have it: a process group cannot be copied.
+            Then `max_grad_norm` and `norms()` are those of the whole model. No group, as in [], says that parameters are whole.
+            DTensors tell their groups themselves. Copies and pickles of the optimizer do not have it: a process group cannot be
+            copied.
 
     The group keys `exp_avg_dtype`, `exp_avg_sq_dtype`, `master_weights`, `rounding`, `rounding_seed`, `grad_attribute`,
     `decay`, `peak_lr` and `huber_scale` may differ by group. The arguments above apply to groups that lack the key.
@@ -260,7 +261,8 @@ class AdamW(StateExchange):
 
         Raises:
             ValueError: `max_norm` is not positive.
-            RuntimeError: gradients are released, or the step could not be taken. Nothing has been written then.
+            RuntimeError: gradients are released, or the step could not be taken, or another process did not make the call.
+                Nothing has been written then.
         """
         if not max_norm > 0:
             raise ValueError(f"clip_grad_norm_: max_norm={max_norm} is not positive. Give a norm to clip to.")
@@ -333,8 +335,9 @@ class AdamW(StateExchange):
 
         Raises:
             RuntimeError: backend="triton" cannot update some parameter, a gradient is sparse, or state does not fit its
-                parameter. Nothing has been written then. With nonfinite="raise" also: the global gradient norm of this
-                or of an earlier step was not finite.
+                parameter. With `max_grad_norm` also: another process did not make the call, or parameters are shards of
+                FullyShardedDataParallel and `shard_group` does not tell their group. Nothing has been written then. With
+                nonfinite="raise" also: the global gradient norm of this or of an earlier step was not finite.
         """
         loss = None
         if closure is not None:

@@ -1,4 +1,3 @@
-"""What pytest does not look at for doctests."""
+"""Leaves out the module that only the server of processes.py imports."""
 
-# It is for the server that forks the processes of tests, and takes a step when it is imported.
 collect_ignore = ["warm.py"]
