@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import decay, keys
-from .companions import misfit
+from .companions import misfit, misfit_of_codes
 from .groups import effective
 from .members import Member, wrap_like
 from .names import names_of
 from .packing import read_moment
+from .saved_form import from_saved
 from .storage import ARRAYS, CODES, COMPANIONS, SCALES, wanted_companion, wanted_dtype
 
 # These keys describe the model and not the run. So after loading, each group has the values that it had before.
@@ -82,7 +83,11 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     elif [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         return state_dict  # torch raises an error that names the group sizes
     saved = [_with_model_keys(s, g, i) for i, (s, g) in enumerate(zip(saved, groups, strict=True))]
-    adapted = {**state_dict, "param_groups": saved}
+    adapted = {**state_dict, "param_groups": saved, "state": dict(state_dict["state"])}
+    for s, group in zip(saved, groups, strict=True):
+        for i, p in zip(s["params"], group["params"], strict=True):
+            if i in adapted["state"]:
+                adapted["state"][i] = from_saved(adapted["state"][i], p)
     _check_state(adapted, groups)
     return adapted
 
@@ -188,6 +193,13 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
                         "differs, give both optimizers named parameters, so that they are matched by name: "
                         "AdamW(model.named_parameters(), ...) or AdamW(lwadamw.param_groups(model, ...), ...)."
                     )
+            if (reason := misfit_of_codes(p, entry)) is not None:
+                raise ValueError(
+                    f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load moments and scales from "
+                    "the same checkpoint, into an optimizer that was built with the exp_avg_dtype and exp_avg_sq_dtype of the "
+                    "checkpoint. To change the dtypes after that, set them in optimizer.param_groups and call "
+                    "optimizer.convert_state()."
+                )
             if (reason := misfit(p, entry)) is not None:
                 raise ValueError(
                     f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load the checkpoint into "

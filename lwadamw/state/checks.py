@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import decay, keys
-from .companions import misfit
+from .blocks import QUANT, holds_blocks
+from .companions import misfit, misfit_of_codes
 from .members import Member, is_fake, is_sharded, local, members_of
-from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_parameter, scale_shape
+from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, check_parameter, wanted_dtype
 
 _ANEW = "del optimizer.state[p] starts its moments at zero"
 
@@ -68,15 +69,47 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
             "8 bits cannot. Set the group's exp_avg_sq_dtype to torch.bfloat16 or torch.float32 and call "
             "optimizer.convert_state(), or set amsgrad=False."
         )
-    for key, scales in SCALES.items():
-        if key in state and state[key].dtype in CODES:
-            shape = tuple(state[scales].shape) if scales in state else "none"
-            dtype = state[scales].dtype if scales in state else torch.float32
-            if shape != scale_shape(p) or dtype != torch.float32:
-                raise RuntimeError(
-                    f"{scales} of {member.name!r} {tuple(p.shape)} has shape {shape} and {dtype}, and its 8-bit {key} "
-                    f"needs {scale_shape(p)} and torch.float32. {_ANEW}. Or load {key} and {scales} from the same checkpoint."
-                )
+    if (reason := misfit_of_codes(p, state)) is not None:
+        raise RuntimeError(
+            f"the state of {member.name!r} {tuple(p.shape)} does not fit: {reason}. {_ANEW}. Or load moments and scales from the "
+            "same checkpoint."
+        )
+
+
+def check_layouts(members: Sequence[Member], state: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Raise an error if a parameter has or gets moments in 8 bits, and is sharded inside blocks that share a scale.
+
+    All processes raise the same error, because only whole shapes, meshes, placements and dtypes are looked at.
+
+    Args:
+        members: the parameters.
+        state: the optimizer's state by parameter.
+
+    Raises:
+        RuntimeError: a shard of a parameter does not consist of whole blocks.
+    """
+    found = [m for m in members if not holds_blocks(m.param) and _in_codes(m, state.get(m.param, {}))]
+    if not found:
+        return
+    first, p = found[0], found[0].param
+    others = f" So are {', '.join(repr(m.name) for m in found[1:4])}" if len(found) > 1 else ""
+    others += f" and {len(found) - 4} more" if len(found) > 4 else ""
+    indices = sorted({m.group_index for m in found})
+    convert = "optimizer.convert_state()\n    " if any(state.get(m.param) for m in found) else ""
+    raise RuntimeError(
+        f"{first.name!r} {tuple(p.shape)} is sharded as {p.placements} over a mesh of {tuple(p.device_mesh.shape)}, and its moments "  # type: ignore[attr-defined]
+        f"are kept in 8 bits: a shard would begin inside a block of {QUANT} elements that share one scale.{others}{'.' if others else ''} Shard "
+        "another dimension, or use a number of shards that divides the parameter into whole blocks. Or give the group moments of "
+        f"16 bits:\n    for i in {indices}: optimizer.param_groups[i].update(exp_avg_dtype=torch.bfloat16, "
+        f"exp_avg_sq_dtype=torch.bfloat16)\n    {convert}"
+        "Other parameters of the group keep 8 bits if this parameter has a group of its own."
+    )
+
+
+def _in_codes(member: Member, state: Mapping[str, Any]) -> bool:
+    p, group, segments = member.param, member.group, member.segments
+    kept = (state[k].dtype if k in state else wanted_dtype(p, group, k, segments) for k in ("exp_avg", "exp_avg_sq"))
+    return any(dtype in CODES for dtype in kept)
 
 
 def check_companion(member: Member, state: Mapping[str, Any]) -> None:

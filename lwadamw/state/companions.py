@@ -8,15 +8,17 @@ parameters of up to 32 bits. A float64 parameter gets float64 moments, as torch'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blocks import holds_blocks, local_scale_shape, scale_shape
 from .members import local, wrap_like
 from .packing import read_moment, read_weight
-from .storage import COMPANIONS, FLOATS, HALVES, MOMENTS, SCALES, kept_weight
+from .storage import CODES, COMPANIONS, FLOATS, HALVES, MOMENTS, SCALES, kept_weight
 
 WIDE = (torch.float32, torch.float64)  # dtypes that need no companion: they hold every digit themselves
 
@@ -46,6 +48,44 @@ def misfit(p: Tensor, state: Mapping[str, Any]) -> str | None:
             return f"{key} is the lower half of a float32 whose upper half is torch.bfloat16, and the parameter is {p.dtype}"
         if key == "kahan_comp" and dtype != p.dtype:
             return f"{key} is what rounding to {dtype} lost, and the parameter is {p.dtype}"
+    return None
+
+
+def misfit_of_codes(p: Tensor, state: Mapping[str, Any]) -> str | None:
+    """Say why the codes or the scales of an 8-bit moment cannot be used.
+
+    Codes without scales have no values. Scales without codes show that a loader has taken the codes for values.
+
+    Args:
+        p: the parameter.
+        state: its state, or the entry of a checkpoint.
+
+    Returns:
+        What is wrong, as a part of a sentence. None if every moment in codes has its scales and no other moment has any.
+    """
+    for key, scales in SCALES.items():
+        if key not in state:
+            continue
+        codes, found = state[key], state.get(scales)
+        if codes.dtype not in CODES:
+            if found is not None:
+                return (
+                    f"it has {scales}, which belongs to codes of 8 bits, and {key} is {codes.dtype}. Something has read the codes "
+                    "as values"
+                )
+            continue
+        if found is None:
+            return f"{scales} has shape none and {key} is kept in codes of 8 bits, which need it"
+        if local(codes) is not codes and local(found) is not found:
+            wanted, shape, held = scale_shape(p), found.shape, local(found).shape
+            fits = shape == wanted and (not holds_blocks(p) or held == local_scale_shape(p))
+        else:
+            wanted, shape = scale_shape(local(p)), found.shape
+            fits = local(found) is found and local(codes) is codes and found.numel() == math.prod(wanted)
+        if not fits or found.dtype != torch.float32:
+            return (
+                f"{scales} has shape {tuple(shape)} and {found.dtype}, and the {key} of 8 bits needs {wanted} and torch.float32"
+            )
     return None
 
 

@@ -9,20 +9,10 @@ import torch
 from torch import Tensor
 
 from . import decay, keys
+from .blocks import as_scales, local_scale_shape, scale_shape
 from .members import local
 from .packing import read_moment, read_weight, write_moment, write_weight
-from .storage import (
-    ARRAYS,
-    CODES,
-    MOMENTS,
-    QUANT,
-    SCALES,
-    STATE,
-    kept_weight,
-    scale_shape,
-    wanted_companion,
-    wanted_dtype,
-)
+from .storage import ARRAYS, CODES, MOMENTS, SCALES, STATE, kept_weight, wanted_companion, wanted_dtype
 
 
 @torch.no_grad()
@@ -82,14 +72,10 @@ def lay_out(state: dict[str, Any], p: Tensor) -> None:
 
 
 def _zero_scales(p: Tensor) -> Tensor:
-    """Return zeros for the scales of an 8-bit moment; of a DTensor, a DTensor with the same placements."""
-    mesh = getattr(p, "device_mesh", None)
-    if mesh is None:
-        return torch.zeros(scale_shape(p), dtype=torch.float32, device=p.device)
-    from torch.distributed.tensor import zeros
-
-    shape = (*p.shape[:-1], p.shape[-1] // QUANT)
-    return zeros(shape, dtype=torch.float32, device_mesh=mesh, placements=p.placements)  # type: ignore[attr-defined]
+    """Return zeros for the scales of an 8-bit moment; of a DTensor, a DTensor that is sharded as the parameter is."""
+    held = local(p)
+    zeros = torch.zeros(scale_shape(held) if held is p else local_scale_shape(p), dtype=torch.float32, device=held.device)
+    return zeros if held is p else as_scales(p, zeros)
 
 
 @torch.no_grad()

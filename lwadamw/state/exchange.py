@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, creation, packing
-from .checks import check_companion
+from .checks import check_companion, check_layouts
 from .companions import settle
 from .members import Member, local, members_of, wrap_like
 from .naming import Naming
+from .saved_form import to_saved
 from .storage import MOMENTS, kept_weight
 
 
@@ -26,8 +27,16 @@ class StateExchange(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups, as in torch.
 
+        8-bit moments, int16 remainders, and `exp_avg` beside a companion have one more dimension than in `state`, so that a
+        loader that does not know them fails and does not cast them. The tensors are views of the state.
+
         The state of a parameter that has left all groups is not part of it, because torch's format has no place for it.
         """
+        state_dict = self._state_dict()
+        return {**state_dict, "state": {i: to_saved(state) for i, state in state_dict["state"].items()}}
+
+    def _state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups with the tensors as they are in `state`."""
         self._naming.follow(self.param_groups)
         kept = {id(p) for group in self.param_groups for p in group["params"]}
         state = self.state
@@ -86,7 +95,7 @@ class StateExchange(torch.optim.AdamW):
             >>> ours.to_torch_state_dict()["param_groups"][0]["lr"]
             0.025
         """
-        state_dict = self.state_dict()
+        state_dict = self._state_dict()
         return checkpoint.for_torch(self.param_groups, state_dict)
 
     @torch.no_grad()
@@ -185,6 +194,7 @@ class StateExchange(torch.optim.AdamW):
                 "the shape of the parameter. If the parameter is a DTensor, give a DTensor."
             )
         member = self._member(p)
+        check_layouts([member], self.state)
         state = self.state[p]
         amsgrad = member.group["amsgrad"] or name == "max_exp_avg_sq"
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
@@ -208,6 +218,7 @@ class StateExchange(torch.optim.AdamW):
             KeyError: `p` is not a parameter of this optimizer.
         """
         member = self._member(p)
+        check_layouts([member], self.state)
         self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         creation.create_state(self.state[p], p, member.group, member.segments)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..state.checks import capturing, check_capturable, check_real, check_state
+from ..state.checks import capturing, check_capturable, check_layouts, check_real, check_state
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
@@ -243,6 +243,7 @@ class Engine:
         check_real(members)
         for m in members:
             check_state(m, state.get(m.param, {}))
+        check_layouts(members, state)
         for i, group in enumerate(groups):
             check_options(group, f"group {i}: ")
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]

@@ -22,7 +22,7 @@ def test_state_takes_the_bytes_of_the_table(name):
 
 def test_kernels_and_state_repeat_the_same_numbers():
 
-    assert storage.QUANT == layout.QUANT
+    assert blocks.QUANT == layout.QUANT
     assert layout.MIN_CHUNK % layout.QUANT == 0
     assert (random_bits.DRAW, random_bits.PHILOX_ROUNDS) == (layout.DRAW, layout.PHILOX_ROUNDS)
 
