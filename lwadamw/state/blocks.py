@@ -1,4 +1,4 @@
-"""Blocks: which parameters have moments in 8 bits, and how the blocks that share one scale lie in a parameter and its shards."""
+"""Blocks: which parameters have moments in 8 bits, and where the blocks that share a scale lie."""
 
 from __future__ import annotations
 

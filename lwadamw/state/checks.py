@@ -71,8 +71,8 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
         )
     if (reason := misfit_of_codes(p, state)) is not None:
         raise RuntimeError(
-            f"the state of {member.name!r} {tuple(p.shape)} does not fit: {reason}. {_ANEW}. Or load moments and scales from the "
-            "same checkpoint."
+            f"the state of {member.name!r} {tuple(p.shape)} does not fit: {reason}. {_ANEW}. Or load moments and scales from "
+            "the same checkpoint."
         )
 
 
@@ -91,18 +91,19 @@ def check_layouts(members: Sequence[Member], state: Mapping[Any, Mapping[str, An
     found = [m for m in members if not holds_blocks(m.param) and _in_codes(m, state.get(m.param, {}))]
     if not found:
         return
-    first, p = found[0], found[0].param
-    others = f" So are {', '.join(repr(m.name) for m in found[1:4])}" if len(found) > 1 else ""
-    others += f" and {len(found) - 4} more" if len(found) > 4 else ""
+    p = found[0].param
+    names = ", ".join(repr(m.name) for m in found[1:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    others = f" The same holds for {names}." if names else ""
     indices = sorted({m.group_index for m in found})
-    convert = "optimizer.convert_state()\n    " if any(state.get(m.param) for m in found) else ""
+    convert = "\n    optimizer.convert_state()" if any(state.get(m.param) for m in found) else ""
+    mesh, placements = tuple(p.device_mesh.shape), p.placements  # type: ignore[attr-defined]
     raise RuntimeError(
-        f"{first.name!r} {tuple(p.shape)} is sharded as {p.placements} over a mesh of {tuple(p.device_mesh.shape)}, and its moments "  # type: ignore[attr-defined]
-        f"are kept in 8 bits: a shard would begin inside a block of {QUANT} elements that share one scale.{others}{'.' if others else ''} Shard "
-        "another dimension, or use a number of shards that divides the parameter into whole blocks. Or give the group moments of "
-        f"16 bits:\n    for i in {indices}: optimizer.param_groups[i].update(exp_avg_dtype=torch.bfloat16, "
-        f"exp_avg_sq_dtype=torch.bfloat16)\n    {convert}"
-        "Other parameters of the group keep 8 bits if this parameter has a group of its own."
+        f"{found[0].name!r} {tuple(p.shape)} is sharded as {placements} over a mesh of {mesh}, and its moments are kept in 8 bits: "
+        f"a shard would begin inside a block of {QUANT} elements that share one scale.{others} Shard another dimension, or use "
+        "a number of shards that divides the parameter into whole blocks, or keep such parameters in a group of their own with "
+        "moments of 16 bits. To change whole groups:\n"
+        f"    for i in {indices}: optimizer.param_groups[i].update(exp_avg_dtype=torch.bfloat16, "
+        f"exp_avg_sq_dtype=torch.bfloat16){convert}"
     )
 
 

@@ -74,7 +74,9 @@ def lay_out(state: dict[str, Any], p: Tensor) -> None:
 def _zero_scales(p: Tensor) -> Tensor:
     """Return zeros for the scales of an 8-bit moment; of a DTensor, a DTensor that is sharded as the parameter is."""
     held = local(p)
-    zeros = torch.zeros(scale_shape(held) if held is p else local_scale_shape(p), dtype=torch.float32, device=held.device)
+    zeros = torch.zeros(
+        scale_shape(held) if held is p else local_scale_shape(p), dtype=torch.float32, device=held.device
+    )
     return zeros if held is p else as_scales(p, zeros)
 
 

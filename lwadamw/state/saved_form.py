@@ -1,6 +1,6 @@
 """The saved form of a parameter's state: what `state_dict()` returns for it.
 
-torch's distributed checkpoint fills the tensors of the optimizer that loads. It compares shapes, and casts from any dtype to any
+torch's distributed checkpoint fills the tensors of the optimizer that loads. It compares shapes, and casts any dtype to any
 other. So codes, or half a weight, would be read as numbers by an optimizer that was built with other arguments. To make
 this fail, arrays that are no plain numbers have one more dimension in the saved form:
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import keys
-from .blocks import quantizes
+from .blocks import QUANT, quantizes
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 SCALES: Final = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
