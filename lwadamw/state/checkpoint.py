@@ -196,8 +196,8 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
             if (reason := misfit_of_codes(p, entry)) is not None:
                 raise ValueError(
                     f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load moments and scales "
-                    "from the same checkpoint, into an optimizer that was built with the exp_avg_dtype and exp_avg_sq_dtype of the "
-                    "checkpoint. To change the dtypes after that, set them in optimizer.param_groups and call "
+                    "from the same checkpoint, into an optimizer that was built with the exp_avg_dtype and exp_avg_sq_dtype of "
+                    "the checkpoint. To change the dtypes after that, set them in optimizer.param_groups and call "
                     "optimizer.convert_state()."
                 )
             if (reason := misfit(p, entry)) is not None:

@@ -83,7 +83,7 @@ def misfit_of_codes(p: Tensor, state: Mapping[str, Any]) -> str | None:
             wanted, shape = scale_shape(local(p)), found.shape
             fits = local(found) is found and local(codes) is codes and found.numel() == math.prod(wanted)
         if not fits or found.dtype != torch.float32:
-            return f"{scales} has shape {tuple(shape)} and {found.dtype}, and the {key} of 8 bits needs {wanted} and torch.float32"
+            return f"{scales} has shape {tuple(shape)} and {found.dtype}, and {key} needs {wanted} and torch.float32"
     return None
 
 

@@ -6,6 +6,7 @@ import torch
 from lwadamw import AdamW
 from lwadamw.kernels import layout
 from lwadamw.state import random_bits
+from lwadamw.state.blocks import QUANT
 from lwadamw.state.combinations import COMBINATIONS
 from tests.state.storages import B, F, H, give_grads, make
 
@@ -21,7 +22,7 @@ def test_state_takes_the_bytes_of_the_table(name):
 
 
 def test_kernels_and_state_repeat_the_same_numbers():
-    assert blocks.QUANT == layout.QUANT
+    assert QUANT == layout.QUANT
     assert layout.MIN_CHUNK % layout.QUANT == 0
     assert (random_bits.DRAW, random_bits.PHILOX_ROUNDS) == (layout.DRAW, layout.PHILOX_ROUNDS)
 
