@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,7 +27,7 @@ from lwadamw.state.combinations import COMBINATIONS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on gloo and the CPU")
 SECONDS = 100
-CORE = ["bf16, remainder, 8-bit moments", "bf16, master", "bf16, kahan"]
+CORE = ["bf16, remainder, 8-bit moments", "bf16, kahan"]
 OTHERS = [name for name in COMBINATIONS if name not in CORE]
 # Rows of whole blocks, bundles of two rows that are whole blocks, a large vector, and fewer elements than processes.
 SHAPES = {"rows": (33, 256), "bundles": (24, 192), "vector": (4099,), "few": (3,)}
@@ -142,8 +143,8 @@ def _load_and_compare(world, folder, names, layout):
 @pytest.mark.parametrize(
     ("names", "loads"),
     [
-        (CORE, [(1, "whole"), (3, "rows")]),
-        pytest.param(CORE, [(1, "rows"), (2, "rows"), (2, "columns")], marks=pytest.mark.slow),
+        (CORE, [(3, "rows")]),
+        pytest.param(CORE, [(1, "whole"), (1, "rows"), (2, "rows"), (2, "columns")], marks=pytest.mark.slow),
         pytest.param(OTHERS, [(1, "whole"), (2, "rows"), (3, "rows"), (2, "columns")], marks=pytest.mark.slow),
     ],
     ids=["core", "core in other layouts", "others"],
@@ -173,11 +174,13 @@ def _refuse(world, folder):
     for name, options in REFUSED:
         for flat in (False, True):
             model, optimizer = _make(name, "rows", world, options)
-            with pytest.raises(Exception, match="Size mismatch between saved|Missing key in checkpoint") as raised:
+            with pytest.raises(
+                CheckpointException, match="Size mismatch between saved|Missing key in checkpoint"
+            ) as raised:
                 _load(model, optimizer, folder, name, flat)
-            texts = [None] * world
-            dist.all_gather_object(texts, str(raised.value))
-            assert len(set(texts)) == 1
+            reasons = {str(reason[0]) for reason in raised.value.failures.values()}
+            assert len(raised.value.failures) == world
+            assert len(reasons) == 1
 
 
 def _full(world, folder):
