@@ -22,7 +22,7 @@ from .groups import effective
 from .members import Member, wrap_like
 from .names import names_of
 from .packing import read_moment
-from .saved_form import from_saved
+from .saved_form import from_saved, group_from_saved
 from .storage import ARRAYS, CODES, COMPANIONS, SCALES, wanted_companion, wanted_dtype
 
 # These keys describe the model and not the run. So after loading, each group has the values that it had before.
@@ -77,7 +77,7 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: names, shapes, width multipliers or decay laws do not fit the optimizer.
     """
-    saved, groups = state_dict["param_groups"], optimizer.param_groups
+    saved, groups = [group_from_saved(g) for g in state_dict["param_groups"]], optimizer.param_groups
     if all("param_names" in g for g in [*saved, *groups]) and groups:
         saved = _by_name(saved, groups)
     elif [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:

@@ -100,8 +100,8 @@ def check_layouts(members: Sequence[Member], state: Mapping[Any, Mapping[str, An
     raise RuntimeError(
         f"{found[0].name!r} {tuple(p.shape)} is sharded as {placements} over a mesh of {mesh}, and its moments are kept in 8 "
         f"bits: a shard would begin inside a block of {QUANT} elements that share one scale.{others} Shard another "
-        "dimension, or use a number of shards that divides the parameter into whole blocks, or keep such parameters in a group of their own "
-        "with moments of 16 bits. To change whole groups:\n"
+        "dimension, or use a number of shards that divides the parameter into whole blocks, or keep such parameters in a "
+        "group of their own with moments of 16 bits. To change whole groups:\n"
         f"    for i in {indices}: optimizer.param_groups[i].update(exp_avg_dtype=torch.bfloat16, "
         f"exp_avg_sq_dtype=torch.bfloat16){convert}"
     )

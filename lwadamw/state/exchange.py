@@ -12,7 +12,7 @@ from .checks import check_companion, check_layouts
 from .companions import settle
 from .members import Member, local, members_of, wrap_like
 from .naming import Naming
-from .saved_form import to_saved
+from .saved_form import group_to_saved, to_saved
 from .storage import MOMENTS, kept_weight
 
 
@@ -33,7 +33,9 @@ class StateExchange(torch.optim.AdamW):
         The state of a parameter that has left all groups is not part of it, because torch's format has no place for it.
         """
         state_dict = self._state_dict()
-        return {**state_dict, "state": {i: to_saved(state) for i, state in state_dict["state"].items()}}
+        state = {i: to_saved(entry) for i, entry in state_dict["state"].items()}
+        groups = [group_to_saved(group) for group in state_dict["param_groups"]]
+        return {**state_dict, "state": state, "param_groups": groups}
 
     def _state_dict(self) -> dict[str, Any]:
         """Return the state and the groups with the tensors as they are in `state`."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import keys
 from .blocks import scale_shape
 from .members import local
 from .storage import CODES, COMPANIONS, SCALES
@@ -69,6 +70,26 @@ def from_saved(saved: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     if isinstance(lower, Tensor) and lower.dtype == torch.uint8 and lower.shape == (*p.shape, 2):
         state["master_param"] = _shorter(lower, torch.int16)
     return state
+
+
+def group_to_saved(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with the names of dtypes in place of dtypes, which torch's `full_state_dict=True` does not accept.
+
+    Args:
+        group: a group of a state dict. It is not changed.
+    """
+    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in group.items()}
+
+
+def group_from_saved(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with dtypes in place of their names. This is the inverse of `group_to_saved`.
+
+    Args:
+        group: a group of a checkpoint. It is not changed.
+    """
+    named = {str(dtype): dtype for key in keys.STORAGE for dtype in key.values if isinstance(dtype, torch.dtype)}
+    storage = keys.named(keys.STORAGE)
+    return {k: named[v] if k in storage and isinstance(v, str) and v in named else v for k, v in group.items()}
 
 
 def _longer(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
