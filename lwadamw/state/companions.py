@@ -8,7 +8,6 @@ parameters of up to 32 bits. A float64 parameter gets float64 moments, as torch'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +80,7 @@ def misfit_of_codes(p: Tensor, state: Mapping[str, Any]) -> str | None:
             fits = shape == wanted and (not holds_blocks(p) or held == local_scale_shape(p))
         else:
             wanted, shape = scale_shape(local(p)), found.shape
-            fits = local(found) is found and local(codes) is codes and found.numel() == math.prod(wanted)
+            fits = local(found) is found and local(codes) is codes and shape == wanted
         if not fits or found.dtype != torch.float32:
             return f"{scales} has shape {tuple(shape)} and {found.dtype}, and {key} needs {wanted} and torch.float32"
     return None
