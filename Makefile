@@ -44,7 +44,7 @@ test-matrix: .venv/.installed
 	touch $@
 
 test-zoo: .venv-zoo/.installed
-	OMP_NUM_THREADS=1 .venv-zoo/bin/python -m pytest tests/architectures tests/commands -m zoo
+	OMP_NUM_THREADS=1 .venv-zoo/bin/python -m pytest tests/architectures -m zoo
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json

@@ -14,6 +14,7 @@ from .step.norms import Norms
 from .step.optimizer import AdamW
 from .version import __version__ as __version__
 from .width.groups import Groups, param_groups
+from .width.rebinding import rebind
 from .width.registry import register_role
 from .width.rules import RULES, Rule, Scale
 from .width.specs import Matrix, Output
@@ -35,6 +36,7 @@ __all__ = [
     "SteadyState",
     "effective",
     "param_groups",
+    "rebind",
     "register_role",
     "summary",
 ]

@@ -128,9 +128,8 @@ def report_to_composer(optimizer: AdamW) -> Callable[[], None]:
         l2_norm/grad/{name}                   norm of the clipped gradient
         l2_norm_ratio/update_param/{name}     the second divided by the first
 
-    A metric that is not known (NaN) is left out. The norms of all parameters are read together, once per batch. Under DDP they
-    are norms of whole parameters. Under FSDP parameters are shards, `optimizer.norms()` refuses shards, and the method raises
-    the same error.
+    A metric that is not known (NaN) is left out. The norms of all parameters are read together, once per batch. They
+    are norms of whole parameters, also under fully_shard. Then the call is collective: every process has to log.
 
     Args:
         optimizer: the optimizer that gets the method.

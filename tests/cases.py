@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,3 +141,10 @@ def matrix_over_vector(optimizer):
     for group in optimizer.param_groups:
         moved[group["role"]] = float(group["params"][0].detach().abs().max())
     return moved["matrix"] / moved["vector"]
+
+
+def pretend_sharded(p, shard):
+    """Give a plain parameter what tells that this process holds a shard of it, as a DTensor over two processes would."""
+    p._local_tensor = shard
+    p.device_mesh = SimpleNamespace(size=lambda dimension: 2)
+    p.placements = (SimpleNamespace(is_shard=lambda: True),)

@@ -83,8 +83,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         action="append",
         default=[],
         metavar="pattern=role",
-        help="role of the parameters whose name matches a pattern: matrix, vector or output. matrix:-1 if dimension -1 is the "
-        "fan_in, and matrix:1,2,3 if several dimensions are",
+        help="role of the parameters whose name matches a pattern; repeat the option for others. A role is matrix, vector or "
+        "output; matrix:-1 if dimension -1 is the fan_in, matrix:1,2,3 if several dimensions are",
     )
     option("--lr", type=positive, metavar="X", help="base learning rate; without it the table shows multipliers")
     option("--wd", type=positive, metavar="X", help="base weight decay; needs --lr")
@@ -269,7 +269,7 @@ def _complaint(undecided: Undecided, patterns: Sequence[str], full: bool) -> str
             "where a <role> is one of",
             "    matrix:-1   a matrix, with weight decay: fan_in is the last dimension. Packed experts: (experts, out, in)",
             "    matrix:-2   a matrix, with weight decay: fan_in is the last but one. Packed experts: (experts, in, out)",
-            "    output:-1   a head or a router: the lr follows the width, no weight decay",
+            "    output:-1   a head or a router: the lr follows the width, no weight decay; -1 or -2 as for matrices",
             "    vector      an embedding, a position, a gain: constant lr, no weight decay",
             "In a program use param_groups(roles={...}), or lwadamw.register_role for the module class.",
         ]

@@ -9,7 +9,6 @@ import numpy as np
 from torch import nn
 
 from ..state.arrays import Array
-from ..state.members import is_sharded
 from ..step.optimizer import AdamW
 
 
@@ -33,7 +32,7 @@ def check_optimizer(optimizer: object) -> None:
 
     Raises:
         TypeError: it is not an `lwadamw.AdamW`.
-        RuntimeError: it was built with norms=False, or this process holds only a shard of some parameter.
+        RuntimeError: it was built with norms=False, or with `shard_group`.
     """
     if not isinstance(optimizer, AdamW):
         raise TypeError(
@@ -43,13 +42,11 @@ def check_optimizer(optimizer: object) -> None:
         )
     if not optimizer.options.norms:
         raise RuntimeError("Monitor: this AdamW was built with norms=False. Build it with norms=True.")
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if is_sharded(p):
-                raise RuntimeError(
-                    f"Monitor: a parameter {tuple(p.shape)} is sharded over processes, and the norm of a shard is not the norm "
-                    "of the matrix. Add optimizer.norm_sums() up over the processes, then Norms.from_sums(names, sums)."
-                )
+    if optimizer.has_declared_shards:
+        raise RuntimeError(
+            "Monitor: this AdamW was built with shard_group, and a flat shard does not tell the size of its matrix, without "
+            "which no RMS is known. Read optimizer.norms(), which is true over all processes."
+        )
 
 
 def probe_of(probe: Any, optimizer: AdamW, model: nn.Module | None, spectrum_every: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..state import keys
 from ..state.arrays import Array
 from ..state.identity import same
-from ..state.members import local, members_of
+from ..state.members import is_sharded, local, members_of
 from ..step.norms import Norms
 from ..step.optimizer import AdamW
 from ..width.steady_state import STEADY_TAUS, Elapsed, earliest_steady_step, relative_update_of, weight_rms_of
@@ -221,10 +221,15 @@ class SegmentTracker:
         return f"not before step {self._earliest[i]:.0f}"
 
     def matrices(self, optimizer: AdamW) -> dict[str, Tensor]:
-        """Return the segments that are matrices, by name, in the order of `names`. They are views of their parameters."""
+        """Return the segments that are matrices, by name, in the order of `names`. They are views of their parameters.
+
+        A matrix that is sharded over processes is left out: no process has its singular values.
+        """
         out: dict[str, Tensor] = {}
         wanted = {name for name, role in zip(self.names, self.roles, strict=True) if role != "vector"}
         for member in members_of(optimizer.param_groups):
+            if is_sharded(member.param):
+                continue
             found = optimizer.evidence.get(member.name)
             fan_in, whole = found.fan_in if found else None, local(member.param.detach())
             per_row = math.prod(whole.shape[1:])

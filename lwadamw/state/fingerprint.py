@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .geometry import Geometry
 from .identity import same
-from .members import ParamGroups, local
+from .members import ParamGroups, local, locals_of
 
 State = Mapping[Any, dict[str, Any]]
 
@@ -85,4 +85,4 @@ class _Held:
         self._geometry = Geometry(held)
 
     def holds(self) -> bool:
-        return self._geometry.holds(list(map(local, self._tensors)) if self._wrapped else self._tensors)
+        return self._geometry.holds(locals_of(self._tensors) if self._wrapped else self._tensors)

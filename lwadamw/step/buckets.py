@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..state import decay, keys
+from ..state.arrivals import arrived
 from ..state.checks import check_gradient
 from ..state.groups import effective
 from ..state.members import Member, any_gradient, gradient_of, gradients_of
@@ -126,6 +127,7 @@ def fill_buckets(
         if grad is None:
             without_gradient.setdefault(attribute, []).append(p)
             continue
+        grad = arrived(p, grad, attribute)
         check_gradient(m, grad)
         entry = entries.get(m.order)
         if entry is None or (entry.address is not None and entry.address != p.data_ptr()):

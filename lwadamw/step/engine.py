@@ -17,13 +17,15 @@ from ..state.checks import capturing, check_capturable, check_layouts, check_rea
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
-from ..state.members import Member, ParamGroups, is_sharded, local, members_of
+from ..state.members import Member, ParamGroups, local, members_of
 from ..state.naming import Naming
+from ..state.shards import Shards
 from ..state.storage import check_options
 from ..tables.request import Request
 from .backends import use_triton
 from .nonfinite import DelayedNormCheck
 from .torch_backend import TorchBackend
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from ..tables.triton_backend import TritonBackend
@@ -35,13 +37,15 @@ class Engine:
     Args:
         backend: the optimizer's argument `backend`: None, "triton" or "torch".
         naming: the names of the optimizer's parameters.
+        shards: says how each parameter is split over processes.
     """
 
-    def __init__(self, backend: str | None, naming: Naming) -> None:
-        self._backend, self._naming = backend, naming
+    def __init__(self, backend: str | None, naming: Naming, shards: Shards) -> None:
+        self._backend, self._naming, self._shards = backend, naming, shards
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
         self._norm_check = DelayedNormCheck()
+        self._waiting = Waiting()
         self._captured: list[TritonBackend] = []  # former backends whose tables some CUDA graph still reads
         self._forget()
 
@@ -89,6 +93,8 @@ class Engine:
             self._norm_check.raise_if_arrived()
         # State that is created in inference mode could not be updated outside of it.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            if not self._waiting.over:  # before state is made for parameters that have a gradient
+                self._waiting.look(groups, state)
             self._prepare(groups, state, request, verify_state)
             self._released.clear()  # their norms are those of an earlier step
             if request.max_grad_norm is None:
@@ -99,6 +105,29 @@ class Engine:
             checked = request.nonfinite == "raise" and request.max_grad_norm is not None and request.found_inf is None
             if checked and self.grad_norm is not None and not capturing():
                 self._norm_check.submit(self.grad_norm)
+
+    @torch.no_grad()
+    def measure_gradients(self, groups: ParamGroups, state: State, request: Request, *, verify_state: bool) -> Tensor:
+        """Return the global norm of the gradients as they are now, float32[] on the device, without taking a step.
+
+        Arguments and errors are those of `step`. State that is missing is created.
+        """
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self._prepare(groups, state, request, verify_state)
+            totals = self._totals()
+            return _clip_factor(totals, request)[0] if totals else torch.zeros((), device="cpu")
+
+    def _totals(self) -> list[Tensor]:
+        """Return sums that add up to the square sum of all gradients before unscaling. The Triton backend gets them too."""
+        sums = [] if self._triton is None else self._triton.sum_gradients()
+        torch_sums = self._torch.sum_gradients(self._shards)
+        whole = self._shards.total(sums + torch_sums)
+        if self._triton is not None:
+            if whole is None:
+                self._triton.share_totals([total for _, total in torch_sums])
+            else:
+                self._triton.set_total(whole)
+        return [total for _, total in sums + torch_sums] if whole is None else [whole]
 
     def _run(self, request: Request) -> None:
         """Run the backends without clipping."""
@@ -114,10 +143,8 @@ class Engine:
     def _run_clipped(self, request: Request) -> None:
         """Run the backends with gradients clipped by the norm over both backends."""
         triton_backend, torch_backend = self._triton, self._torch
-        torch_totals = torch_backend.sum_gradients()
-        totals = ([] if triton_backend is None else triton_backend.sum_gradients()) + torch_totals
+        totals = self._totals()
         if triton_backend is not None:
-            triton_backend.share_totals(torch_totals)
             triton_backend.run(clip=True, norms=request.norms)
             self.grad_norm = triton_backend.grad_norm
         if torch_backend.buckets:
@@ -260,7 +287,7 @@ class Engine:
         if for_triton:
             from ..tables.triton_backend import TritonBackend
 
-            self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle)
+            self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle, shards=self._shards)
         self._fingerprint = Fingerprint(groups)
 
     def keep_captures(self, former: Engine) -> None:
@@ -284,40 +311,48 @@ class Engine:
         rows += [(m.order, [m.name]) for m in self._torch_members if state.get(m.param)]
         return [name for _, names in sorted(rows, key=lambda row: row[0]) for name in names]
 
-    def norm_sums(self, state: State) -> tuple[list[str], Tensor]:
+    def norm_sums(self, state: State, *, whole: bool) -> tuple[list[str], Tensor]:
         """Return the sums of the last step for all segments that have taken a step.
 
         Args:
             state: the optimizer's state by parameter.
+            whole: add up the sums of all processes that hold parts of a parameter. This is collective.
 
         Returns:
             The names of the n segments, and their sums, float64[n, 4] on the device of the first segment. The columns are
             those of `AdamW.norm_sums`.
         """
-        pieces: list[tuple[int, str, Tensor]] = []  # order of the parameter, name, float64[4]
+        members, sums = self._local_sums(state)
+        names = [name for _, name in members]
+        if not whole:
+            return names, sums
+        splits = [self._shards.split_of(member) for member, _ in members]
+        if not self._shards.declared and not any(split.groups for split in splits):
+            return names, sums
+        return self._shards.whole_rows(names, splits, sums)
+
+    def _local_sums(self, state: State) -> tuple[list[tuple[Member, str]], Tensor]:
+        """Return the parameter and the name of each segment, and the sums over what this process holds of it."""
+        pieces: list[tuple[Member, str, Tensor]] = []  # parameter, name, float64[4]
         tables = [] if self._triton is None else self._triton.norm_sums()
         if len(tables) == 1 and not self._torch_members:
             ((members, sums),) = tables
-            return [name for m in members for name in m.segment_names()], sums
+            return [(m, name) for m in members for name in m.segment_names()], sums
         for members, sums in tables:
             rows = iter(sums.unbind())
-            pieces += [(m.order, name, next(rows)) for m in members for name in m.segment_names()]
+            pieces += [(m, name, next(rows)) for m in members for name in m.segment_names()]
         stepped_together = [m for m in self._torch_members if id(m.param) not in self._released]
         torch_sums = self._torch.norm_sums(stepped_together, state)
         for member, torch_backend in self._released.values():
             torch_sums += torch_backend.norm_sums([member], state)
-        pieces += [(m.order, m.name, sums) for m, sums in torch_sums]
+        pieces += [(m, m.name, sums) for m, sums in torch_sums]
         if not pieces:
             return [], torch.empty(0, 4, dtype=torch.float64, device="cpu")
-        pieces.sort(key=lambda piece: piece[0])
+        pieces.sort(key=lambda piece: piece[0].order)
         device = pieces[0][2].device
-        return [name for _, name, _ in pieces], torch.stack([t.to(device, non_blocking=True) for _, _, t in pieces])
-
-    def sharded_member(self) -> Member | None:
-        """Return the first parameter found of which this process holds only a shard, or None."""
-        if self._triton is not None and self._triton.sharded is not None:
-            return self._triton.sharded
-        return next((m for m in self._torch_members if is_sharded(m.param)), None)
+        return [(m, name) for m, name, _ in pieces], torch.stack(
+            [t.to(device, non_blocking=True) for _, _, t in pieces]
+        )
 
 
 def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -48,7 +48,7 @@ class Norms:
     def from_sums(cls, names: Sequence[str], sums: ArrayLike) -> Norms:
         """Compute norms from the sums that `AdamW.norm_sums()` returns.
 
-        If several processes hold shards of a parameter, add up the sums of all shards first.
+        `AdamW.norm_sums(local=True)` has sums over shards. Add those of all shards of a parameter up first.
 
         Args:
             names: name of each segment, from `AdamW.norm_names()`.

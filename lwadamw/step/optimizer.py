@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,16 @@ from ..state import keys
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
 from ..state.naming import Naming
+from ..state.shards import Shards
 from ..tables.request import Request
 from .engine import Engine
 from .gradient_release import GradientRelease, ReleaseHooks, check_releasable
 from .hooks import watched_only
 from .norms import Norms
 from .options import Options
+
+if TYPE_CHECKING:
+    from ..state.shards import ShardGroup
 
 
 class AdamW(StateExchange):
@@ -98,6 +102,10 @@ class AdamW(StateExchange):
             `initial_lr`, or else of `lr`, that the group has when it is added. Give `peak_lr` if a scheduler has a peak of
             its own, as OneCycleLR has.
         huber_scale: threshold of "huber", as a multiple of the mean of |w|.
+        shard_group: the process group, or several, among which parameters are split that are plain tensors, as those of FSDP1,
+            ZeroRedundancyOptimizer or Megatron are; or a mapping from fnmatch patterns on parameter names to such groups.
+            Then `max_grad_norm` and `norms()` are those of the whole model. DTensors tell their groups themselves. Copies and
+            pickles of the optimizer do not have it: a process group cannot be copied.
 
     The group keys `exp_avg_dtype`, `exp_avg_sq_dtype`, `master_weights`, `rounding`, `rounding_seed`, `grad_attribute`,
     `decay`, `peak_lr` and `huber_scale` may differ by group. The arguments above apply to groups that lack the key.
@@ -155,6 +163,7 @@ class AdamW(StateExchange):
         decay: str = "coupled",
         peak_lr: float | None = None,
         huber_scale: float = 1.0,
+        shard_group: ShardGroup | None = None,
     ) -> None:
         self.options = Options.from_arguments(
             backend=backend,
@@ -179,7 +188,8 @@ class AdamW(StateExchange):
         self.max_grad_norm = max_grad_norm
         self.evidence: dict[str, Any] = dict(getattr(params, "evidence", {}))
         self._naming = Naming(self.evidence)
-        self._engine = Engine(backend, self._naming)
+        self._shards = Shards(shard_group)
+        self._engine = Engine(backend, self._naming, self._shards)
         super().__init__(
             params,
             lr,
@@ -195,6 +205,7 @@ class AdamW(StateExchange):
         )
         self._released: ReleaseHooks | None = None
         self._state_was_shared = False
+        self._clip_once: float | None = None  # for the next step alone
 
     @property
     def state(self) -> Any:
@@ -231,6 +242,35 @@ class AdamW(StateExchange):
                 "Call remove() on the handle of release_gradients() first."
             )
         self._max_grad_norm = None if value is None else float(value)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradients of the next step by their global norm, and return this norm.
+
+        The result is that of `torch.nn.utils.clip_grad_norm_`, for loops and frameworks that clip by themselves. No gradient is
+        rewritten: the next step multiplies by the factor, and reads the gradients once more to know it. `max_norm` takes the
+        place of `max_grad_norm` for that step. Where parameters are split over processes, the norm is that of the whole model,
+        and the call is collective. Under a GradScaler call `scaler.unscale_` first, as with torch's function.
+
+        Args:
+            max_norm: the largest norm, positive.
+
+        Returns:
+            The global norm of the gradients, float32[] on the device.
+
+        Raises:
+            ValueError: `max_norm` is not positive.
+            RuntimeError: gradients are released, or the step could not be taken. Nothing has been written then.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"clip_grad_norm_: max_norm={max_norm} is not positive. Give a norm to clip to.")
+        if self._released is not None:
+            raise RuntimeError(
+                "clip_grad_norm_: gradients are released. Call remove() on the handle of release_gradients()."
+            )
+        state, verify = self.__dict__["state"], self._state_was_shared
+        norm = self._engine.measure_gradients(self.param_groups, state, self._request(), verify_state=verify)
+        self._clip_once = float(max_norm)
+        return norm
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -302,6 +342,7 @@ class AdamW(StateExchange):
         state, verify = self.__dict__["state"], self._state_was_shared
         if self._released is None:
             self._engine.step(self.param_groups, state, self._request(), verify_state=verify)
+            self._clip_once = None
         else:
             self._released.step(self._engine, self.param_groups, state, self._request(), verify)
         return loss
@@ -310,7 +351,7 @@ class AdamW(StateExchange):
         # A GradScaler that has looked at no gradient assigns the int 0.
         found_inf = getattr(self, "found_inf", None)
         return Request(
-            self._max_grad_norm,
+            self._max_grad_norm if self._clip_once is None else self._clip_once,
             self.options.nonfinite,
             self.options.norms,
             getattr(self, "grad_scale", None),
@@ -323,31 +364,31 @@ class AdamW(StateExchange):
         This makes one copy from the device and waits for it. The torch backend computes its norms here, from the weights,
         state and gradients of this moment. So read norms before you clear the gradients.
 
-        Raises:
-            RuntimeError: the optimizer was built with norms=False, or this process holds only a shard of some parameter.
-        """
-        names, sums = self._sums()
-        sharded = self._engine.sharded_member()
-        if sharded is not None:
-            raise RuntimeError(
-                f"norms(): {sharded.name!r} {tuple(sharded.param.shape)} is sharded over processes, and the norm of a shard "
-                "is not the norm of the matrix. Add norm_sums() up over the processes, then call "
-                "Norms.from_sums(optimizer.norm_names(), sums)."
-            )
-        return Norms.from_sums(names, sums.cpu().numpy())
-
-    def norm_sums(self) -> Tensor:
-        """Return the sums from which `norms()` is computed. Sums of several shards can be added up.
-
-        Returns:
-            float64[n, 4] on the device, one row per name of `norm_names()`. The columns are the square sum of the weight
-            after the step, of the update and of the gradient, and the inner product of the weight before the step with
-            the update.
+        If parameters are split over processes, the norms are those of the whole parameters, and the same on every process. Then
+        this call is collective: all processes have to make it, and one that makes it alone waits for the others.
 
         Raises:
             RuntimeError: the optimizer was built with norms=False.
         """
-        return self._sums()[1]
+        names, sums = self._sums(whole=True)
+        return Norms.from_sums(names, sums.cpu().numpy())
+
+    def norm_sums(self, *, local: bool = False) -> Tensor:
+        """Return the sums from which `norms()` is computed.
+
+        Args:
+            local: return sums over what this process holds. False: sums over whole parameters; then this call is collective if
+                parameters are split over processes.
+
+        Returns:
+            float64[n, 4] on the device, one row per name of `norm_names()`. The columns are the square sum of the weight
+            after the step, of the update and of the gradient, and the inner product of the weight before the step with
+            the update. With `shard_group`, the rows of `local=False` are those of all processes, in the order of `norms()`.
+
+        Raises:
+            RuntimeError: the optimizer was built with norms=False.
+        """
+        return self._sums(whole=not local)[1]
 
     def norm_names(self) -> list[str]:
         """Return the names of the rows of `norm_sums()`: every segment that has taken a step. Nothing is computed.
@@ -358,13 +399,18 @@ class AdamW(StateExchange):
         self._check_norms()
         return self._engine.norm_names(self.__dict__["state"])
 
-    def _sums(self) -> tuple[list[str], Tensor]:
+    def _sums(self, *, whole: bool) -> tuple[list[str], Tensor]:
         self._check_norms()
-        return self._engine.norm_sums(self.__dict__["state"])
+        return self._engine.norm_sums(self.__dict__["state"], whole=whole)
 
     def _check_norms(self) -> None:
         if not self.options.norms:
             raise RuntimeError("This AdamW was built with norms=False. Build it with norms=True to read norms.")
+
+    @property
+    def has_declared_shards(self) -> bool:
+        """Whether `shard_group` says that plain parameters are split over processes."""
+        return bool(self._shards.declared)
 
     def steps_taken(self) -> int:
         """Return the largest number of steps that any parameter has taken, 0 before the first step.
@@ -484,6 +530,7 @@ class AdamW(StateExchange):
         self.__dict__.setdefault("_max_grad_norm", None)
         self.__dict__.setdefault("evidence", {})
         self.__dict__.setdefault("_released", None)
+        self.__dict__.setdefault("_clip_once", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -498,8 +545,10 @@ class AdamW(StateExchange):
         naming: Naming | None = self.__dict__.get("_naming")
         self._naming = Naming(self.evidence) if naming is None else naming
         self._naming.adopt(self.param_groups)
+        if "_shards" not in self.__dict__:
+            self._shards = Shards()
         former = self.__dict__.get("_engine")
-        self._engine = Engine(self.options.backend, self._naming)
+        self._engine = Engine(self.options.backend, self._naming, self._shards)
         if former is not None:
             self._engine.keep_captures(former)
         self._state_was_shared = True

@@ -19,7 +19,8 @@ from torch.optim.adamw import adamw
 from ..state import creation, decay, keys
 from ..state.checks import capturing, check_state
 from ..state.identity import same, snapshot
-from ..state.members import Member, local
+from ..state.members import Member, local, wrap_like
+from ..state.shards import Shards, Split
 from ..state.storage import MOMENTS
 from . import torch_fused_cpu as fused_cpu
 from .buckets import Bucket, Entry, Needs, fill_buckets, refill_buckets
@@ -103,19 +104,25 @@ class TorchBackend:
             entry.completed_for = needed
         return bool(stale)
 
-    def sum_gradients(self) -> list[Tensor]:
-        """Return sums of squares of all gradients, before unscaling.
+    def sum_gradients(self, shards: Shards) -> list[tuple[Split, Tensor]]:
+        """Return sums of squares of what this process holds of all gradients, before unscaling.
+
+        Args:
+            shards: says how each parameter is split over processes.
 
         Returns:
-            One float64[] per device and tensor type. A sum of DTensors covers the gradients of all processes.
+            For each split and device the split, and a float64[].
         """
-        norms: dict[tuple[torch.device, type], list[Tensor]] = {}
-        for grad in (grad for bucket in self.buckets for grad in bucket.grads):
-            real = torch.view_as_real(grad) if grad.is_complex() else grad
-            norm = _norm(real)
-            norms.setdefault((norm.device, type(norm)), []).append(norm)
-        totals = [torch.linalg.vector_norm(torch.stack([n.double() for n in alike])) for alike in norms.values()]
-        return [(t.full_tensor() if hasattr(t, "full_tensor") else t).square() for t in totals]
+        norms: dict[tuple[Split, torch.device], list[Tensor]] = {}
+        for bucket in self.buckets:
+            for entry, whole in zip(bucket.entries, bucket.grads, strict=True):
+                grad = local(whole)
+                norm = _norm(torch.view_as_real(grad) if grad.is_complex() else grad)
+                norms.setdefault((shards.split_of(entry.member), norm.device), []).append(norm)
+        return [
+            (split, torch.linalg.vector_norm(torch.stack([n.double() for n in alike])).square())
+            for (split, _), alike in norms.items()
+        ]
 
     def run(
         self, *, factor: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None, norms: bool = False
@@ -178,7 +185,7 @@ class TorchBackend:
 
 def _norm(grad: Tensor) -> Tensor:
     """Return the norm of a real gradient. A square that float32 cannot hold does not spoil it."""
-    if grad.device.type != "cpu" or grad.dtype == torch.float64 or local(grad) is not grad:
+    if grad.device.type != "cpu" or grad.dtype == torch.float64:
         double: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
         return double
     # A CPU takes 14 times as long for float64, because torch makes a copy first.
@@ -238,9 +245,10 @@ def _call_torch(
     options, fused = bucket.options, bucket.fused
     with torch.set_grad_enabled(options["differentiable"]):
         if bucket.factor is not None and not (fused and grad_scale is not None):
-            scaled = torch._foreach_mul(grads, bucket.factor.to(params[0].device, non_blocking=True))
+            # DTensors on different meshes cannot be multiplied in one call. What the process holds of them can.
+            scaled = torch._foreach_mul(list(map(local, grads)), bucket.factor.to(params[0].device, non_blocking=True))
             # The product of a 0-d gradient has the dtype of the factor.
-            grads = [s.to(g.dtype) for s, g in zip(scaled, grads, strict=True)]
+            grads = [wrap_like(g, s.to(g.dtype)) for s, g in zip(scaled, grads, strict=True)]
         adamw(
             params,
             grads,

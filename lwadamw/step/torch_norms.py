@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..state import decay, packing
 from ..state.members import Member, local
-from ..state.storage import HALVES, kept_weight
+from ..state.storage import COMPANIONS, HALVES, kept_weight
 from . import torch_fused_cpu as fused_cpu
 from .buckets import Bucket, Entry
 
@@ -79,8 +79,9 @@ def resting_sums(member: Member, state: Mapping[str, Any]) -> Tensor:
         float64[4]: the square sum of the weight, and three zeros.
     """
     p = member.param
-    kept = kept_weight(p, member.group, state)
-    whole = p if kept in ("plain", "stochastic") else packing.read_weight(p, state, kept)
+    # A parameter that has moved to a group with a companion has none before its next step.
+    has_companion = any(key in state for key in COMPANIONS)
+    whole = packing.read_weight(p, state, kept_weight(p, member.group, state)) if has_companion else p
     weight = torch.stack([piece.square().sum() for (piece,) in _pieces(whole)]).sum()
     return torch.stack([weight, *torch.zeros_like(weight).expand(3)])
 

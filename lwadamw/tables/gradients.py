@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..state.arrivals import arrived
 from ..state.checks import check_gradient
 from ..state.geometry import Geometry
-from ..state.members import Member, gradients_of, local
+from ..state.members import Member, gradients_of, local, locals_of, placements_of
 from ..state.storage import FLOATS
 
 _data_ptr = Tensor.data_ptr
@@ -36,8 +37,11 @@ class Gradients:
         self._members, self._attribute, self._dtype = members, attribute, dtype
         self._params = [m.param for m in members]
         self._empty = [i for i, p in enumerate(self._params) if local(p).numel() == 0]
-        # Of gradients that the kernels could read as they were. None until a step had such a gradient for every parameter.
+        # Of what this process holds of gradients that the kernels could read as they were. None until a step had such a
+        # gradient for every parameter.
         self._geometry: Geometry | None = None
+        # Of these gradients, if all of them were DTensors.
+        self._placements: list[Any] | None = None
         self.copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
 
     def addresses(self) -> list[int] | None:
@@ -53,12 +57,18 @@ class Gradients:
             RuntimeError: a gradient is sparse.
         """
         grads = gradients_of(self._params, self._attribute)
-        if self._geometry is not None and self._geometry.holds(grads):
-            addresses = list(map(_data_ptr, grads))
+        if self._geometry is not None and (held := self._held(grads)) is not None and self._geometry.holds(held):
+            addresses = list(map(_data_ptr, held))
             for i in self._empty:
                 addresses[i] = _EMPTY
             return addresses
         return self._checked(grads)
+
+    def _held(self, grads: list[Any]) -> list[Any] | None:
+        """Return what this process holds of the gradients; None if they are placed otherwise than those before."""
+        if self._placements is None:
+            return grads
+        return locals_of(grads) if placements_of(grads) == self._placements else None
 
     def address(self, row: int) -> int | None:
         """Return where the kernels read the gradient of one parameter at this step, as `addresses` does.
@@ -82,6 +92,7 @@ class Gradients:
             if grad is None:
                 addresses.append(0)
                 continue
+            grad = arrived(member.param, grad, self._attribute)
             check_gradient(member, grad)
             p, g = local(member.param), local(grad)
             if g.dtype != self._dtype and g.dtype in FLOATS:
@@ -90,7 +101,9 @@ class Gradients:
                 g = torch.empty_like(p, dtype=self._dtype).copy_(g)
                 self.copies.append(g)
             addresses.append(g.data_ptr() if g.numel() else _EMPTY)
-        as_they_are = 0 not in addresses and not self.copies and all(map(is_, grads, map(local, grads)))
-        if self._geometry is None and as_they_are and len(grads) == len(self._params):
-            self._geometry = Geometry(grads)
+        if self._geometry is None and len(grads) == len(self._params) and 0 not in addresses and not self.copies:
+            now = gradients_of(self._params, self._attribute)  # those that were placed otherwise have been replaced
+            held, placements = locals_of(now), placements_of(now)
+            if placements is not None or all(map(is_, now, held)):
+                self._geometry, self._placements = Geometry(held), placements
         return addresses

@@ -13,6 +13,7 @@ from ..state import keys
 from ..state.creation import create_state, lay_out
 from ..state.decay import is_huber
 from ..state.members import Member, local
+from ..state.shards import Shards
 from ..state.storage import FLOATS, STATE, Storage, storage_of
 
 
@@ -24,12 +25,14 @@ class PlanKey(NamedTuple):
         attribute: the attribute of the parameter that holds its gradient, such as "grad".
         storage: how the parameter is stored.
         huber: whether the parameter decays by Huber's law.
+        split: the label of how the parameter is split over processes.
     """
 
     device: torch.device
     attribute: str
     storage: Storage
     huber: bool
+    split: str
 
 
 def split_idle(
@@ -103,12 +106,13 @@ def check_apart(members: Sequence[Member], state: Any) -> None:
         )
 
 
-def group_by_plan(members: Sequence[Member], state: Any) -> dict[PlanKey, list[Member]]:
+def group_by_plan(members: Sequence[Member], state: Any, shards: Shards) -> dict[PlanKey, list[Member]]:
     """Collect the parameters of each plan.
 
     Args:
         members: parameters with complete state.
         state: state of each parameter, by parameter.
+        shards: says how each parameter is split over processes.
 
     Returns:
         Members by what they have in common. The plans are sorted by this key, because the global norm is added up in
@@ -117,7 +121,8 @@ def group_by_plan(members: Sequence[Member], state: Any) -> dict[PlanKey, list[M
     plans: dict[PlanKey, list[Member]] = {}
     for m in members:
         storage = _kernel_storage(m, state[m.param])
-        key = PlanKey(local(m.param).device, keys.GRAD_ATTRIBUTE.of(m.group), storage, is_huber(m.group))
+        attribute, split = keys.GRAD_ATTRIBUTE.of(m.group), shards.split_of(m).label
+        key = PlanKey(local(m.param).device, attribute, storage, is_huber(m.group), split)
         plans.setdefault(key, []).append(m)
     return {key: plans[key] for key in sorted(plans, key=str)}
 

@@ -15,7 +15,7 @@ from ..state.decay import THRESHOLD, is_huber
 from ..state.draws import rounding_row
 from ..state.geometry import look
 from ..state.identity import same
-from ..state.members import Member, local
+from ..state.members import Member, local, locals_of
 from ..state.storage import STATE, Storage
 from .device_totals import DeviceTotals
 from .gradients import Gradients
@@ -81,7 +81,7 @@ class TrackedPlan:
         self._state_addresses = self._current_addresses(self._state)
 
     def _current_addresses(self, tensors: Sequence[Tensor]) -> list[int]:
-        return list(map(_data_ptr, map(local, tensors) if self._distributed else tensors))
+        return list(map(_data_ptr, locals_of(tensors) if self._distributed else tensors))
 
     def advance_versions(self, row: int | None = None) -> None:
         """Tell autograd that the kernels have written to the parameters.

@@ -9,19 +9,22 @@ comparison of lists, and no Python code per tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..state.checks import capturing
-from ..state.members import Member, any_gradient, is_sharded, local
+from ..state.members import Member, any_gradient
+from ..state.shards import Shards, Split
 from .device_totals import DeviceTotals
 from .group_table import GroupTable
 from .grouping import PlanKey, check_apart, complete_state, group_by_plan, split_idle
 from .plan import NO_SPARE
 from .request import Header, Request
 from .tracked_plan import TrackedPlan
+
+_WHOLE: Final = Shards()
 
 
 class TritonBackend:
@@ -37,6 +40,7 @@ class TritonBackend:
         skipped: int64[], number of steps skipped so far, the start of the count; None: 0.
         idle: whether to leave out all parameters with neither a gradient nor state. False: those that require a gradient
             stay in.
+        shards: says how each parameter is split over processes.
 
     Raises:
         RuntimeError: two tensors share memory. In this case nothing has been written.
@@ -50,13 +54,13 @@ class TritonBackend:
         state: Any,
         skipped: Tensor | None = None,
         idle: bool = True,
+        shards: Shards = _WHOLE,
     ) -> None:
         self.members, self._idle = split_idle(members, state, trainable=not idle)
-        self.sharded = next((m for m in self.members if is_sharded(m.param)), None)
         check_apart(self.members, state)
         for m in self.members:
             complete_state(state[m.param], m)
-        members_by_plan = group_by_plan(self.members, state)
+        members_by_plan = group_by_plan(self.members, state, shards)
         self._device_totals = _make_totals(members_by_plan, skipped)
         self._plans = [
             TrackedPlan(
@@ -70,6 +74,7 @@ class TritonBackend:
             )
             for i, (key, some) in enumerate(members_by_plan.items())
         ]
+        self._splits = [shards.split_of(some[0]) for some in members_by_plan.values()]
         self._rows = {id(p): (tracked, row) for tracked in self._plans for row, p in enumerate(tracked.params)}
         self._table = GroupTable(groups, list(self._device_totals))
         self._had_others = False
@@ -161,27 +166,28 @@ class TritonBackend:
         self._scalars.append(there)
         return there.data_ptr()
 
-    def sum_gradients(self) -> list[Tensor]:
-        """Compute the square sum of the gradients of each plan, before the loss scale is divided out.
+    def sum_gradients(self) -> list[tuple[Split, Tensor]]:
+        """Compute the square sum of this process's part of the gradients of each plan, before the loss scale is divided out.
 
         Returns:
-            float64[1] for each plan, on its device.
-
-        Raises:
-            RuntimeError: other processes hold parts of some parameter, so their gradients would be missing in the
-                global norm.
+            For each plan how its parameters are split over processes, and float64[1] on its device.
         """
-        if self.sharded is not None:
-            name, p = self.sharded.name, self.sharded.param
-            raise RuntimeError(
-                f"max_grad_norm: parameter {name!r} {tuple(p.shape)} is sharded over processes. This process holds "
-                f"{tuple(local(p).shape)} of it and cannot see the global norm. "
-                "Call torch.nn.utils.clip_grad_norm_ before step() and leave max_grad_norm out."
-            )
         for tracked in self._plans:
             with tracked.plan.on_device():
                 tracked.plan.sum_gradients()
-        return [tracked.plan.total for tracked in self._plans]
+        return [(split, tracked.plan.total) for split, tracked in zip(self._splits, self._plans, strict=True)]
+
+    @torch.no_grad()
+    def set_total(self, total: Tensor) -> None:
+        """Give every device the square sum of all gradients of all processes. It replaces the sums of the plans.
+
+        Args:
+            total: one element.
+        """
+        self._had_others = True
+        for device, totals in self._device_totals.items():
+            totals.square_sums.zero_()
+            totals.square_sums[-1].copy_(total.to(device, non_blocking=True))
 
     @torch.no_grad()
     def share_totals(self, others: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import heads, inputs
 from .rules import Role
-from .sites import Site, plain
+from .sites import Site, class_name, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,15 @@ class Decision:
 # Names of parameters of two and more dimensions that a module holds itself, without a linear layer: tokens, positions and
 # tables of embeddings, gains and scales, prompts, and what state spaces and token shifts keep for each channel.
 _VECTOR_NAMES: Final = re.compile(
-    r"bias(_\w+)?|\w*bias|\w*bias_[uv]|\w*bias_table|rel_pos_[hw]|(\w+_)?tokens?|\w+_token_\w+|mask_emb"
-    r"|(\w+_)?pos_(emb|enc)\w*|\w*position\w*_(emb|enc)\w*|(\w+_)?embed(s|ding|dings)?|(\w+_)?emb|latents?|latents?_\w+"
-    r"|mem_[kv]|(query|latent)_(tokens|queries|query)|queries|probe|learnable_registers|codevectors|\w*prompts?|image_newline"
-    r"|A_log\w*|D|D_log|dt_bias\w*|time_(mix|maa)_\w+|time_(decay|first|faaaa)|x_[rwkvag]|r_k|lower_bounds"
-    r"|layer_?scale\w*|ls[12]|gamma\w*|logit_scale\w*|temperature|\w*scale|\w*scale_shift_table|modulation|sinks"
+    r"bias(_\w+)?|\w*bias|\w*bias_[uv]|\w*bias_table|rel_pos_[hw]|(\w+_)?tokens?|\w+_token_\w+|mask_emb|pos|pe"
+    r"|(\w+_)?pos_(emb|enc)\w*|\w*position\w*_(emb|enc)\w*|(?!(\w+_)?(out|output|un)_?emb)(\w+_)?emb(ed|eds|edding|eddings)?"
+    r"|latents?|latents?_\w+|mem_[kv]|(query|latent)_(tokens|queries|query)|queries|probe|learnable_registers|codevectors"
+    r"|\w*prompts?|image_newline|A_log\w*|D_log|dt_bias\w*|time_(mix|maa)_\w+|time_(decay|first|faaaa)|r_k|lower_bounds"
+    r"|layer_?scale\w*|ls[12]|gamma\w*|logit_scale\w*|temperature|(?!\w*(up|down)_?scale)\w*scale|\w*scale_shift_table"
+    r"|modulation|sinks"
 )
+# Gains and offsets that a norm holds itself.
+_GAINS: Final = re.compile(r"weight|bias|scale|shift|gain|offset|gamma|beta|[gb]|[ab]_2|weight_[gb]")
 # Low-rank matrices of RWKV have the names of its token shifts.
 _LOW_RANK: Final = re.compile(r"\w+_w[12]")
 _NORMS: Final = re.compile(r"Norm(Gated|[123]d)?$")
@@ -64,24 +67,25 @@ def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output
         RuntimeError: the parameter is a flattened or partitioned shard.
     """
     at = plain(site)
-    kind = type(at.module).__name__
+    kind = class_name(at.module)
     _refuse_shard(p, site)
     if any(part.startswith("lora_") for part in (*site.path, site.attribute)):
         return Decision(None, "LoRA: no width rule is settled for it")
     dims, vector = _inputs(p, at, kind), _vector(p, at, kind)
     if vector is None and (getattr(p, "_no_weight_decay", False) or exempt(site.name)):
         vector = "the model takes it out of the weight decay"
+        if dims:
+            return Decision(None, f"{kind}, but {vector}: is it a vector?", dims)
     if vector is not None:
         return Decision("vector", vector, dims)
     if (found := _output(at, output_modules)) is not None:
         why, part = found
         if part == "unclear":
-            whose = why.partition(": ")[2]
-            return Decision(None, f"one of several matrices in {whose}: which of them gives the outputs?", dims)
+            return Decision(None, f"perhaps a {why.replace(': named', '')}: does it give the outputs?", dims)
         if part == "final":
             return Decision("output" if dims else None, why, dims, gives_logits=why.startswith("head"))
     if at.attribute == "weight" and heads.may_be_a_head(at):
-        return Decision(None, f"{kind}, the last of the model outside its layers: is it a head?", dims)
+        return Decision(None, f"{kind} after the numbered layers: is it a head?", dims)
     if dims and (embeds := inputs.embeds_the_input(at)) is not None:
         why, by_size = embeds
         return Decision("vector", f"{kind} {why}", dims, by_size)
@@ -103,7 +107,7 @@ def fan_in_of(p: Tensor, site: Site, decision: Decision) -> int:
         ValueError: the module has no number of experts under the name that the decision gives.
     """
     size = vars(site.module).get("input_size")
-    if isinstance(size, int) and type(site.module).__name__.endswith("Linear") and decision.dims in ((-1,), (1,)):
+    if isinstance(size, int) and class_name(site.module).endswith("Linear") and decision.dims in ((-1,), (1,)):
         return size
     fan_in = math.prod(p.shape[dim] for dim in decision.dims)
     if decision.per is not None:
@@ -111,7 +115,7 @@ def fan_in_of(p: Tensor, site: Site, decision: Decision) -> int:
         if not isinstance(count, int) or count < 1 or fan_in % count:
             raise ValueError(
                 f"param_groups: the fan_in {fan_in} of {site.name!r} {tuple(p.shape)} is to be divided by the attribute "
-                f"{decision.per!r} of {type(site.module).__name__}, which is {count!r}. Give an attribute that divides it."
+                f"{decision.per!r} of {class_name(site.module)}, which is {count!r}. Give an attribute that divides it."
             )
         fan_in //= count
     if getattr(p, "tensor_model_parallel", False) and p.partition_dim in (dim % p.ndim for dim in decision.dims):  # type: ignore[attr-defined]
@@ -124,9 +128,11 @@ def _vector(p: Tensor, at: Site, kind: str) -> str | None:
     attribute, multiplied = at.attribute, heads.is_multiplied(at.module) and at.attribute == "weight"
     if p.ndim <= 1:
         return kind if "Norm" in kind else f"{p.ndim}-D"
-    if isinstance(at.module, (nn.Embedding, nn.EmbeddingBag)) or (kind.endswith("Embedding") and attribute == "weight"):
+    if isinstance(at.module, (nn.Embedding, nn.EmbeddingBag)) or (
+        kind.endswith("Embedding") and attribute == "weight" and not re.search("Out|Un[eE]mb", kind)
+    ):
         return kind
-    if isinstance(at.module, (nn.LayerNorm, nn.GroupNorm)) or _NORMS.search(kind):
+    if isinstance(at.module, (nn.LayerNorm, nn.GroupNorm)) or (_NORMS.search(kind) and _GAINS.fullmatch(attribute)):
         return kind
     if multiplied:
         module = at.module
@@ -137,8 +143,11 @@ def _vector(p: Tensor, at: Site, kind: str) -> str | None:
         return "magnitude of weight norm"
     if _VECTOR_NAMES.fullmatch(attribute) and not _LOW_RANK.fullmatch(attribute):
         return f"named {attribute!r}"
-    # The weight of a class that this package does not know may be a linear layer with one output.
-    if attribute != "weight" and sum(size != 1 for size in p.shape) <= 1:
+    if attribute == "D" and "A_log" in at.module._parameters:
+        return "named 'D' beside 'A_log'"
+    # A column, and the weight of a class that this package does not know, may be a matrix with one output.
+    column = p.ndim == 2 and p.shape[1] == 1 and p.shape[0] != 1
+    if attribute != "weight" and not column and sum(size != 1 for size in p.shape) <= 1:
         return "one dimension is not 1"
     return None
 
@@ -157,7 +166,7 @@ def _inputs(p: Tensor, at: Site, kind: str) -> tuple[int, ...]:
         return (-1,)
     if isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight"):
         return (-1,)
-    if isinstance(module, nn.RNNBase) and attribute.startswith("weight_"):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and attribute.startswith("weight_"):
         return (-1,)
     if heads.is_router(kind) and attribute == "weight" and p.ndim == 2:
         return (-1,)
@@ -175,7 +184,7 @@ def transposes(module: nn.Module) -> bool | None:
         module: the module that holds the experts.
     """
     told = getattr(type(module), "is_transposed", vars(module).get("is_transposed"))
-    return told if isinstance(told, bool) and "Experts" in type(module).__name__ else None
+    return told if isinstance(told, bool) and "Experts" in class_name(module) else None
 
 
 def _output(at: Site, output_modules: frozenset[int]) -> tuple[str, heads.Part] | None:
@@ -187,11 +196,14 @@ def _output(at: Site, output_modules: frozenset[int]) -> tuple[str, heads.Part] 
 
 
 def _refuse_shard(p: Tensor, site: Site) -> None:
-    kind = type(site.module).__name__
-    flat = kind == "FlatParameter" or type(p).__name__ == "FlatParameter"
-    cut = p.ndim <= 1 and site.attribute == "weight" and isinstance(site.module, (nn.Linear, nn.Embedding))
+    kind = class_name(site.module)
+    # torch makes a FlatParameter as a plain Parameter with this mark.
+    flat = getattr(p, "_is_flat_param", False) or "FlatParameter" in (kind, type(p).__name__)
+    holds_matrix = heads.is_multiplied(site.module) or isinstance(site.module, nn.Embedding)
+    cut = p.ndim <= 1 and site.attribute == "weight" and holds_matrix
     if flat or cut:
         raise RuntimeError(
             f"param_groups: {site.name!r} of {kind} has shape {tuple(p.shape)}. So it is a flattened or partitioned shard, and "
-            "its fan_in is unknown. Call param_groups before the model is wrapped."
+            "its fan_in is unknown. Call param_groups before the model is wrapped, and give lwadamw.rebind(groups, model) to "
+            "the optimizer. The wrapper has to keep the parameters: FullyShardedDataParallel(model, use_orig_params=True)."
         )

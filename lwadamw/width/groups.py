@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -133,17 +135,31 @@ def param_groups(
             "param_groups: fold=True multiplies base values, so it needs lr and weight_decay. Give lr=... and weight_decay=...."
         )
 
-    found = decide(model, roles)
+    with _without_collection():
+        found = decide(model, roles)
     _check_patterns({"roles": roles, "overrides": overrides, "segments": segments}, found, strict)
     left_out = {d.name for d in found if not (include_frozen or d.param.requires_grad)}
     found = _settle_undecided(found, left_out, strict)
     scaled = [d for d in found if d.name not in left_out and not _is_constant(resolved[d.role])]
-    ratio = ratios(model, base_width, width, found, scaled, roles)
-    evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, resolved)
+    with _without_collection():
+        ratio = ratios(model, base_width, width, found, scaled, roles)
+        evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, resolved)
     groups = _merged([d for d in found if d.name not in left_out], evidence, resolved, overrides, segments)
     if fold:
         groups = [_folded(group, float(lr or 0.0), float(weight_decay or 0.0), eps) for group in groups]
     return Groups(groups, evidence)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pause Python's search for cycles. It would go through all modules of a large model again and again, and find none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _is_constant(scale: Scale) -> bool:

@@ -86,6 +86,7 @@ _HIDDEN_IN_A_HEAD: Final[dict[str, Roles]] = {
         "DebertaV2LMPredictionHead ElectraGeneratorPredictions ConvBertGeneratorPredictions",
         {"dense.weight": "matrix"},
     ),
+    "DistilBertForMaskedLM": {"vocab_transform.weight": "matrix"},
     **_each("PeAudioEncoder PeVideoEncoder PeAudioVideoEncoder", {"output.weight": "matrix"}),
     "QuestionAwareSpanSelectionHead": {"*.dense.weight": "matrix", "*_classifier.weight": "matrix"},
     **_each(
@@ -142,7 +143,10 @@ _DIT: Final[Roles] = {
     "pos_embed.proj.weight": "vector",
     "proj_in.weight": "vector",
     "patch_embed.text_proj.weight": "vector",
+    "context_embedder.weight": "vector",
     "context_embedder.proj_in.weight": "vector",
+    "txt_in.weight": "vector",
+    "text_embedder.weight": "vector",
     "*caption_embedder.1.weight": "vector",
     "*.image_embedder.ff.*weight": "vector",
     "*.timestep_embedder.linear_1.weight": "vector",
@@ -164,7 +168,8 @@ _INPUTS: Final[dict[str, Roles]] = {
     **_each("LatteTransformer3DModel Lumina2Transformer2DModel MochiTransformer3DModel", _DIT),
     **_each("PixArtTransformer2DModel QwenImageTransformer2DModel SD3Transformer2DModel", _DIT),
     **_each("SanaTransformer2DModel WanTransformer3DModel", _DIT),
-    "PixArtAlphaTextProjection": {"linear_2.weight": "matrix"},
+    "PixArtAlphaTextProjection": {"linear_1.weight": "vector", "linear_2.weight": "matrix"},
+    **_each("Flux FluxModel", {"txt_in.weight": "vector"}),
     "MLPEmbedder": {"in_layer.weight": "vector"},
     "TimestepEmbedder": {"mlp.0.weight": "vector"},
     **_each(
@@ -193,6 +198,8 @@ _INPUTS: Final[dict[str, Roles]] = {
     "CoaT": {"patch_embed[234].proj.weight": _MAPS},
     "Visformer": {"patch_embed[123].proj.weight": _MAPS},
     # They make a table of positions from two coordinates, by 512 features at every width.
+    "timm:WindowAttention": {"cpb_mlp.*.weight": "vector"},
+    "PatchTSTEmbedding": {"input_embedding*.weight": "vector"},
     "Swinv2SelfAttention": {"continuous_position_bias_mlp.*.weight": "vector"},
     # Linear layers whose weight is read as a table of positions.
     "LayoutLMv3Encoder": {"rel_pos_*bias.weight": "vector"},

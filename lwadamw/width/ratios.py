@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ def ratios(
             function raises it.
     """
     if isinstance(base_width, nn.Module):
-        return _from_model(base_width, roles)
+        return _from_model(base_width, parameters, roles)
     if isinstance(base_width, Mapping):
         return _from_map(base_width, parameters, scaled)
     if isinstance(base_width, bool) or not isinstance(base_width, int):
@@ -53,11 +55,25 @@ def ratios(
             f"param_groups: base_width is {type(base_width).__name__}. Give the proxy's width as an int, a mapping of name "
             "patterns to the fan_in at the proxy, or the proxy model."
         )
-    width = model_width(model) if width is None else width
+    width = _found_width(model, scaled) if width is None else width
     for name, value, whose in (("base_width", base_width, "the proxy"), ("width", width, "this model")):
         if value < 1:
             raise ValueError(f"param_groups: {name}={value} is not a positive width. Give the width of {whose}.")
     return _from_int(base_width, width, scaled)
+
+
+def _found_width(model: nn.Module, scaled: Sequence[Decided]) -> int:
+    """Return the width of a model, if its matrices have it as fan_in. The width of an embedding has to be the usual fan_in."""
+    width, source = model_width(model)
+    fan_ins = Counter(d.fan_in for d in scaled if d.role == "matrix" and d.fan_in is not None)
+    usual = fan_ins.most_common(1)
+    if usual and (width not in fan_ins or (source.startswith("the embedding") and fan_ins[width] < usual[0][1])):
+        raise ValueError(
+            f"param_groups: cannot tell the model's width. It is {width} by {source}, but most of its matrices have the fan_in "
+            f"{usual[0][0]}. Pass width={usual[0][0]} or the width that is meant, or the proxy model as base_width."
+        )
+    _log.info("the width of the model is %d, by %s", width, source)
+    return width
 
 
 def _from_int(base_width: int, width: int, scaled: Sequence[Decided]) -> Ratio:
@@ -69,10 +85,11 @@ def _from_int(base_width: int, width: int, scaled: Sequence[Decided]) -> Ratio:
     widths: dict[int, int | None] = {}
     apart = {d.name: own for d in scaled if (own := width_at(d.site, widths)) not in (None, width)}
     odd = [d for d in scaled if d.name in apart or (d.fan_in is not None and d.fan_in % width)]
-    assumed = {d.name for d in _assumed([d for d in scaled if d.fan_in is not None])}
+    follows = [] if width == base_width else _assumed([d for d in scaled if d.fan_in is not None])
+    assumed = {d.name for d in follows}
     if odd:
         raise ValueError(remedies.for_int(base_width, width, scaled, odd, assumed, apart))
-    if assumed and width != base_width:
+    if assumed:
         listed = separating({d.names: d.name in assumed for d in scaled}, unlisted=[False])
         _log.warning(
             "base_width=%d assumes that the inputs of these matrices follow the width: %s. If one has as many inputs at the "
@@ -95,10 +112,15 @@ def _assumed(matrices: Sequence[Decided]) -> list[Decided]:
     In a model of numbered layers, the inputs of a linear layer inside them, and of the head after them, are the model's own.
     The channels of convolutions grow from stage to stage, and often not with the width, and a head after them reads channels.
     """
-    numbered = {d.name for d in matrices if any(part.isdigit() for part in d.site.path)}
     convolutions = {d.name for d in matrices if len(d.decision.dims) > 1}
-    own = numbered - convolutions | {d.name for d in matrices if d.role == "output" and not convolutions}
-    return [d for d in matrices if d.name not in own] if numbered else []
+    own = {d.name for d in matrices if _is_in_a_layer(d)} - convolutions
+    own |= {d.name for d in matrices if d.role == "output" and not convolutions}
+    return [d for d in matrices if d.name not in own]
+
+
+def _is_in_a_layer(found: Decided) -> bool:
+    """Return whether a matrix is inside a module that has a number. A matrix that has the number itself is no layer."""
+    return any(part.isdigit() for part in found.site.path[:-1])
 
 
 def _from_map(base: Mapping[str, int], parameters: Sequence[Decided], scaled: Sequence[Decided]) -> Ratio:
@@ -132,24 +154,27 @@ def _from_map(base: Mapping[str, int], parameters: Sequence[Decided], scaled: Se
     return ratio
 
 
-def _from_model(base: nn.Module, roles: Mapping[str, RoleSpec]) -> Ratio:
+def _from_model(base: nn.Module, parameters: Sequence[Decided], roles: Mapping[str, RoleSpec]) -> Ratio:
     there = {name: d for d in decide(base, roles) for name in d.names}
-    by_type: dict[str, list[Decided]] = {}
-    for name, d in there.items():
-        for kind in _depth_types(name):
-            by_type.setdefault(kind, []).append(d)
+    by_type, here = _by_type(there.values()), _by_type(parameters)
+    agree = functools.cache(lambda kind: len({d.inputs for d in here.get(kind, ())}) == 1)
 
     def ratio(found: Decided) -> tuple[float, str]:
         differing: dict[int, str] = {}
         for name in found.names:
-            # A base model with fewer layers has no parameter of this name. Its other layers answer, if they agree.
-            at_proxy = [there[name]] if name in there else _of_other_layers(name, by_type)
+            # A base model with fewer layers has no parameter of this name. Its other layers answer, if all of them agree, and
+            # if those of this model agree too.
+            kind = next((kind for kind in _depth_types(name) if kind in by_type), "")
+            at_proxy = [there[name]] if name in there else by_type.get(kind, [])
+            if not at_proxy:
+                continue
             fan_ins = {_same_dimensions(found, d): d.name for d in at_proxy}
-            if len(fan_ins) == 1:
+            alike = name in there or agree(kind)
+            if len(fan_ins) == 1 and alike:
                 (base_fan_in,) = fan_ins
                 note = f", base fan_in {base_fan_in}" if found.fan_in is not None else ""
                 return found.inputs / base_fan_in, note
-            differing |= fan_ins
+            differing |= fan_ins if alike else {d.inputs: f"{d.name} of this model" for d in here[kind]}
         if differing:
             listed = ", ".join(f"{name!r} {fan_in}" for fan_in, name in sorted(differing.items()))
             raise ValueError(
@@ -165,6 +190,16 @@ def _from_model(base: nn.Module, roles: Mapping[str, RoleSpec]) -> Ratio:
     return ratio
 
 
+def _by_type(parameters: Iterable[Decided]) -> dict[str, list[Decided]]:
+    """Return parameters by their names with `*` in place of one layer number, or of all."""
+    by_type: dict[str, list[Decided]] = {}
+    for d in parameters:
+        for name in d.names:
+            for kind in _depth_types(name):
+                by_type.setdefault(kind, []).append(d)
+    return by_type
+
+
 def _depth_types(name: str) -> Iterator[str]:
     """Yield a name with `*` in place of one number, from the innermost to the outermost number, and then of all numbers."""
     parts = name.split(".")
@@ -173,11 +208,6 @@ def _depth_types(name: str) -> Iterator[str]:
         yield ".".join([*parts[:i], "*", *parts[i + 1 :]])
     if len(numbers) > 1:
         yield layer_type(name)
-
-
-def _of_other_layers(name: str, by_type: Mapping[str, list[Decided]]) -> list[Decided]:
-    """Return the parameters of the proxy that differ from a name in one layer number, or else in several."""
-    return next((by_type[kind] for kind in _depth_types(name) if kind in by_type), [])
 
 
 def _same_dimensions(found: Decided, at_proxy: Decided) -> int:

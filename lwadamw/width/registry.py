@@ -39,6 +39,8 @@ def register_role(module: type[nn.Module] | str, roles: Mapping[str, RoleSpec]) 
         raise TypeError(
             f"register_role: {module!r} is not a subclass of torch.nn.Module. Give such a class, or its name."
         )
+    if not isinstance(roles, Mapping):
+        raise TypeError(f"register_role: roles is {roles!r}. Give a mapping from names within the module to roles.")
     for pattern, spec in roles.items():
         check_spec(spec)
         matcher(pattern)

@@ -15,7 +15,7 @@ _ROLES = """For <role> write one of
                                 experts of shape (experts, out, in)
     lwadamw.Matrix(fan_in=-2)   a matrix, with weight decay: fan_in is the last dimension but one, as x @ w has it, and packed
                                 experts of shape (experts, in, out)
-    lwadamw.Output(fan_in=-1)   a head or a router: the lr follows the width, no weight decay
+    lwadamw.Output(fan_in=-1)   a head or a router: the lr follows the width, no weight decay; -1 or -2 as for matrices
     "vector"                    an embedding, a position, a gain: constant lr, no weight decay"""
 
 

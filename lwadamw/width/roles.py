@@ -21,6 +21,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -28,11 +29,11 @@ from .evidence import Decision, fan_in_of, from_evidence, transposes
 from .patterns import ALL, first_match
 from .registry import Registry
 from .rules import Role
-from .sites import Site, sites
+from .sites import Site, paths, sites, unwrapped
 from .specs import Matrix, RoleSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decided:
     """One distinct parameter of a model, and what was decided about its role.
 
@@ -62,7 +63,7 @@ class Decided:
         """The role; `matrix` where nothing decided it, so that nothing loses its decay."""
         return self.decision.role or "matrix"
 
-    @property
+    @cached_property
     def fan_in(self) -> int | None:
         """Number of inputs of each output, from the global shape; None for a vector and where nothing decided the role."""
         known = self.decision.role in ("matrix", "output") and self.decision.dims
@@ -92,23 +93,27 @@ def decide(model: nn.Module, roles: Mapping[str, RoleSpec]) -> list[Decided]:
     Raises:
         ValueError: a role of the user does not say which dimension is the fan_in, or names a dimension that is none. Or a
             pattern gives one role to parameters whose evidence differs.
+        TypeError: the model is no module.
         RuntimeError: a parameter is a flattened or partitioned shard.
     """
-    registry, exempt, output_modules = Registry(), _exempt(model), _output_modules(model)
-    found = []
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups: the model is {type(model).__name__}. Give the torch.nn.Module itself.")
+    registry, exempt, output_modules = Registry(), _exempt(unwrapped(model)), _output_modules(model)
+    known = []
     for p, places in sites(model):
         names = tuple(site.name for site in places)
         evidence = _agreed([_at(p, site, registry, exempt, output_modules) for site in places], names)
-        by_user = first_match(roles, names)
-        if by_user is None:
-            found.append(Decided(p, names, places[0], evidence, evidence, None))
-            continue
-        pattern, spec = by_user
-        decision = _given(spec, p, f"roles[{pattern!r}]", names[0], evidence)
-        decision = replace(decision, gives_logits=evidence.gives_logits)
-        found.append(Decided(p, names, places[0], decision, evidence, pattern))
-    _check_patterns(found)
-    return found
+        pattern, _ = first_match(roles, names) or (None, None)
+        known.append(Decided(p, names, places[0], evidence, evidence, pattern))
+    _check_patterns(known, roles)
+    return [d if d.pattern is None else _decided_by_user(d, roles[d.pattern]) for d in known]
+
+
+def _decided_by_user(known: Decided, spec: RoleSpec) -> Decided:
+    evidence = known.evidence
+    decision = _given(spec, known.param, f"roles[{known.pattern!r}]", known.name, evidence)
+    head = decision.role == "output" and not evidence.why.startswith("router")
+    return replace(known, decision=replace(decision, gives_logits=head or evidence.gives_logits))
 
 
 def _at(
@@ -165,7 +170,7 @@ def _given(spec: RoleSpec, p: Tensor, why: str, name: str, evidence: Decision) -
     return Decision(role, why, dims, per=spec.per if isinstance(spec, Matrix) else None)
 
 
-def _check_patterns(found: list[Decided]) -> None:
+def _check_patterns(found: list[Decided], roles: Mapping[str, RoleSpec]) -> None:
     """Raise a ValueError if a pattern gives one role to parameters whose evidence differs, and so changes what is certain."""
     by_pattern: dict[str, list[Decided]] = {}
     for d in found:
@@ -173,7 +178,8 @@ def _check_patterns(found: list[Decided]) -> None:
             by_pattern.setdefault(d.pattern, []).append(d)
     for pattern, matched in by_pattern.items():
         kinds = {d.evidence.role: d for d in reversed(matched)}
-        role = matched[0].decision.role
+        spec = roles[pattern]
+        role = spec if isinstance(spec, str) else "matrix" if isinstance(spec, Matrix) else "output"
         if len(kinds) == 1 or kinds.keys() <= {None, role}:
             continue
         listed = "".join(
@@ -197,7 +203,7 @@ def _output_modules(model: nn.Module) -> frozenset[int]:
             except (AttributeError, NotImplementedError):  # What models without a head raise.
                 continue
             found += heads if isinstance(heads, (nn.ModuleList, list, tuple)) else [heads]
-    return frozenset(map(id, found))
+    return frozenset(id(unwrapped(head)) for head in found if isinstance(head, nn.Module))
 
 
 def _exempt(model: nn.Module) -> Callable[[str], object]:
@@ -206,9 +212,10 @@ def _exempt(model: nn.Module) -> Callable[[str], object]:
     The models of timm have this method. It gives names and patterns within the module that has it.
     """
     patterns = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in paths(model):
         if callable(getattr(type(module), "no_weight_decay", None)):
             patterns += [
-                fnmatch.translate(f"{path}.{name}" if path else str(name)) for name in module.no_weight_decay()
+                fnmatch.translate(f"{path}.{name}" if path else str(name))
+                for name in module.no_weight_decay()  # type: ignore[operator]
             ]
     return re.compile("|".join(patterns) or r"(?!)").match

@@ -14,6 +14,7 @@ _WRAPPERS: Final = {
     "OptimizedModule": "_orig_mod",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
     "DistributedDataParallel": "module",
     "DataParallel": "module",
 }
@@ -47,15 +48,66 @@ class Site:
         return self.trail[-1]
 
 
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, as it would be if torch had not put a class of its own in its place.
+
+    `fully_shard` replaces the class `Linear` by a subclass `FSDPLinear` of a class of torch.distributed and of `Linear`. So
+    do both forms of `replicate`.
+
+    Args:
+        module: any module.
+    """
+    cls = type(module)
+    while len(cls.__bases__) == 2:
+        added, former = cls.__bases__
+        name = cls.__name__
+        if not added.__module__.startswith("torch.distributed.") or not name.endswith(former.__name__):
+            break
+        cls = former
+    return cls.__name__
+
+
+def _wrapped_attribute(module: nn.Module) -> str:
+    """Return the attribute in which a wrapper holds its module; "" for any other module."""
+    return _WRAPPERS.get(class_name(module), "")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that a wrapper such as DistributedDataParallel holds; a model without a wrapper itself.
 
     Args:
         model: any module.
     """
-    while (inner := model._modules.get(_WRAPPERS.get(type(model).__name__, ""))) is not None:
+    while (inner := model._modules.get(_wrapped_attribute(model))) is not None:
         model = inner
     return model
+
+
+def children(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that a module holds, by name, without their wrappers.
+
+    Args:
+        module: a module that is no wrapper.
+    """
+    return {name: unwrapped(child) for name, child in module._modules.items() if child is not None}
+
+
+def paths(module: nn.Module, remove_duplicate: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what `named_modules` yields, without the wrappers and their attributes.
+
+    Args:
+        module: any module. If it is a wrapper, the first module is the one that it holds.
+        remove_duplicate: yield a module that stands in several places only once.
+    """
+    seen: set[int] = set()
+    stack = [("", unwrapped(module))]
+    while stack:
+        path, inner = stack.pop()
+        if remove_duplicate and id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        yield path, inner
+        stack += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children(inner).items())]
 
 
 def sites(model: nn.Module) -> Iterator[tuple[Tensor, list[Site]]]:
@@ -78,7 +130,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
         for attribute, p in module._parameters.items():
             if p is not None:
                 yield Site(attribute, path, trail), p
-        wrapped = _WRAPPERS.get(type(module).__name__)
+        wrapped = _wrapped_attribute(module)
         for name, child in reversed(module._modules.items()):
             if child is not None:
                 inside = (path, (*trail[:-1], child)) if name == wrapped else ((*path, name), (*trail, child))

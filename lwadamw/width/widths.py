@@ -7,18 +7,21 @@ from typing import Any, Final
 
 from torch import nn
 
-from .sites import Site, unwrapped
+from .sites import Site, paths, unwrapped
 
 # Attributes of a model that may hold its config, and fields of a config that hold the width.
 _CONFIGS: Final = ("config", "cfg", "model_args", "args", "params", "hparams")
 _WIDTHS: Final = ("hidden_size", "d_model", "n_embd", "dim", "width", "embed_dim", "model_dim")
 
 
-def model_width(model: nn.Module) -> int:
+def model_width(model: nn.Module) -> tuple[int, str]:
     """Return the width of a model: of its config, the text config where there is one, else of its embedding.
 
     Args:
         model: the model.
+
+    Returns:
+        The width, and where it was found.
 
     Raises:
         ValueError: no width is found, or several are plausible.
@@ -30,11 +33,12 @@ def model_width(model: nn.Module) -> int:
     if not found:
         found = {
             f"the embedding {path!r}": module.embedding_dim
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Embedding)
+            for path, module in paths(model, remove_duplicate=True)
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         }
     if len(set(found.values())) == 1:
-        return next(iter(found.values()))
+        name, width = next(iter(found.items()))
+        return width, name
     if not found:
         raise ValueError(
             "param_groups: cannot tell the model's width. Pass width=..., or the proxy model as base_width."
@@ -82,4 +86,4 @@ def _field(config: Any, name: str) -> Any:
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

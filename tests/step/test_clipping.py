@@ -184,3 +184,25 @@ def test_a_backend_without_gradients_this_time_adds_nothing_to_the_norm(device, 
         assert float(optimizer.grad_norm) == pytest.approx(float(total), rel=1e-5)
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1.3e-6, atol=1e-5)
+
+
+def test_clip_grad_norm_returns_the_norm_and_clips_the_next_step_alone(backend, device):
+    params = make_params([(7, 5), (9,)], device)
+    twins = clone_params(params)
+    ours, theirs = AdamW(params, lr=1e-2, backend=backend), torch.optim.AdamW(twins, lr=1e-2)
+    for step in range(3):
+        set_grads(params, twins)
+        before = [p.grad.clone() for p in params]
+        if step != 1:
+            found = ours.clip_grad_norm_(0.1)
+            expected = torch.nn.utils.clip_grad_norm_(twins, 0.1)
+            torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=1e-6, atol=0)
+        ours.step()
+        theirs.step()
+        assert all(map(torch.equal, before, [p.grad for p in params])), "no gradient is rewritten"
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q)
+    with pytest.raises(ValueError, match="max_norm=0 is not positive"):
+        ours.clip_grad_norm_(0)
+    with ours.release_gradients(), pytest.raises(RuntimeError, match="gradients are released"):
+        ours.clip_grad_norm_(1.0)

@@ -213,3 +213,19 @@ def test_norm_names_are_the_names_of_the_norms_without_computing_them(device, mo
     assert expected == ("late", "double", "half[0]", "half[1]")
     monkeypatch.setattr(optimizer._engine, "norm_sums", None)
     assert optimizer.norm_names() == list(expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"master_weights": torch.float32}, {"master_weights": "remainder"}, {"rounding": "kahan"}]
+)
+def test_a_parameter_that_moved_to_a_group_with_a_companion_has_a_norm_before_its_next_step(options):
+    moved, other = (torch.nn.Parameter(torch.randn(5).bfloat16()) for _ in range(2))
+    wide = {"exp_avg_dtype": torch.float32, "exp_avg_sq_dtype": torch.float32}
+    optimizer = AdamW([{"params": [moved], **wide}, {"params": [other], **wide, **options}], backend="torch")
+    set_grads([moved, other])
+    optimizer.step()
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    moved.grad = None
+    optimizer.step()
+    norms = dict(zip(*[(n := optimizer.norms()).names, n.weight], strict=True))
+    assert norms["1.1"] == pytest.approx(moved.detach().double().norm().item(), rel=1e-6)

@@ -29,7 +29,7 @@ def test_arguments_begin_with_torchs_in_torchs_order():
     ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (AdamW, torch.optim.AdamW))
     assert [(p.name, p.default) for p in ours[:6]] == [(p.name, p.default) for p in theirs[:6]]
     assert {p.name: p.default for p in theirs}.items() <= {p.name: p.default for p in ours}.items()
-    own = ["max_grad_norm", "nonfinite", "norms", "backend", *keys.named((*keys.STORAGE, *keys.LAW))]
+    own = ["max_grad_norm", "nonfinite", "norms", "backend", "shard_group", *keys.named((*keys.STORAGE, *keys.LAW))]
     assert sorted(p.name for p in ours if p.name not in {q.name for q in theirs}) == sorted(own)
     assert list(inspect.signature(AdamW.load_state_dict).parameters) == ["self", "state_dict"]
     assert issubclass(AdamW, torch.optim.AdamW)

@@ -106,16 +106,15 @@ def test_the_ratio_is_the_ratio_of_fan_ins_and_not_of_widths():
 
 
 def test_a_width_that_does_not_divide_is_refused_with_two_ways_out():
-    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 172), nn.Linear(172, 64))
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 172), nn.Linear(172, 64)) for _ in range(2)])
     with pytest.raises(
-        ValueError, match=r"fan_in 172 of '2.weight' \(64, 172\) is not a multiple of the width 64"
+        ValueError, match="fan_in 172 of 'layers.0.1.weight' .* is not a multiple of the width 64"
     ) as error:
-        param_groups(model, 16)
-    assert 'torch.device("meta")' in str(error.value)
-    assert 'base_width={\n    "2.weight": <its fan_in at the proxy>,  # 172 here; 43 if it follows the width' in str(
-        error.value
-    )
-    assert '\n    "*": 16,\n}' in str(error.value)
+        param_groups(nn.ModuleDict({"embed": nn.Embedding(10, 64), "layers": layers}), 16)
+    text = str(error.value)
+    assert 'torch.device("meta")' in text
+    assert '"layers.0.1.weight": <its fan_in at the proxy>,  # 172 here; 43 if it follows the width' in text
+    assert '\n    "*": 16,\n}' in text
 
 
 def test_the_width_comes_from_the_config_the_embedding_or_the_user():
@@ -271,7 +270,7 @@ def test_a_shallower_base_model_whose_layers_differ_is_refused():
 
     with pytest.raises(
         ValueError,
-        match=r"have different fan_ins: 'layers.0.weight' 16, 'layers.1.weight' 32. Build the base model with",
+        match=r"have different fan_ins: 'layers.0.weight of this model' 64, 'layers.1.weight of this model' 128",
     ):
         param_groups(build(64, 128, 256), build(16, 32))
     groups = param_groups(build(64, 128, 256), build(16, 32, 32))

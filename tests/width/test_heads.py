@@ -167,9 +167,7 @@ def test_sizes_that_agree_by_accident_are_no_evidence(d, positions, words):
 
 def test_a_head_of_several_matrices_whose_last_one_is_unclear_is_refused():
     unclear = model(head=_class("TwoTowers", left=linear(8), right=linear(8)))
-    with pytest.raises(
-        ValueError, match="one of several matrices in named 'head': which of them gives the outputs"
-    ) as error:
+    with pytest.raises(ValueError, match="perhaps a head 'head': does it give the outputs") as error:
         param_groups(unclear, 16, width=8)
     assert '"head.left.weight": <role>' in str(error.value)
     assert '"head.right.weight": <role>' in str(error.value)
@@ -242,3 +240,45 @@ def test_the_fan_in_of_a_convolution_as_head_is_that_of_the_convolution():
             param_groups(unclear, 8, width=8, roles={"head.?.weight": Output(fan_in=fan_in)})
     given = {"head.?.weight": Output(fan_in=(1, 2, 3))}
     assert param_groups(unclear, 8, width=8, roles=given).evidence["head.a.weight"].fan_in == 72
+
+
+@pytest.mark.parametrize("name", ["output", "score", "head", "final_layer", "predict_next", "value_head"])
+def test_a_generic_name_deep_in_a_model_is_not_guessed(name):
+    """A block without a number has hidden layers with such names. At the top of the model they are heads."""
+    deep = model(block=_class("Attention", **{name: linear(8), "q": linear(8)}))
+    assert _roles(deep)[f"block.{name}"] is None
+    assert _roles(model(**{name: linear(8)}))[name] == "output"
+    assert _roles(model(q_head=linear(8), out_proj=linear(8)))["q_head"] is None
+
+
+@pytest.mark.parametrize("names", [("actor", "critic"), ("mu", "logvar"), ("reward", "q1", "q2")])
+@pytest.mark.parametrize("holder", [None, "policy", "net"])
+def test_every_matrix_after_the_layers_is_asked_about(names, holder):
+    core = model(**{name: linear(6) for name in names})
+    prefix = f"{holder}." if holder else ""
+    roles = _roles(_class("Agent", **{holder: core}) if holder else core)
+    assert {name: roles[prefix + name] for name in names} == dict.fromkeys(names)
+    assert roles[f"{prefix}layers.0.q_proj"] == "matrix"
+
+
+def test_heads_in_a_dict_are_each_a_head():
+    heads = nn.ModuleDict({"value": nn.Sequential(linear(8), nn.ReLU(), linear(1)), "policy": linear(6)})
+    assert _roles(model(heads=heads)) | {"layers.0.q_proj": "matrix"} == {
+        "layers.0.q_proj": "matrix",
+        "heads.value.0": "matrix",
+        "heads.value.2": "output",
+        "heads.policy": "output",
+    }
+
+
+def test_a_gate_beside_experts_that_are_parameters_is_a_router():
+    block = _class("Block", gate=linear(4))
+    block.expert_w1 = nn.Parameter(torch.zeros(4, 8, 16))
+    assert {d.name: d.decision.role for d in decide(block, {})} == {"expert_w1": None, "gate.weight": "output"}
+
+
+def test_a_head_that_the_user_names_is_among_the_assumptions_of_the_summary():
+    from lwadamw import summary
+
+    groups = param_groups(model(generator=linear(96)), 2, width=8, roles={"generator.weight": "output"})
+    assert "logits of generator.weight as they are" in summary(groups).splitlines()[-1]

@@ -1,5 +1,6 @@
 """A proxy model answers with the same dimension of the same parameter, and its role is not decided a second time."""
 
+import itertools
 import re
 
 import pytest
@@ -110,3 +111,24 @@ def test_a_proxy_that_is_shallower_in_two_ways_answers_if_all_agree():
         ValueError, match=r"have different fan_ins: 'stages.0.blocks.0.weight' 8, 'stages.1.blocks.0.weight' 16"
     ):
         param_groups(model, _hierarchical((8, 16), (1, 1)))
+
+
+def _unet(d, stages):
+    widths = [d, d, 2 * d, 4 * d]
+    downs = [nn.ModuleDict({"c1": nn.Linear(a, b), "c2": nn.Linear(b, b)}) for a, b in itertools.pairwise(widths)]
+    return nn.ModuleDict({"downs": nn.ModuleList(downs[:stages])})
+
+
+def _reader(d, layers):
+    """An MLP that reads 17 numbers."""
+    return nn.ModuleDict({"net": nn.Sequential(*[nn.Linear(17, d), nn.Linear(d, d), nn.Linear(d, d)][:layers])})
+
+
+@pytest.mark.parametrize("build", [_unet, _reader], ids=["stages that grow", "an MLP that reads data"])
+def test_a_single_layer_of_the_proxy_does_not_answer_for_layers_of_another_size(build):
+    with pytest.raises(
+        ValueError, match="have different fan_ins: .* of this model.* Build the base model with as many layers"
+    ):
+        param_groups(build(64, 3), build(16, 1))
+    ratios = _ratios(build(64, 3), build(16, 3))
+    assert set(ratios.values()) <= {1.0, 4.0}

@@ -76,7 +76,7 @@ CASES = {
         "odd_proj.weight": TO_FILL,
         "*": 16,
     },
-    numbered: {"2.weight": TO_FILL, "4.weight": 48, "*": 16},
+    numbered: {"1.weight": TO_FILL, "2.weight": TO_FILL, "3.weight": TO_FILL, "4.weight": TO_FILL, "*": 16},
     brackets: {r"re:^layers\.\d+\.a\[0\]\.weight$": 32, "layers.*.b*.weight": TO_FILL, "*": 16},
 }
 
@@ -208,8 +208,9 @@ def test_the_mapping_also_covers_vectors_where_the_rule_scales_them():
     remedy = _remedy(model, 16, rule)
     assert _printed(remedy) == {
         "odd.weight": TO_FILL,
+        "fc1.weight": TO_FILL,
         "fc1.bias": 64,
-        "fc2.weight": 64,
+        "fc2.weight": TO_FILL,
         "head.bias": TO_FILL,
         "*": 16,
     }
@@ -220,11 +221,13 @@ def test_the_mapping_also_covers_vectors_where_the_rule_scales_them():
 
 def test_parameters_whose_ratio_the_rule_does_not_use_need_no_pattern():
     model = nn.ModuleDict({"embed": nn.Embedding(90, 64), "fc": nn.Linear(74, 64), "head": nn.Linear(74, 90)})
-    assert set(_printed(_remedy(model, 16))) == {"fc.weight", "head.weight", "*"}
-    assert set(_printed(_remedy(model, 16, output="vector"))) == {"fc.weight", "*"}
+    assert set(_printed(_remedy(model, 16, width=64))) == {"fc.weight", "head.weight", "*"}
+    assert set(_printed(_remedy(model, 16, output="vector", width=64))) == {"fc.weight", "*"}
     model.fc.requires_grad_(False)
-    assert set(_printed(_remedy(model, 16))) == {"head.weight", "*"}
-    assert "head.weight" in {name for g in param_groups(model, 16, output="vector") for name, _ in g["params"]}
+    assert set(_printed(_remedy(model, 16, width=64))) == {"head.weight", "*"}
+    assert "head.weight" in {
+        name for g in param_groups(model, 16, output="vector", width=64) for name, _ in g["params"]
+    }
 
 
 def test_a_pattern_for_all_parameters_is_not_overwritten_by_the_base_width():
@@ -317,3 +320,24 @@ def test_patterns_separate_labels_in_any_order():
     }
     for names, label in labels.items():
         assert {value for pattern, value in found.items() if any(matches(pattern, n) for n in names)} == {label}
+
+
+def test_parameters_that_are_not_alike_are_told_before_a_missing_dimension():
+    """The missing dimension is that of a norm, which nobody meant."""
+    for pattern in ("layers.*", "*", "layers.*.weight"):
+        with pytest.raises(ValueError, match="to parameters that are not alike"):
+            param_groups(zoo.Llama(64, 1), 16, width=64, roles={pattern: "matrix"})
+
+
+def test_a_head_that_multiplies_from_the_left_is_offered():
+    """Its fan_in is the last dimension but one. The last one is the number of classes, which is the same at the proxy."""
+
+    class Hand(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.embed, self.w_out = nn.Embedding(9, d), nn.Parameter(torch.zeros(d, 10))
+
+    with pytest.raises(ValueError, match="-1 or -2 as for matrices"):
+        param_groups(Hand(64), Hand(16))
+    given = {"w_out": Output(fan_in=-2)}
+    assert param_groups(Hand(64), Hand(16), roles=given).evidence["w_out"].m == 4.0

@@ -145,7 +145,7 @@ class Words(nn.Module):
     def __init__(self, d=8, vocabulary=50):
         super().__init__()
         self.tokens, self.body = nn.Embedding(vocabulary, d), nn.Linear(d, d)
-        self.layers = nn.ModuleList([nn.Linear(d, d)])
+        self.layers = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(d, d)})])
         self.to_words = nn.Linear(d, vocabulary)
 
 

@@ -34,7 +34,6 @@ VECTORS = [
     ("bias_k", (1, 1, 8)),
     ("pos_bias_u", (4, 2)),
     ("A_log", (8, 16)),
-    ("D", (8, 2)),
     ("dt_bias", (4, 2)),
     ("time_mix_key", (1, 1, 8)),
     ("time_decay", (4, 2)),
@@ -83,7 +82,8 @@ def test_the_model_takes_parameters_out_of_the_weight_decay():
             self.trunk, self.kept = Timm(), nn.Parameter(torch.zeros(8, 4))
             self.kept._no_weight_decay = True
 
-    expected = {"trunk.table": "vector", "trunk.free": None, "trunk.meta.weight": "vector", "kept": "vector"}
+    # A linear layer without weight decay may still have a learning rate that follows the width.
+    expected = {"trunk.table": "vector", "trunk.free": None, "trunk.meta.weight": None, "kept": "vector"}
     assert _roles(Composed()) == expected
     assert (
         next(d for d in decide(Composed(), {}) if d.name == "kept").decision.why
@@ -137,3 +137,49 @@ def test_weight_norm_has_a_vector_of_magnitudes_and_a_matrix_of_directions(build
 def test_other_parametrizations_leave_the_role_of_the_weight(norm):
     (decided,) = [d for d in decide(nn.ModuleDict({"up": norm(nn.Linear(8, 16, bias=False))}), {})]
     assert (decided.decision.role, decided.fan_in) == ("matrix", 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("output_embed", (96, 8)),
+        ("out_embedding", (8, 96)),
+        ("unembed", (96, 8)),
+        ("w_upscale", (8, 32)),
+        ("w_downscale", (32, 8)),
+        ("D", (8, 8)),
+        ("x_k", (8, 8)),
+        ("w_q", (8, 1)),
+        ("wg", (8, 1)),
+    ],
+)
+def test_a_raw_matrix_is_not_taken_for_a_table_or_a_gain(name, shape):
+    assert _roles(_raw(name, *shape)) == {name: None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("AdaNorm", "w"), ("OutEmbedding", "weight"), ("UnembeddingEmbedding", "weight")]
+)
+def test_a_matrix_in_a_class_with_the_name_of_a_norm_or_an_embedding_is_not_guessed(kind, name):
+    module = type(kind, (nn.Module,), {})()
+    module.register_parameter(name, nn.Parameter(torch.zeros(8, 16)))
+    assert _roles(module) == {name: None}
+
+
+def test_d_is_a_vector_beside_a_log():
+    module = _raw("D", 8, 2)
+    module.A_log = nn.Parameter(torch.zeros(8, 2))
+    assert _roles(module) == {"D": "vector", "A_log": "vector"}
+
+
+def test_an_input_convolution_is_one_wherever_it_is_declared():
+    for order in (1, -1):
+        parts = [("time_mlp", nn.Linear(16, 32)), ("init_conv", nn.Conv2d(3, 32, 3)), ("mid", nn.Conv2d(32, 32, 3))]
+        parts[:2] = parts[:2][::order]
+        assert _roles(nn.ModuleDict(dict(parts)))["init_conv.weight"] == "vector"
+    assert _roles(nn.ModuleDict({"talking": nn.Conv2d(4, 4, 1)}))["talking.weight"] == "matrix"
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell(8, 8), nn.GRUCell(8, 8), nn.RNNCell(8, 8)])
+def test_recurrent_cells_are_matrices(cell):
+    assert _roles(cell) == {"weight_ih": "matrix", "weight_hh": "matrix", "bias_ih": "vector", "bias_hh": "vector"}

@@ -154,3 +154,43 @@ def test_a_raw_parameter_is_multiplied_as_the_user_says():
 
     evidence = param_groups(Adapter(64), 16, roles={"*.w": Matrix(fan_in=0)}).evidence
     assert (evidence["layers.0.w"].fan_in, evidence["layers.0.w"].m) == (64, 4.0)
+
+
+def _mlp(d, **more):
+    layers = nn.ModuleList(
+        [nn.ModuleDict({"up": nn.Linear(d, 4 * d), "down": nn.Linear(4 * d, d), "mix": nn.Linear(d, d)})]
+    )
+    return nn.ModuleDict({**more, "layers": layers})
+
+
+@pytest.mark.parametrize(
+    ("embedding", "config"),
+    [(64, None), (2048, None), (None, {"dim": 64}), (None, {"width": 256})],
+    ids=["narrow embedding", "embedding of 4d", "size of a head", "width of an image"],
+)
+def test_a_width_that_is_not_that_of_the_matrices_is_refused(embedding, config):
+    model = _mlp(512, **({} if embedding is None else {"embed": nn.Embedding(10, embedding)}))
+    if config is not None:
+        model.config = config
+    with pytest.raises(ValueError, match="most of its matrices have the fan_in 512. Pass width=512"):
+        param_groups(model, 128)
+    assert set(_ratios(param_groups(model, 128, width=512)).values()) == {4.0}
+
+
+def test_the_first_matrix_of_a_sequential_is_named_as_assumed(caplog):
+    """Its number is no layer. It reads 1024 features at every width."""
+    model = _mlp(512, body=nn.Sequential(nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 512)))
+    with caplog.at_level(logging.WARNING, logger="lwadamw"):
+        param_groups(model, 128, width=512)
+    assert "follow the width: body.*.weight." in caplog.text
+
+
+def test_a_size_below_one_is_no_width():
+    model = _mlp(64, embed=nn.Embedding(10, 64))
+    model.dim = -1
+    assert set(_ratios(param_groups(model, 16)).values()) == {4.0}
+
+
+def test_parameters_instead_of_a_model_are_refused():
+    with pytest.raises(TypeError, match="the model is generator. Give the torch.nn.Module itself"):
+        param_groups(_mlp(8).parameters(), 8)
