@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import decay, keys
+from .blocks import cut
 from .companions import misfit, misfit_of_codes
 from .groups import effective
-from .members import Member, wrap_like
+from .members import Member, is_sharded, local, wrap_like
 from .names import names_of
 from .packing import read_moment
 from .saved_form import from_saved, group_from_saved
@@ -185,6 +186,7 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
     for index, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         for i, p, name in zip(saved["params"], group["params"], names_of(group, index), strict=True):
             entry = {k: v for k, v in state_dict["state"].get(i, {}).items() if isinstance(v, Tensor)}
+            _check_wrapping(entry, p, name)
             for key in ARRAYS:
                 if key in entry and entry[key].shape != p.shape:
                     raise ValueError(
@@ -193,6 +195,12 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
                         "differs, give both optimizers named parameters, so that they are matched by name: "
                         "AdamW(model.named_parameters(), ...) or AdamW(lwadamw.param_groups(model, ...), ...)."
                     )
+            if any(entry[key].dtype in CODES for key in SCALES if key in entry) and (reason := cut(p)) is not None:
+                raise ValueError(
+                    f"load_state_dict: {name!r} {tuple(p.shape)} has moments in 8 bits in the checkpoint, and {reason}. Load "
+                    "the checkpoint in a layout of whole blocks, for instance on one process, convert the moments there to "
+                    "torch.bfloat16 with optimizer.convert_state(), and save it again."
+                )
             if (reason := misfit_of_codes(p, entry)) is not None:
                 raise ValueError(
                     f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load moments and scales "
@@ -206,6 +214,25 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
                     "a model of its own dtype, or drop the companions and with them the digits that they hold:\n"
                     "    for s in state_dict['state'].values(): s.pop('master_param', None); s.pop('kahan_comp', None)"
                 )
+
+
+def _check_wrapping(entry: StateDict, p: Tensor, name: str) -> None:
+    """Raise a ValueError if an array of a checkpoint is not sharded as its parameter. Every process finds the same array."""
+    if not is_sharded(p):
+        return
+    placements = p.placements  # type: ignore[attr-defined]
+    for key in ARRAYS:
+        if key not in entry:
+            continue
+        value, held = entry[key], local(entry[key])
+        if held is value or held.ndim != p.ndim or local(p).shape != held.shape:
+            what = "a plain tensor" if held is value else "a DTensor with other shards"
+            raise ValueError(
+                f"load_state_dict: {key} of {name!r} {tuple(p.shape)} is {what} of shape {tuple(value.shape)} in the "
+                f"checkpoint, and the parameter is sharded as {placements}. Build AdamW with the storage options of the "
+                "checkpoint, and load whole tensors with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict("
+                "model, optimizer, state_dict, options=StateDictOptions(full_state_dict=True))."
+            )
 
 
 @torch.no_grad()
@@ -238,7 +265,7 @@ def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any
         state: its state, by parameter.
     """
     found: list[str] = []
-    segments = {id(m.param): m.segments for m in members}
+    segments = {id(m.param): m.whole_segments for m in members}
     for index, group in enumerate(groups):
         for p, name in zip(group["params"], names_of(group, index), strict=True):
             for key, asked_key in (("exp_avg", keys.EXP_AVG_DTYPE), ("exp_avg_sq", keys.EXP_AVG_SQ_DTYPE)):

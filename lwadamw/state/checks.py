@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import decay, keys
-from .blocks import QUANT, holds_blocks
+from .blocks import cut
 from .companions import misfit, misfit_of_codes
 from .members import Member, is_fake, is_sharded, local, members_of
 from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, check_parameter, wanted_dtype
@@ -88,27 +88,23 @@ def check_layouts(members: Sequence[Member], state: Mapping[Any, Mapping[str, An
     Raises:
         RuntimeError: a shard of a parameter does not consist of whole blocks.
     """
-    found = [m for m in members if not holds_blocks(m.param) and _in_codes(m, state.get(m.param, {}))]
+    found = [m for m in members if cut(m.param) is not None and _in_codes(m, state.get(m.param, {}))]
     if not found:
         return
-    p = found[0].param
+    first = found[0]
     names = ", ".join(repr(m.name) for m in found[1:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
     others = f" The same holds for {names}." if names else ""
-    indices = sorted({m.group_index for m in found})
-    convert = "\n    optimizer.convert_state()" if any(state.get(m.param) for m in found) else ""
-    mesh, placements = tuple(p.device_mesh.shape), p.placements  # type: ignore[attr-defined]
     raise RuntimeError(
-        f"{found[0].name!r} {tuple(p.shape)} is sharded as {placements} over a mesh of {mesh}, and its moments are kept in 8 "
-        f"bits: a shard would begin inside a block of {QUANT} elements that share one scale.{others} Shard another "
-        "dimension, or use a number of shards that divides the parameter into whole blocks, or keep such parameters in a "
+        f"{first.name!r} {tuple(first.param.shape)} has moments in 8 bits and {cut(first.param)}.{others} Shard another "
+        "dimension, or use a number of shards that divides the parameter into whole blocks, or put such parameters into a "
         "group of their own with moments of 16 bits. To change whole groups:\n"
-        f"    for i in {indices}: optimizer.param_groups[i].update(exp_avg_dtype=torch.bfloat16, "
-        f"exp_avg_sq_dtype=torch.bfloat16){convert}"
+        f"    for i in {sorted({m.group_index for m in found})}: optimizer.param_groups[i].update("
+        "exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16)"
     )
 
 
 def _in_codes(member: Member, state: Mapping[str, Any]) -> bool:
-    p, group, segments = member.param, member.group, member.segments
+    p, group, segments = member.param, member.group, member.whole_segments
     kept = (state[k].dtype if k in state else wanted_dtype(p, group, k, segments) for k in ("exp_avg", "exp_avg_sq"))
     return any(dtype in CODES for dtype in kept)
 

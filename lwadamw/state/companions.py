@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import holds_blocks, local_scale_shape, scale_shape
+from .blocks import cut, local_scale_shape, scale_shape, whole_scale_shape
 from .members import local, wrap_like
 from .packing import read_moment, read_weight
 from .storage import CODES, COMPANIONS, FLOATS, HALVES, MOMENTS, SCALES, kept_weight
@@ -75,14 +75,15 @@ def misfit_of_codes(p: Tensor, state: Mapping[str, Any]) -> str | None:
             continue
         if found is None:
             return f"{scales} has shape none and {key} is kept in codes of 8 bits, which need it"
-        if local(codes) is not codes and local(found) is not found:
-            wanted, shape, held = scale_shape(p), found.shape, local(found).shape
-            fits = shape == wanted and (not holds_blocks(p) or held == local_scale_shape(p))
-        else:
-            wanted, shape = scale_shape(local(p)), found.shape
-            fits = local(found) is found and local(codes) is codes and shape == wanted
+        wrapped = local(codes) is not codes
+        wanted = whole_scale_shape(p) if wrapped else scale_shape(local(p))
+        fits = found.shape == wanted and (local(found) is not found) == wrapped
+        if wrapped and fits and cut(p) is None:
+            fits = local(found).shape == local_scale_shape(p)
         if not fits or found.dtype != torch.float32:
-            return f"{scales} has shape {tuple(shape)} and {found.dtype}, and {key} needs {wanted} and torch.float32"
+            return (
+                f"{scales} has shape {tuple(found.shape)} and {found.dtype}, and {key} needs {wanted} and torch.float32"
+            )
     return None
 
 

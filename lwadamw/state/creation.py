@@ -26,7 +26,8 @@ def create_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], seg
         state: the state of the parameter, changed in place. `step` is neither read nor written.
         p: the parameter.
         group: its group; `amsgrad`, the storage options and the decay law are read.
-        segments: the number of elements of each segment; () for one segment. Blocks of 8-bit codes may not cross segments.
+        segments: the number of elements of each segment of the whole parameter; () for one segment. Blocks of 8-bit codes may
+            not cross segments.
     """
     if decay.is_huber(group) and decay.THRESHOLD not in state:
         weight = read_weight(p, state, kept_weight(p, {}, state))
@@ -74,9 +75,8 @@ def lay_out(state: dict[str, Any], p: Tensor) -> None:
 def _zero_scales(p: Tensor) -> Tensor:
     """Return zeros for the scales of an 8-bit moment; of a DTensor, a DTensor that is sharded as the parameter is."""
     held = local(p)
-    zeros = torch.zeros(
-        scale_shape(held) if held is p else local_scale_shape(p), dtype=torch.float32, device=held.device
-    )
+    shape = scale_shape(p) if held is p else local_scale_shape(p)
+    zeros = torch.zeros(shape, dtype=torch.float32, device=held.device)
     return zeros if held is p else as_scales(p, zeros)
 
 

@@ -5,14 +5,17 @@ other. So codes, or half a weight, would be read as numbers by an optimizer that
 this fail, arrays that are no plain numbers have one more dimension in the saved form:
 
     moments in 8 bits           int8 or uint8 [*shape, 1]
+    scales of 8-bit moments     float32, in the shape of `blocks.whole_scale_shape`, which is the same in every layout
     remainder of a weight       uint8 [*shape, 2]    the two bytes of the int16; NCCL and gloo have no collectives for int16
     exp_avg beside a companion  [*shape, 1]          so that an optimizer without companions does not drop the companion
 
-The arrays are views, so whoever fills them fills the state.
+The arrays are views, so whoever fills them fills the state. The keys are those of the state, because torch looks up in the
+state which keys a flattened checkpoint has.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,26 +23,32 @@ import torch
 from torch import Tensor
 
 from . import keys
-from .blocks import scale_shape
+from .blocks import is_of_fsdp1, scale_shape, whole_scale_shape
 from .members import local
 from .storage import CODES, COMPANIONS, SCALES
 
 
-def to_saved(state: Mapping[str, Any]) -> dict[str, Any]:
+def to_saved(state: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     """Return the state of a parameter in its saved form.
 
     Args:
         state: the state of the parameter. It is not changed.
+        p: the parameter.
 
     Returns:
         A new dict, whose tensors share the memory of the state.
     """
     saved = dict(state)
-    for key, tensor in state.items():
-        if key in SCALES and isinstance(tensor, Tensor) and tensor.dtype in CODES:
-            saved[key] = _longer(tensor)
-    if any(key in state for key in COMPANIONS) and isinstance(state.get("exp_avg"), Tensor):
-        saved["exp_avg"] = _longer(state["exp_avg"])
+    # FullyShardedDataParallel gathers state as vectors, and refuses codes and remainders because their dtypes differ.
+    longer = {"exp_avg"} if any(key in state for key in COMPANIONS) and not is_of_fsdp1(p) else set()
+    for key, scales in SCALES.items():
+        if isinstance(state.get(key), Tensor) and state[key].dtype in CODES:
+            longer.add(key)
+            if isinstance(state.get(scales), Tensor):
+                saved[scales] = _reshaped(state[scales], whole_scale_shape(p))
+    for key in longer:
+        if isinstance(state.get(key), Tensor):
+            saved[key] = _longer(state[key])
     lower = state.get("master_param")
     if isinstance(lower, Tensor) and lower.dtype == torch.int16:
         saved["master_param"] = _longer(lower, torch.uint8)
@@ -49,6 +58,8 @@ def to_saved(state: Mapping[str, Any]) -> dict[str, Any]:
 def from_saved(saved: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     """Return the state of a parameter from its saved form. State in the form that the step uses stays as it is.
 
+    Earlier versions saved the state as it was. What they saved is accepted too.
+
     Args:
         saved: an entry of a checkpoint. It is not changed.
         p: the parameter.
@@ -57,17 +68,13 @@ def from_saved(saved: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
         A new dict. Its tensors share the memory of the checkpoint where the layout in memory permits it.
     """
     state = dict(saved)
-    for key in ("exp_avg", "exp_avg_sq"):
-        tensor = saved.get(key)
-        if isinstance(tensor, Tensor) and tensor.shape == (*p.shape, 1):
-            state[key] = _shorter(tensor)
-        scales = saved.get(SCALES[key])
-        if isinstance(scales, Tensor) and local(scales) is scales and local(p) is p:
-            # Earlier versions kept the scales of some shapes flat. Their order is the same.
-            shape = scale_shape(p)
-            state[SCALES[key]] = scales.reshape(shape) if scales.numel() == torch.Size(shape).numel() else scales
+    for key, scales in SCALES.items():
+        if _is_longer(saved.get(key), p, 1):
+            state[key] = _shorter(saved[key])
+        if isinstance(saved.get(scales), Tensor):
+            state[scales] = _reshaped(saved[scales], scale_shape(local(p)))
     lower = saved.get("master_param")
-    if isinstance(lower, Tensor) and lower.dtype == torch.uint8 and lower.shape == (*p.shape, 2):
+    if _is_longer(lower, p, 2) and lower is not None and lower.dtype == torch.uint8:
         state["master_param"] = _shorter(lower, torch.int16)
     return state
 
@@ -87,9 +94,15 @@ def group_from_saved(group: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         group: a group of a checkpoint. It is not changed.
     """
-    named = {str(dtype): dtype for key in keys.STORAGE for dtype in key.values if isinstance(dtype, torch.dtype)}
-    storage = keys.named(keys.STORAGE)
-    return {k: named[v] if k in storage and isinstance(v, str) and v in named else v for k, v in group.items()}
+    return {**group, **{key.name: key.of(group) for key in keys.STORAGE if key.name in group}}
+
+
+def _is_longer(tensor: Any, p: Tensor, last: int) -> bool:
+    """Return whether a tensor has the dimensions of a parameter and one more of size `last`, here and as a whole."""
+    if not isinstance(tensor, Tensor) or tensor.shape != (*p.shape, last):
+        return False
+    held = local(tensor)
+    return held.ndim == tensor.ndim and held.shape[-1] == last
 
 
 def _longer(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -108,6 +121,12 @@ def _shorter(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return t.view(dtype).squeeze(-1)
 
     return _mapped(tensor, shorten)
+
+
+def _reshaped(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return scales in another shape if they are plain and as many. Their order is the same in every shape."""
+    fits = local(scales) is scales and scales.shape != shape and scales.numel() == math.prod(shape)
+    return scales.reshape(shape) if fits else scales
 
 
 def _mapped(tensor: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:

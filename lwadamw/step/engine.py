@@ -19,6 +19,7 @@ from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
 from ..state.members import Member, ParamGroups, local, members_of
 from ..state.naming import Naming
+from ..state.saved_form import from_saved
 from ..state.shards import Shards
 from ..state.storage import check_options
 from ..tables.request import Request
@@ -269,6 +270,8 @@ class Engine:
         members = list(members_of(groups))
         check_real(members)
         for m in members:
+            if state.get(m.param):  # ZeroRedundancyOptimizer puts into the state what `state_dict()` has returned
+                state[m.param].update(from_saved(state[m.param], m.param))
             check_state(m, state.get(m.param, {}))
         check_layouts(members, state)
         for i, group in enumerate(groups):
