@@ -71,8 +71,8 @@ def from_saved(saved: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     for key, scales in SCALES.items():
         if _is_longer(saved.get(key), p, 1):
             state[key] = _shorter(saved[key])
-        if isinstance(saved.get(scales), Tensor):
-            state[scales] = _reshaped(saved[scales], scale_shape(local(p)))
+            if isinstance(saved.get(scales), Tensor):
+                state[scales] = _reshaped(saved[scales], scale_shape(local(state[key])))
     lower = saved.get("master_param")
     if _is_longer(lower, p, 2) and lower is not None and lower.dtype == torch.uint8:
         state["master_param"] = _shorter(lower, torch.int16)
