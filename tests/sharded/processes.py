@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 # Longer than any test takes here, and short enough that a hang is seen.
 _TIMEOUT = 120
+_IMPORTS = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "lwadamw"]
 
 
 def run(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -28,7 +29,9 @@ def run(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         RuntimeError: the function failed in some process, or did not end in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        # Its server imports torch once and forks every process of every test.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTS)
         results: Any = context.SimpleQueue()
         started = [
             context.Process(target=_work, args=(rank, world, f"{folder}/store", results, work, arguments), daemon=True)

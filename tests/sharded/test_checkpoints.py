@@ -29,7 +29,6 @@ from .processes import run
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on gloo and the CPU")
 MATRIX = pytest.mark.matrix
 BACKENDS = ("torch", "triton")
-CORE = ("bf16, remainder, 8-bit moments", "bf16, kahan")
 LAYOUTS = ("whole", "FSDP2, 1", "FSDP2, 2", "FSDP2, 3", "row-parallel, 2", "FSDP2 x TP")
 
 
@@ -62,21 +61,20 @@ def _assert_that_a_step_undoes_nothing(model, optimizer):
 # Other layouts and other numbers of processes.
 
 
-def _other_layouts(folder, names, layouts, backend):
+def _other_layouts(folder, cases, backend):
+    """Return for each (layout, name, flattened or not) how the load ended."""
     warnings.simplefilter("ignore")
-    meshes = c.meshes()
-    saved = {}
-    for name in names:
+    meshes, saved = c.meshes(), {}
+    for name in dict.fromkeys(name for _, name, _ in cases):
         model, optimizer = _stepped(name, "FSDP2, 4", meshes["FSDP2, 4"], backend)
-        for flat in (False, True):
+        for flat in {flat for _, other, flat in cases if other == name}:
             c.save(model, optimizer, f"{folder}/{name}.{flat}", flat, dist.group.WORLD)
         saved[name] = c.snapshot(model, optimizer)
     outcomes = {}
-    for layout in layouts:
+    for layout, name, flat in cases:
         if c.is_member(meshes[layout]):
-            for name, flat in itertools.product(names, (False, True)):
-                outcome = _load(f"{folder}/{name}.{flat}", name, layout, meshes[layout], flat, saved[name], backend)
-                outcomes[layout, name, flat] = outcome
+            path = f"{folder}/{name}.{flat}"
+            outcomes[layout, name, flat] = _load(path, name, layout, meshes[layout], flat, saved[name], backend)
     return outcomes
 
 
@@ -106,9 +104,9 @@ def _assert_bitwise(results):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("part", range(3))
 def test_four_processes_save_what_other_layouts_load_bitwise(part, backend, tmp_path):
-    names = tuple(COMBINATIONS)[part::3]
-    outcomes = _assert_bitwise(run(4, _other_layouts, str(tmp_path), names, LAYOUTS, backend))
-    assert len(outcomes) == len(names) * len(LAYOUTS) * 2
+    cases = list(itertools.product(LAYOUTS, list(COMBINATIONS)[part::3], (False, True)))
+    outcomes = _assert_bitwise(run(4, _other_layouts, str(tmp_path), cases, backend))
+    assert outcomes.keys() == set(cases)
 
 
 # Other storage options.
@@ -221,7 +219,25 @@ def test_whole_tensors_of_another_storage_are_refused_or_kept_as_they_are():
         assert outcomes[::2].count("bitwise") == 2  # between the two exact ways to keep a weight: the state decides
 
 
+@MATRIX
+def test_layouts_that_cut_blocks_are_refused_by_name_with_a_remedy():
+    assert run(2, _all_cuts) == [True] * 2
+
+
 # Layouts that cut blocks.
+
+
+def _all_cuts():
+    return all(_cut_blocks(shape, placement) for shape, placement in CUT)
+
+
+CUT = [
+    ((64, 70), Shard(0)),
+    ((64, 128), Shard(1)),
+    ((64, 192), Shard(1)),
+    ((4099, 2), Shard(0)),
+    ((8, 9, 70), Shard(0)),
+]
 
 
 def _cut_blocks(shape, placement):
@@ -289,9 +305,10 @@ def test_a_load_in_place_is_not_undone_by_the_next_step(backend, tmp_path):
 
 
 def _core(folder):
-    outcomes = _other_layouts(f"{folder}/layouts", CORE, ("FSDP2, 3", "FSDP2 x TP"), "torch")
-    _other_options(f"{folder}/options", [("fp32, 8-bit moments", "fp32"), ("fp32", "fp32, 8-bit moments"), CHANGED[2]])
-    assert _full_state([(CORE[0], CORE[0])]) == ["bitwise"] * 2
+    cases = [("FSDP2, 3", "bf16, remainder, 8-bit moments", False), ("FSDP2 x TP", "bf16, kahan", True)]
+    outcomes = _other_layouts(f"{folder}/layouts", cases, "torch")
+    _other_options(f"{folder}/options", [("fp32, 8-bit moments", "fp32")])
+    assert _full_state([("bf16, remainder", "bf16, remainder")]) == ["bitwise"] * 2
     _cut_blocks((64, 70), Shard(0))
     return outcomes
 
