@@ -291,7 +291,8 @@ class Engine:
             from ..tables.triton_backend import TritonBackend
 
             self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle, shards=self._shards)
-        self._fingerprint = Fingerprint(groups)
+        # The plans of the Triton backend look at their parameters themselves.
+        self._fingerprint = Fingerprint(groups, [m.param for m in self._torch_members])
 
     def keep_captures(self, former: Engine) -> None:
         """Keep the tables that CUDA graphs may still read.
