@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lwadamw import AdamW
 from lwadamw.state.combinations import COMBINATIONS
@@ -91,6 +90,8 @@ def test_fully_sharded_data_parallel_gathers_storage_of_one_dtype_and_refuses_th
 
 
 def _zero(name, backend, seed):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
+
     model, options = _model(name, seed), COMBINATIONS[name].options
     optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamW, lr=1e-2, backend=backend, **options)
     _step(model, optimizer, seed)
