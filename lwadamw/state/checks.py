@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import decay, keys
-from .blocks import cut
+from .blocks import QUANT, cut
 from .companions import misfit, misfit_of_codes
 from .members import Member, is_fake, is_sharded, local, members_of
-from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, check_parameter, wanted_dtype
+from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_parameter, wanted_dtype
 
 _ANEW = "del optimizer.state[p] starts its moments at zero"
 
@@ -26,8 +26,9 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
 
     Raises:
         RuntimeError: a tensor of the state has another shape, another device, or other placements than the parameter, or a
-            dtype that it cannot be kept in; a companion does not fit the parameter; an 8-bit moment has no fitting scales or
-            is not possible under amsgrad; or the huber threshold is not float32[] or the parameter is sharded.
+            dtype that it cannot be kept in; a companion does not fit the parameter; an 8-bit moment has no fitting scales,
+            or is not possible under amsgrad or with these segments; or the huber threshold is not float32[] or the parameter
+            is sharded.
         ValueError: the group asks for a way to keep weights that float16 does not have.
     """
     p = member.param
@@ -68,6 +69,13 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
             f"exp_avg_sq of {member.name!r} {tuple(p.shape)} is kept in 8 bits, and amsgrad=True would keep its maximum, which "
             "8 bits cannot. Set the group's exp_avg_sq_dtype to torch.bfloat16 or torch.float32 and call "
             "optimizer.convert_state(), or set amsgrad=False."
+        )
+    codes = any(state[key].dtype in CODES for key in SCALES if key in state)
+    if codes and any(size % QUANT for size in member.segments):
+        raise RuntimeError(
+            f"the moments of {member.name!r} {tuple(p.shape)} are kept in 8 bits, and its segments of {member.segments} "
+            f"elements do not hold whole blocks of {QUANT} that share a scale. optimizer.convert_state() makes these moments "
+            "torch.float32."
         )
     if (reason := misfit_of_codes(p, state)) is not None:
         raise RuntimeError(

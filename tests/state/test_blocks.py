@@ -148,3 +148,26 @@ def test_segments_decide_about_8_bits_although_a_transposed_parameter_is_one_seg
         q.grad = torch.ones_like(q)
         optimizer.step()
         assert optimizer.state[q]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore:load_state_dict")
+def test_loaded_codes_whose_blocks_cross_segments_are_refused_with_a_remedy(backend):
+    """The kernels update each segment alone, and would read the scales of other blocks."""
+    p = torch.nn.Parameter(torch.randn(64, 100))
+    options = {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}
+    optimizer = AdamW([("w", p)], **options, backend=backend)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.param_groups[0]["segments"] = {"w": (32, 31, 1)}
+    optimizer.load_state_dict(saved)
+    before, moment = p.detach().clone(), optimizer.get_unscaled_state(p, "exp_avg")
+    with pytest.raises(
+        RuntimeError, match=r"'w' \(64, 100\) are kept in 8 bits, and its segments of \(3200, 3100, 100\)"
+    ):
+        optimizer.step()
+    assert torch.equal(p, before)
+    optimizer.convert_state()
+    assert torch.equal(optimizer.state[p]["exp_avg"], moment)
+    optimizer.step()
