@@ -111,6 +111,12 @@ def test_shards_of_fsdp_over_tensor_parallelism_are_accepted_if_they_are_whole_b
         assert found == (fits or dp * tp == 2)
 
 
+def test_strided_shards_are_cut_in_the_order_of_tensor_parallelism():
+    """20 rows over two and then three processes would be whole blocks, and over three and then two they are not."""
+    placements = (_StridedShard(0, split_factor=3), Shard(0))
+    assert not _check((20, 192), (2, 3), placements, lambda t: _pieces_of_strided(t, 2, 3))
+
+
 @pytest.mark.parametrize(
     ("shape", "fits"),
     [((768, 1600), True), ((4096, 2880), True), ((1152, 4304), True), ((768, 3, 16, 16), True), ((50257, 1600), False)],
