@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .places import place_of, whole_shape
+
 QUANT: Final = 128  # elements that share one scale in an 8-bit moment
 QUANT_LEAST: Final = 4096  # parameters with fewer elements keep 32-bit moments
 
@@ -21,15 +23,17 @@ def quantizes(p: Tensor, segments: Sequence[int] = ()) -> bool:
 
     Moments are in 8 bits if the parameter has at least QUANT_LEAST elements, if it has more than one dimension, and if no
     block of QUANT elements crosses from one segment to the next. A vector would save little, and few ways to shard it end
-    at whole blocks. A flat shard of an engine has one dimension too, but it is a part of a matrix.
+    at whole blocks. A flat shard has one dimension too. Its whole parameter decides if `place_flat_shard` has told of it, and
+    else the shard counts as a part of a matrix.
 
     Args:
         p: the parameter.
         segments: the number of elements of each segment of the whole parameter; () for one segment.
     """
-    if p.numel() < QUANT_LEAST or any(size % QUANT for size in segments):
+    whole = whole_shape(p)
+    if math.prod(whole) < QUANT_LEAST or any(size % QUANT for size in segments):
         return False
-    return p.ndim > 1 or _is_flat_shard(p)
+    return len(whole) > 1 or (place_of(p) is None and _is_flat_shard(p))
 
 
 def is_of_fsdp1(p: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from lwadamw import AdamW
+from lwadamw import AdamW, place_flat_shard
 from lwadamw.state.blocks import QUANT, cut, local_scale_shape, quantizes, scale_shape, whole_scale_shape
 
 SHAPES = [(64, 128), (33, 256), (128, 70), (64, 192), (96, 1600), (50, 100), (17, 241), (8, 64, 70), (512, 3, 3)]
@@ -133,6 +133,10 @@ def test_whether_a_moment_is_in_8_bits_depends_on_the_whole_shape_only():
     assert not quantizes(torch.nn.Parameter(torch.empty(8192)))
     assert quantizes(torch.empty(8192))
     assert not quantizes(torch.empty(64, 100), (3200, 3200 - 64, 64))
+    for shape, fits in [((64, 128), True), ((8192,), False), ((16, 128), False)]:
+        for piece in (torch.empty(5), torch.empty(0), torch.nn.Parameter(torch.empty(2000))):
+            place_flat_shard(piece, shape, 7)
+            assert quantizes(piece) == fits
 
 
 def test_scales_of_another_memory_layout_have_another_shape():
