@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import decay, keys
-from .companions import misfit
+from .blocks import cut
+from .companions import misfit, misfit_of_codes
 from .groups import effective
-from .members import Member, wrap_like
+from .members import Member, is_sharded, local, wrap_like
 from .names import names_of
 from .packing import read_moment
+from .saved_form import from_saved, group_from_saved
 from .storage import ARRAYS, CODES, COMPANIONS, SCALES, wanted_companion, wanted_dtype
 
 # These keys describe the model and not the run. So after loading, each group has the values that it had before.
@@ -76,13 +78,17 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: names, shapes, width multipliers or decay laws do not fit the optimizer.
     """
-    saved, groups = state_dict["param_groups"], optimizer.param_groups
+    saved, groups = [group_from_saved(g) for g in state_dict["param_groups"]], optimizer.param_groups
     if all("param_names" in g for g in [*saved, *groups]) and groups:
         saved = _by_name(saved, groups)
     elif [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         return state_dict  # torch raises an error that names the group sizes
     saved = [_with_model_keys(s, g, i) for i, (s, g) in enumerate(zip(saved, groups, strict=True))]
-    adapted = {**state_dict, "param_groups": saved}
+    adapted = {**state_dict, "param_groups": saved, "state": dict(state_dict["state"])}
+    for s, group in zip(saved, groups, strict=True):
+        for i, p in zip(s["params"], group["params"], strict=True):
+            if i in adapted["state"]:
+                adapted["state"][i] = from_saved(adapted["state"][i], p)
     _check_state(adapted, groups)
     return adapted
 
@@ -180,6 +186,7 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
     for index, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         for i, p, name in zip(saved["params"], group["params"], names_of(group, index), strict=True):
             entry = {k: v for k, v in state_dict["state"].get(i, {}).items() if isinstance(v, Tensor)}
+            _check_wrapping(entry, p, name)
             for key in ARRAYS:
                 if key in entry and entry[key].shape != p.shape:
                     raise ValueError(
@@ -188,12 +195,44 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
                         "differs, give both optimizers named parameters, so that they are matched by name: "
                         "AdamW(model.named_parameters(), ...) or AdamW(lwadamw.param_groups(model, ...), ...)."
                     )
+            if any(entry[key].dtype in CODES for key in SCALES if key in entry) and (reason := cut(p)) is not None:
+                raise ValueError(
+                    f"load_state_dict: {name!r} {tuple(p.shape)} has moments in 8 bits in the checkpoint, and {reason}. Load "
+                    "the checkpoint in a layout of whole blocks, for instance on one process, convert the moments there to "
+                    "torch.bfloat16 with optimizer.convert_state(), and save it again."
+                )
+            if (reason := misfit_of_codes(p, entry)) is not None:
+                raise ValueError(
+                    f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load moments and scales "
+                    "from the same checkpoint, into an optimizer that was built with the exp_avg_dtype and exp_avg_sq_dtype of "
+                    "the checkpoint. To change the dtypes after that, set them in optimizer.param_groups and call "
+                    "optimizer.convert_state()."
+                )
             if (reason := misfit(p, entry)) is not None:
                 raise ValueError(
                     f"load_state_dict: the state of {name!r} {tuple(p.shape)} does not fit: {reason}. Load the checkpoint into "
                     "a model of its own dtype, or drop the companions and with them the digits that they hold:\n"
                     "    for s in state_dict['state'].values(): s.pop('master_param', None); s.pop('kahan_comp', None)"
                 )
+
+
+def _check_wrapping(entry: StateDict, p: Tensor, name: str) -> None:
+    """Raise a ValueError if an array of a checkpoint is not sharded as its parameter. Every process finds the same array."""
+    if not is_sharded(p):
+        return
+    placements = p.placements  # type: ignore[attr-defined]
+    for key in ARRAYS:
+        if key not in entry:
+            continue
+        value, held = entry[key], local(entry[key])
+        if held is value or held.ndim != p.ndim or local(p).shape != held.shape:
+            what = "a plain tensor" if held is value else "a DTensor with other shards"
+            raise ValueError(
+                f"load_state_dict: {key} of {name!r} {tuple(p.shape)} is {what} of shape {tuple(value.shape)} in the "
+                f"checkpoint, and the parameter is sharded as {placements}. Build AdamW with the storage options of the "
+                "checkpoint, and load whole tensors with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict("
+                "model, optimizer, state_dict, options=StateDictOptions(full_state_dict=True))."
+            )
 
 
 @torch.no_grad()
@@ -226,7 +265,7 @@ def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any
         state: its state, by parameter.
     """
     found: list[str] = []
-    segments = {id(m.param): m.segments for m in members}
+    segments = {id(m.param): m.whole_segments for m in members}
     for index, group in enumerate(groups):
         for p, name in zip(group["params"], names_of(group, index), strict=True):
             for key, asked_key in (("exp_avg", keys.EXP_AVG_DTYPE), ("exp_avg_sq", keys.EXP_AVG_SQ_DTYPE)):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import decay, keys
-from .companions import misfit
+from .blocks import QUANT, cut
+from .companions import misfit, misfit_of_codes
 from .members import Member, is_fake, is_sharded, local, members_of
-from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_parameter, scale_shape
+from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_parameter, wanted_dtype
 
 _ANEW = "del optimizer.state[p] starts its moments at zero"
 
@@ -25,8 +26,9 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
 
     Raises:
         RuntimeError: a tensor of the state has another shape, another device, or other placements than the parameter, or a
-            dtype that it cannot be kept in; a companion does not fit the parameter; an 8-bit moment has no fitting scales or
-            is not possible under amsgrad; or the huber threshold is not float32[] or the parameter is sharded.
+            dtype that it cannot be kept in; a companion does not fit the parameter; an 8-bit moment has no fitting scales,
+            or is not possible under amsgrad or with these segments; or the huber threshold is not float32[] or the parameter
+            is sharded.
         ValueError: the group asks for a way to keep weights that float16 does not have.
     """
     p = member.param
@@ -68,15 +70,51 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
             "8 bits cannot. Set the group's exp_avg_sq_dtype to torch.bfloat16 or torch.float32 and call "
             "optimizer.convert_state(), or set amsgrad=False."
         )
-    for key, scales in SCALES.items():
-        if key in state and state[key].dtype in CODES:
-            shape = tuple(state[scales].shape) if scales in state else "none"
-            dtype = state[scales].dtype if scales in state else torch.float32
-            if shape != scale_shape(p) or dtype != torch.float32:
-                raise RuntimeError(
-                    f"{scales} of {member.name!r} {tuple(p.shape)} has shape {shape} and {dtype}, and its 8-bit {key} "
-                    f"needs {scale_shape(p)} and torch.float32. {_ANEW}. Or load {key} and {scales} from the same checkpoint."
-                )
+    codes = any(state[key].dtype in CODES for key in SCALES if key in state)
+    if codes and any(size % QUANT for size in member.segments):
+        raise RuntimeError(
+            f"the moments of {member.name!r} {tuple(p.shape)} are kept in 8 bits, and its segments of {member.segments} "
+            f"elements do not hold whole blocks of {QUANT} that share a scale. optimizer.convert_state() makes these moments "
+            "torch.float32."
+        )
+    if (reason := misfit_of_codes(p, state)) is not None:
+        raise RuntimeError(
+            f"the state of {member.name!r} {tuple(p.shape)} does not fit: {reason}. {_ANEW}. Or load moments and scales from "
+            "the same checkpoint."
+        )
+
+
+def check_layouts(members: Sequence[Member], state: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Raise an error if a parameter has or gets moments in 8 bits, and is sharded inside blocks that share a scale.
+
+    All processes raise the same error, because only whole shapes, meshes, placements and dtypes are looked at.
+
+    Args:
+        members: the parameters.
+        state: the optimizer's state by parameter.
+
+    Raises:
+        RuntimeError: a shard of a parameter does not consist of whole blocks.
+    """
+    found = [m for m in members if cut(m.param) is not None and _in_codes(m, state.get(m.param, {}))]
+    if not found:
+        return
+    first = found[0]
+    names = ", ".join(repr(m.name) for m in found[1:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    others = f" The same holds for {names}." if names else ""
+    raise RuntimeError(
+        f"{first.name!r} {tuple(first.param.shape)} has moments in 8 bits and {cut(first.param)}.{others} Shard another "
+        "dimension, or use a number of shards that divides the parameter into whole blocks, or put such parameters into a "
+        "group of their own with moments of 16 bits. To change whole groups:\n"
+        f"    for i in {sorted({m.group_index for m in found})}: optimizer.param_groups[i].update("
+        "exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16)"
+    )
+
+
+def _in_codes(member: Member, state: Mapping[str, Any]) -> bool:
+    p, group, segments = member.param, member.group, member.whole_segments
+    kept = (state[k].dtype if k in state else wanted_dtype(p, group, k, segments) for k in ("exp_avg", "exp_avg_sq"))
+    return any(dtype in CODES for dtype in kept)
 
 
 def check_companion(member: Member, state: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .blocks import QUANT
 from .members import flat
-from .storage import QUANT
 
 _TINY = 2.0**-90  # a block whose largest value is smaller counts as zeros
 

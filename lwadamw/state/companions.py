@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import cut, local_scale_shape, scale_shape, whole_scale_shape
 from .members import local, wrap_like
 from .packing import read_moment, read_weight
-from .storage import COMPANIONS, FLOATS, HALVES, MOMENTS, SCALES, kept_weight
+from .storage import CODES, COMPANIONS, FLOATS, HALVES, MOMENTS, SCALES, kept_weight
 
 WIDE = (torch.float32, torch.float64)  # dtypes that need no companion: they hold every digit themselves
 
@@ -46,6 +47,43 @@ def misfit(p: Tensor, state: Mapping[str, Any]) -> str | None:
             return f"{key} is the lower half of a float32 whose upper half is torch.bfloat16, and the parameter is {p.dtype}"
         if key == "kahan_comp" and dtype != p.dtype:
             return f"{key} is what rounding to {dtype} lost, and the parameter is {p.dtype}"
+    return None
+
+
+def misfit_of_codes(p: Tensor, state: Mapping[str, Any]) -> str | None:
+    """Say why the codes or the scales of an 8-bit moment cannot be used.
+
+    Codes without scales have no values. Scales without codes show that a loader has taken the codes for values.
+
+    Args:
+        p: the parameter.
+        state: its state, or the entry of a checkpoint.
+
+    Returns:
+        What is wrong, as a part of a sentence. None if every moment in codes has its scales and no other moment has any.
+    """
+    for key, scales in SCALES.items():
+        if key not in state:
+            continue
+        codes, found = state[key], state.get(scales)
+        if codes.dtype not in CODES:
+            if found is not None:
+                return (
+                    f"it has {scales}, which belongs to codes of 8 bits, and {key} is {codes.dtype}. Something has read the "
+                    "codes as values"
+                )
+            continue
+        if found is None:
+            return f"{scales} has shape none and {key} is kept in codes of 8 bits, which need it"
+        wrapped = local(codes) is not codes
+        wanted = whole_scale_shape(p) if wrapped else scale_shape(local(p))
+        fits = found.shape == wanted and (local(found) is not found) == wrapped
+        if wrapped and fits and cut(p) is None:
+            fits = local(found).shape == local_scale_shape(p)
+        if not fits or found.dtype != torch.float32:
+            return (
+                f"{scales} has shape {tuple(found.shape)} and {found.dtype}, and {key} needs {wanted} and torch.float32"
+            )
     return None
 
 

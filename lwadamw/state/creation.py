@@ -9,20 +9,10 @@ import torch
 from torch import Tensor
 
 from . import decay, keys
+from .blocks import as_scales, local_scale_shape, scale_shape
 from .members import local
 from .packing import read_moment, read_weight, write_moment, write_weight
-from .storage import (
-    ARRAYS,
-    CODES,
-    MOMENTS,
-    QUANT,
-    SCALES,
-    STATE,
-    kept_weight,
-    scale_shape,
-    wanted_companion,
-    wanted_dtype,
-)
+from .storage import ARRAYS, CODES, MOMENTS, SCALES, STATE, kept_weight, wanted_companion, wanted_dtype
 
 
 @torch.no_grad()
@@ -36,7 +26,8 @@ def create_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], seg
         state: the state of the parameter, changed in place. `step` is neither read nor written.
         p: the parameter.
         group: its group; `amsgrad`, the storage options and the decay law are read.
-        segments: the number of elements of each segment; () for one segment. Blocks of 8-bit codes may not cross segments.
+        segments: the number of elements of each segment of the whole parameter; () for one segment. Blocks of 8-bit codes may
+            not cross segments.
     """
     if decay.is_huber(group) and decay.THRESHOLD not in state:
         weight = read_weight(p, state, kept_weight(p, {}, state))
@@ -82,14 +73,11 @@ def lay_out(state: dict[str, Any], p: Tensor) -> None:
 
 
 def _zero_scales(p: Tensor) -> Tensor:
-    """Return zeros for the scales of an 8-bit moment; of a DTensor, a DTensor with the same placements."""
-    mesh = getattr(p, "device_mesh", None)
-    if mesh is None:
-        return torch.zeros(scale_shape(p), dtype=torch.float32, device=p.device)
-    from torch.distributed.tensor import zeros
-
-    shape = (*p.shape[:-1], p.shape[-1] // QUANT)
-    return zeros(shape, dtype=torch.float32, device_mesh=mesh, placements=p.placements)  # type: ignore[attr-defined]
+    """Return zeros for the scales of an 8-bit moment; of a DTensor, a DTensor that is sharded as the parameter is."""
+    held = local(p)
+    shape = scale_shape(p) if held is p else local_scale_shape(p)
+    zeros = torch.zeros(shape, dtype=torch.float32, device=held.device)
+    return zeros if held is p else as_scales(p, zeros)
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, creation, packing
-from .checks import check_companion
+from .checks import check_companion, check_layouts
 from .companions import settle
 from .members import Member, local, members_of, wrap_like
 from .naming import Naming
+from .saved_form import group_to_saved, to_saved
 from .storage import MOMENTS, kept_weight
 
 
@@ -26,8 +27,23 @@ class StateExchange(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups, as in torch.
 
+        8-bit moments, int16 remainders, and `exp_avg` beside a companion have one more dimension than in `state`, so that a
+        loader that does not know them fails and does not cast them. The tensors are views of the state. In the groups, dtypes
+        are names.
+
         The state of a parameter that has left all groups is not part of it, because torch's format has no place for it.
         """
+        state_dict = self._state_dict()
+        state, groups = dict(state_dict["state"]), []
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            groups.append(group_to_saved(saved))
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                if i in state:
+                    state[i] = to_saved(state_dict["state"][i], p)
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups with the tensors as they are in `state`."""
         self._naming.follow(self.param_groups)
         kept = {id(p) for group in self.param_groups for p in group["params"]}
         state = self.state
@@ -86,7 +102,7 @@ class StateExchange(torch.optim.AdamW):
             >>> ours.to_torch_state_dict()["param_groups"][0]["lr"]
             0.025
         """
-        state_dict = self.state_dict()
+        state_dict = self._state_dict()
         return checkpoint.for_torch(self.param_groups, state_dict)
 
     @torch.no_grad()
@@ -113,7 +129,7 @@ class StateExchange(torch.optim.AdamW):
         for member in self._members():
             if self.state.get(member.param):
                 settle(member.param, self.state[member.param])
-                creation.convert_state(self.state[member.param], member.param, member.group, member.segments)
+                creation.convert_state(self.state[member.param], member.param, member.group, member.whole_segments)
 
     @torch.no_grad()
     def master_weight(self, p: Tensor) -> Tensor:
@@ -185,10 +201,11 @@ class StateExchange(torch.optim.AdamW):
                 "the shape of the parameter. If the parameter is a DTensor, give a DTensor."
             )
         member = self._member(p)
+        check_layouts([member], self.state)
         state = self.state[p]
         amsgrad = member.group["amsgrad"] or name == "max_exp_avg_sq"
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-        creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
+        creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments)
         held = torch.empty_like(local(p), dtype=torch.float32).copy_(local(values))
         if name == "master_param":
             packing.write_weight(p, state, kept_weight(p, member.group, state), held)
@@ -208,8 +225,9 @@ class StateExchange(torch.optim.AdamW):
             KeyError: `p` is not a parameter of this optimizer.
         """
         member = self._member(p)
+        check_layouts([member], self.state)
         self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-        creation.create_state(self.state[p], p, member.group, member.segments)
+        creation.create_state(self.state[p], p, member.group, member.whole_segments)
 
     def _members(self) -> list[Member]:
         self._naming.follow(self.param_groups)

@@ -15,6 +15,8 @@ import torch
 
 T = TypeVar("T")
 
+_DTYPES: Final = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.uint8)}
+
 
 @dataclass(frozen=True, slots=True)
 class Key(Generic[T]):
@@ -38,6 +40,8 @@ class Key(Generic[T]):
     def of(self, group: Mapping[str, Any]) -> T:
         """Return the value of this key in a group, or the default if the group does not have the key.
 
+        The name of a dtype is read as the dtype: checkpoints have names, and some loaders put them into groups as they are.
+
         Args:
             group: one of an optimizer's `param_groups`, or any mapping with such keys.
 
@@ -46,7 +50,7 @@ class Key(Generic[T]):
             ('kahan', 'nearest')
         """
         value: T = group.get(self.name, self.default)
-        return value
+        return _DTYPES.get(value, value) if value.__class__ is str else value  # type: ignore[call-overload]
 
 
 _RULES = "param_groups"

@@ -6,6 +6,7 @@ again from the groups whenever something has changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -42,6 +43,12 @@ class Member(NamedTuple):
     def gradient(self) -> Tensor | None:
         """The gradient, read from the attribute that the group names."""
         return gradient_of(self.param, keys.GRAD_ATTRIBUTE.of(self.group))
+
+    @property
+    def whole_segments(self) -> tuple[int, ...]:
+        """The number of elements of each segment of the whole parameter, however it is sharded and laid out in memory."""
+        rows, shape = (keys.SEGMENTS.of(self.group) or {}).get(self.name, ()), self.param.shape
+        return tuple(n * math.prod(shape[1:]) for n in rows) if shape and sum(rows) == shape[0] else ()
 
     def segment_names(self) -> list[str]:
         """Return a name per segment: `name[0]`, `name[1]`, and so on, or just `name` for a single segment."""

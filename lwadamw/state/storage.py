@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import keys
+from .blocks import QUANT, quantizes
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 SCALES: Final = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
@@ -32,8 +33,6 @@ STATE: Final = (*ARRAYS, *SCALES.values())
 CODES: Final = (torch.int8, torch.uint8)
 HALVES: Final = (torch.bfloat16, torch.float16)
 FLOATS: Final = (torch.float32, *HALVES)
-QUANT: Final = 128  # elements that share one scale in an 8-bit moment
-QUANT_LEAST: Final = 4096  # parameters with fewer elements keep 32-bit moments
 
 
 class Storage(NamedTuple):
@@ -252,45 +251,3 @@ def kept_weight(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -
     if companion == "kahan_comp":
         return "kahan"
     return "stochastic" if p.dtype == torch.bfloat16 and keys.ROUNDING.of(group) == "stochastic" else "plain"
-
-
-def quantizes(p: Tensor, segments: Sequence[int] = ()) -> bool:
-    """Return whether the moments of a parameter can be kept in 8 bits.
-
-    They can if the parameter has at least QUANT_LEAST elements, and if no block of QUANT elements crosses from one segment,
-    or from one shard, to the next.
-
-    Args:
-        p: the parameter.
-        segments: the number of elements of each segment; () for one segment.
-    """
-    if p.numel() < QUANT_LEAST or any(size % QUANT for size in segments):
-        return False
-    mesh = getattr(p, "device_mesh", None)
-    if mesh is None:
-        return True
-    # The scales are sharded as the parameter is. So a block has to end where a row ends and where a shard ends.
-    last = p.ndim - 1
-    parts = 1
-    for size, placement in zip(mesh.shape, p.placements, strict=True):  # type: ignore[attr-defined]
-        if placement.is_shard() and getattr(placement, "dim", None) == last:
-            parts *= size
-    return p.shape[-1] % (QUANT * parts) == 0
-
-
-def scale_shape(p: Tensor) -> tuple[int, ...]:
-    """Return the shape of the scales of an 8-bit moment: one scale per block of QUANT elements in memory order.
-
-    If the rows of the parameter consist of whole blocks, the scales keep its other dimensions, so that they can be sharded
-    as the parameter is. Else they are flat.
-
-    Args:
-        p: the parameter.
-
-    Example:
-        >>> scale_shape(torch.empty(32, 256)), scale_shape(torch.empty(50, 100))
-        ((32, 2), (40,))
-    """
-    if p.ndim and p.is_contiguous() and p.shape[-1] % QUANT == 0:
-        return (*p.shape[:-1], p.shape[-1] // QUANT)
-    return (-(-p.numel() // QUANT),)

@@ -134,7 +134,7 @@ def fill_buckets(
         if m.group_index not in fused_groups:
             check_group(group, m.group_index)
             fused_groups[m.group_index] = fused_cpu.serves_group(group)
-        storage = storage_of(p, grad, group, entry.state, m.segments)
+        storage = storage_of(p, grad, group, entry.state, m.whole_segments)
         entry.kept = storage.weight
         path = path_of(m, grad, group, entry.state, storage)
         if path == "asked" and grad.dtype != p.dtype:

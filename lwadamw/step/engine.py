@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..state.checks import capturing, check_capturable, check_real, check_state
+from ..state.checks import capturing, check_capturable, check_layouts, check_real, check_state
 from ..state.collectives import CLIP, STEP, Call
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
 from ..state.members import Member, ParamGroups, local, members_of
 from ..state.naming import Naming
+from ..state.saved_form import from_saved
 from ..state.shards import Shards
 from ..state.storage import check_options
 from ..tables.request import Request
@@ -272,7 +273,10 @@ class Engine:
         check_real(members)
         self._shards.look(members)
         for m in members:
+            if state.get(m.param):  # ZeroRedundancyOptimizer puts into the state what `state_dict()` has returned
+                state[m.param].update(from_saved(state[m.param], m.param))
             check_state(m, state.get(m.param, {}))
+        check_layouts(members, state)
         for i, group in enumerate(groups):
             check_options(group, f"group {i}: ")
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]

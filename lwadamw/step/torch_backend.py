@@ -214,7 +214,7 @@ def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: b
         state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")
     elif on_device and (step.device != p.device or step.dtype != torch.float32):
         state["step"] = step.to(p.device, torch.float32)
-    creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.segments)
+    creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments)
 
 
 def _step_plain(bucket: Bucket, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -66,7 +66,7 @@ def complete_state(state: dict[str, Any], member: Member) -> None:
         member: the parameter.
     """
     state.setdefault("step", 0.0)
-    create_state(state, member.param, member.group, member.segments)
+    create_state(state, member.param, member.group, member.whole_segments)
     lay_out(state, member.param)
 
 

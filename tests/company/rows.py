@@ -34,7 +34,7 @@ ROWS = (
         "replace `.data` in another memory layout",
         deeds.replace_layout,
         lambda backend, column: REFUSED if column == "8-bit" else FOLLOWED,
-        match="exp_avg_scale of 'w0' .* needs",
+        match="'w0' .*exp_avg_scale has shape .* needs",
         shapes=lambda column: (LARGE,) if column == "8-bit" else ((6, 6),),
     ),
     Row("re-view into a flat buffer", lambda c: acts.flatten(c.world, c.world.held, 1), _follow),

@@ -10,7 +10,7 @@ from tests.kernels import test_gpu
 
 pytestmark = getattr(test_gpu, "pytestmark", [])
 DEVICE = "cuda"
-SHAPES = ((64, 70), (3,), (0,), (300, 1024), (4097,), (5000,))
+SHAPES = ((64, 70), (3,), (0,), (300, 1024), (17, 241), (5000,))
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 
 
@@ -70,12 +70,12 @@ def test_alignment_is_bit_identical_in_every_combination():
         runs = []
         for offset in (0, 1):
             buffer = torch.zeros(n + 8, device=DEVICE, dtype=c.param)
-            p = torch.nn.Parameter(buffer[offset : offset + n])
+            p = torch.nn.Parameter(buffer[offset : offset + n].view(1, n))  # vectors have no moments in 8 bits
             p.data.copy_(start)
             optimizer = _optimizer(c, [p], backend="triton")
             torch.manual_seed(1)
             for _ in range(3):
-                p.grad = torch.randn(n, device=DEVICE).to(c.grad)
+                p.grad = torch.randn(1, n, device=DEVICE).to(c.grad)
                 optimizer.step()
             runs.append(optimizer)
         _same_bits(*runs)

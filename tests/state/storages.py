@@ -11,7 +11,7 @@ BETAS = (0.9, 0.95)
 # Elements around the sizes of the kernels' blocks: 256, 1024 and 2048 (a chunk).
 SHAPES = [(33, 64), (3,), (0,), (), (1025,)]
 # Moments of 8 bits need 4096 elements. One shape has scales per row, the other has a last block of one element.
-SHAPES_OF_8_BITS = [(33, 128), (3,), (0,), (), (4097,)]
+SHAPES_OF_8_BITS = [(33, 128), (3,), (0,), (), (17, 241)]
 
 # Combinations in which torch rounds weights to nearest, so that small updates are lost.
 NEAREST = ("bf16", "bf16, fp32 moments")

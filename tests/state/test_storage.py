@@ -5,7 +5,7 @@ import torch
 
 from lwadamw import AdamW
 from lwadamw.kernels import layout
-from lwadamw.state import random_bits, storage
+from lwadamw.state import blocks, random_bits
 from lwadamw.state.combinations import COMBINATIONS
 from tests.state.storages import B, F, H, give_grads, make
 
@@ -22,7 +22,7 @@ def test_state_takes_the_bytes_of_the_table(name):
 
 def test_kernels_and_state_repeat_the_same_numbers():
 
-    assert storage.QUANT == layout.QUANT
+    assert blocks.QUANT == layout.QUANT
     assert layout.MIN_CHUNK % layout.QUANT == 0
     assert (random_bits.DRAW, random_bits.PHILOX_ROUNDS) == (layout.DRAW, layout.PHILOX_ROUNDS)
 
