@@ -14,6 +14,7 @@ from torch import Tensor
 from ..state import decay, keys
 from ..state.arrivals import arrived
 from ..state.checks import check_gradient
+from ..state.draws import rounding_row
 from ..state.groups import effective
 from ..state.members import Member, any_gradient, gradient_of, gradients_of
 from ..state.storage import storage_of
@@ -109,8 +110,8 @@ def fill_buckets(
         The buckets, and the parameters that have no gradient, by the attribute that would hold it.
 
     Raises:
-        RuntimeError: a gradient is sparse or has another shape than its parameter, or torch cannot update a parameter. See
-            torch_paths.py.
+        RuntimeError: a gradient is sparse or has another shape than its parameter, torch cannot update a parameter (see
+            torch_paths.py), or it draws random bits and is sharded in a way that state/runs.py cannot describe.
         TypeError: a hyperparameter is neither a number nor a tensor of one element.
     """
     without_gradient: dict[str, list[Tensor]] = {}
@@ -138,6 +139,8 @@ def fill_buckets(
             fused_groups[m.group_index] = fused_cpu.serves_group(group)
         storage = storage_of(p, grad, group, entry.state, m.segments)
         entry.kept = storage.weight
+        if storage.draws and entry.completed_for is None:
+            rounding_row(m)  # raises an error before anything is written
         path = path_of(m, grad, group, entry.state, storage)
         if path == "asked" and grad.dtype != p.dtype:
             grad = grad.to(p.dtype)
