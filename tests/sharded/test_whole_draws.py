@@ -76,9 +76,7 @@ def _fsdp2_with_tensor_parallelism(names):
     return True
 
 
-CORE, OTHERS = "bf16, stochastic, 8-bit moments", ("bf16, stochastic", "fp32, 8-bit moments")
-
-
-@pytest.mark.parametrize("name", [CORE, *(pytest.param(n, marks=pytest.mark.matrix) for n in OTHERS)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["bf16, stochastic", "bf16, stochastic, 8-bit moments", "fp32, 8-bit moments"])
 def test_random_rounding_of_fsdp2_with_tensor_parallelism_equals_the_single_process(name):
     assert run(4, _fsdp2_with_tensor_parallelism, [name]) == [True] * 4
