@@ -105,8 +105,8 @@ class AdamW(StateExchange):
             processes, `step()` is collective: all processes have to call it.
         shard_group: the process group, or several, among which parameters are split that are plain tensors, as those of FSDP1,
             ZeroRedundancyOptimizer or Megatron are; or a mapping from fnmatch patterns on parameter names to such groups.
-            Then `max_grad_norm`, `norms()` and huber thresholds are those of the whole model. DTensors tell their groups themselves. Copies and
-            pickles of the optimizer do not have it: a process group cannot be copied.
+            Then `max_grad_norm`, `norms()` and huber thresholds are those of the whole model. DTensors tell their groups
+            themselves. Copies and pickles of the optimizer do not have it: a process group cannot be copied.
 
     The group keys `exp_avg_dtype`, `exp_avg_sq_dtype`, `master_weights`, `rounding`, `rounding_seed`, `grad_attribute`,
     `decay`, `peak_lr` and `huber_scale` may differ by group. The arguments above apply to groups that lack the key.

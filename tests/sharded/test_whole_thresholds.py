@@ -93,7 +93,9 @@ CHOSEN = [
 ]
 
 
-@pytest.mark.parametrize("world, chosen", CHOSEN, ids=lambda value: "" if isinstance(value, int) else " ".join(value))
+@pytest.mark.parametrize(
+    ("world", "chosen"), CHOSEN, ids=lambda value: "" if isinstance(value, int) else " ".join(value)
+)
 def test_thresholds_of_sharded_models_are_those_of_the_single_process(world, chosen):
     assert run(world, _layouts, world, chosen) == [True] * world
 
