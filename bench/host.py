@@ -16,6 +16,9 @@ launch too. On a CPU it adds to the tensors one by one.
 The variants of lwadamw are: a plain loop, norms off, clipping, every learning rate assigned before every step, and
 `optimizer.state` read once before. After such a read, lwadamw verifies every moment at every step.
 
+Rows with "DTensors" have parameters and gradients as fully_shard makes them, on a device mesh of one process. torch's "fake"
+process group pretends to be it.
+
 On a GPU there are also rows with real launches and rows for the replay of a CUDA graph that holds the step. There the device
 is idle before every step, so that no queue is full.
 
@@ -38,6 +41,7 @@ from typing import Any
 import torch
 
 from bench import harness, revision
+from bench.scale import pretended
 from bench.stubs import stubbed_fused, stubbed_kernels
 from bench.workloads import make_groups
 
@@ -66,6 +70,7 @@ class Contestant:
         stubs: makes the context that is active during the turns of this contestant.
         schedules: whether every learning rate is assigned before every step.
         moves: whether every step gets other gradient tensors.
+        wrap: makes the gradient of a parameter from a tensor.
     """
 
     optimizer: torch.optim.Optimizer
@@ -73,12 +78,28 @@ class Contestant:
     stubs: Callable[[], AbstractContextManager[object]] = nullcontext
     schedules: bool = False
     moves: bool = True
+    wrap: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
 
 
 def _step(make: Callable[..., torch.optim.Optimizer], tensors: int, n_groups: int, device: torch.device) -> Contestant:
     params = [torch.nn.Parameter(torch.zeros(NUMEL, device=device)) for _ in range(tensors)]
     optimizer = make(make_groups(params, n_groups, lr=1e-3))
     return Contestant(optimizer, optimizer.step)
+
+
+def _sharded_step(
+    make: Callable[..., torch.optim.Optimizer], tensors: int, n_groups: int, device: torch.device
+) -> Contestant:
+    """A contestant whose parameters are DTensors. The default process group has to exist."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh(device.type, (1,))
+    held = [torch.zeros(NUMEL, device=device) for _ in range(tensors)]
+    params = [torch.nn.Parameter(DTensor.from_local(t, mesh, [Shard(0)])) for t in held]
+    optimizer = make(make_groups(params, n_groups, lr=1e-3))
+    # fully_shard gives every gradient the spec of its parameter.
+    return Contestant(optimizer, optimizer.step, wrap=lambda p, t: DTensor(t, p._spec, requires_grad=False))
 
 
 def stubbed(package: ModuleType, label: str, build: Callable[..., Contestant]) -> dict[str, Contestant]:
@@ -139,7 +160,8 @@ def take_turns(
     elsewhere = torch.zeros(COLD_BYTES // 8 if cold else 0, dtype=torch.float64)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     params = {name: [p for g in c.optimizer.param_groups for p in g["params"]] for name, c in contestants.items()}
-    moving = [[torch.zeros(NUMEL, device=device) for _ in next(iter(params.values()))] for _ in range(3)]
+    plain = [[torch.zeros(NUMEL, device=device) for _ in next(iter(params.values()))] for _ in range(3)]
+    moving = {name: [_wrapped(c, params[name], grads) for grads in plain] for name, c in contestants.items()}
     gc.collect()
     gc.disable()
     try:
@@ -148,7 +170,7 @@ def take_turns(
                 contestant = contestants[name]
                 with contestant.stubs():
                     for i in range(STEPS):
-                        _prepare(contestant, params[name], moving[i % 3])
+                        _prepare(contestant, params[name], moving[name][i % 3])
                         if device.type == "cuda":
                             torch.cuda.synchronize()
                         elsewhere += 1
@@ -158,6 +180,11 @@ def take_turns(
     finally:
         gc.enable()
     return times
+
+
+def _wrapped(contestant: Contestant, params: Sequence[Any], grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    wrap = contestant.wrap
+    return grads if wrap is None else [wrap(p, grad) for p, grad in zip(params, grads, strict=True)]
 
 
 def _prepare(contestant: Contestant, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
@@ -177,7 +204,7 @@ def measure(
     base: tuple[str, ModuleType] | None = None,
     cold: bool = False,
 ) -> dict[str, Any]:
-    """Measure one number of groups.
+    """Measure one number of groups. The default process group has to exist.
 
     Args:
         tensors: number of tensors.
@@ -201,6 +228,11 @@ def measure(
         contestants[name].stubs = partial(stubbed_fused, steps_too)
     for package, label in ours:
         contestants |= stubbed(package, label, build)
+    sharded = partial(_sharded_step, tensors=tensors, n_groups=n_groups, device=device)
+    contestants[f"{FUSED}, DTensors"] = sharded(fused)
+    contestants[f"{FUSED}, DTensors"].stubs = partial(stubbed_fused, False)
+    contestants["lwadamw, DTensors"] = sharded(partial(lwadamw.AdamW, backend="triton"))
+    contestants["lwadamw, DTensors"].stubs = stubbed_kernels
     if device.type == "cuda":
         contestants[LAUNCHED] = build(fused)
         for package, label in ours:
@@ -260,9 +292,9 @@ def run(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        columns = [
-            measure(tensors, n, rounds, device, base, cold) for n in dict.fromkeys(min(n, tensors) for n in groups)
-        ]
+        counts = dict.fromkeys(min(n, tensors) for n in groups)
+        with pretended(1, 0):
+            columns = [measure(tensors, n, rounds, device, base, cold) for n in counts]
     finally:
         torch.set_num_threads(threads)
     return {"tensors": tensors, "rounds": rounds, "steps": STEPS, "columns": columns}

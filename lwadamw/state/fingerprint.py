@@ -20,20 +20,22 @@ State = Mapping[Any, dict[str, Any]]
 class Fingerprint:
     """The parameters of an optimizer as they were at one moment, and its state as it was when `follow_state` was last called.
 
-    The fingerprint holds as long as the groups have the same parameters in the same order, every parameter has the same
-    shape, strides, dtype and device, and the state has the same dicts with the same objects.
+    The fingerprint holds as long as the groups have the same parameters in the same order, every parameter in `looked_at` has
+    the same shape, strides, dtype and device, and the state has the same dicts with the same objects.
 
     Three things are not part of it. What a tensor contains may change at any time. Whoever keeps an address compares the
-    address himself. The geometry of a state tensor is looked at when tables are made (`check_state`): somebody who shrinks a
-    state tensor through `.data`, and leaves it at its address and its parameter as it is, is not seen.
+    address, and the geometry that goes with it, himself. The geometry of a state tensor is looked at when tables are made
+    (`check_state`): somebody who shrinks a state tensor through `.data`, and leaves it at its address and its parameter as it
+    is, is not seen.
 
     Args:
         groups: an optimizer's `param_groups`.
+        looked_at: the parameters whose geometry is compared.
     """
 
-    def __init__(self, groups: ParamGroups) -> None:
+    def __init__(self, groups: ParamGroups, looked_at: Iterable[Tensor]) -> None:
         self._params = [list(group["params"]) for group in groups]
-        self._held = _Held(p for params in self._params for p in params)
+        self._held = _Held(looked_at)
         self._dicts: list[dict[str, Any]] | None = None  # not known yet
         self._referents: list[Any] = []
 

@@ -313,7 +313,8 @@ class Engine:
                 shards=self._shards,
                 thresholds=self._thresholds,
             )
-        self._fingerprint = Fingerprint(groups)
+        # The plans of the Triton backend look at their parameters themselves.
+        self._fingerprint = Fingerprint(groups, [m.param for m in self._torch_members])
 
     def keep_captures(self, former: Engine) -> None:
         """Keep the tables that CUDA graphs may still read.

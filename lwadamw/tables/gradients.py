@@ -15,7 +15,7 @@ from torch import Tensor
 from ..state.arrivals import arrived
 from ..state.checks import check_gradient
 from ..state.geometry import Geometry
-from ..state.members import Member, gradients_of, local, locals_of, placements_of
+from ..state.members import Member, gradients_of, local, locals_of, specs_of
 from ..state.storage import FLOATS
 
 _data_ptr = Tensor.data_ptr
@@ -40,8 +40,9 @@ class Gradients:
         # Of what this process holds of gradients that the kernels could read as they were. None until a step had such a
         # gradient for every parameter.
         self._geometry: Geometry | None = None
-        # Of these gradients, if all of them were DTensors.
+        # Of these gradients, if all of them were DTensors: their placements, and the objects that hold the placements.
         self._placements: list[Any] | None = None
+        self._specs: list[Any] = []
         self.copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
 
     def addresses(self) -> list[int] | None:
@@ -68,7 +69,15 @@ class Gradients:
         """Return what this process holds of the gradients; None if they are placed otherwise than those before."""
         if self._placements is None:
             return grads
-        return locals_of(grads) if placements_of(grads) == self._placements else None
+        specs = specs_of(grads)
+        if specs is None:
+            return None
+        # fully_shard gives every gradient the spec of its parameter. Comparing placements takes far longer.
+        if not all(map(is_, specs, self._specs)):
+            if [spec.placements for spec in specs] != self._placements:
+                return None
+            self._specs = specs
+        return locals_of(grads)
 
     def address(self, row: int) -> int | None:
         """Return where the kernels read the gradient of one parameter at this step, as `addresses` does.
@@ -103,7 +112,8 @@ class Gradients:
             addresses.append(g.data_ptr() if g.numel() else _EMPTY)
         if self._geometry is None and len(grads) == len(self._params) and 0 not in addresses and not self.copies:
             now = gradients_of(self._params, self._attribute)  # those that were placed otherwise have been replaced
-            held, placements = locals_of(now), placements_of(now)
-            if placements is not None or all(map(is_, now, held)):
-                self._geometry, self._placements = Geometry(held), placements
+            held, specs = locals_of(now), specs_of(now)
+            if specs is not None or all(map(is_, now, held)):
+                self._geometry, self._specs = Geometry(held), specs or []
+                self._placements = None if specs is None else [spec.placements for spec in specs]
         return addresses

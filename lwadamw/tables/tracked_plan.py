@@ -13,7 +13,7 @@ from torch import Tensor
 from ..state import keys
 from ..state.decay import THRESHOLD, is_huber
 from ..state.draws import rounding_row
-from ..state.geometry import look
+from ..state.geometry import Geometry, look
 from ..state.identity import same
 from ..state.members import Member, local, locals_of
 from ..state.storage import STATE, Storage
@@ -81,6 +81,7 @@ class TrackedPlan:
         self._param_looks = list(map(look, self.params))
         self._state_looks = list(map(look, self._state))
         self._addresses = self._current_addresses(self.params)
+        self._geometry = Geometry(list(map(local, self.params)))
         self._state_addresses = self._current_addresses(self._state)
 
     def _current_addresses(self, tensors: Sequence[Tensor]) -> list[int]:
@@ -98,12 +99,13 @@ class TrackedPlan:
         torch._C._increment_version(self.params if row is None else [self.params[row]])
 
     def is_fresh(self, verify_state: bool) -> bool:
-        """Return whether all tensors are at the addresses that the tables hold.
+        """Return whether all tensors are at the addresses that the tables hold, and the parameters have the same geometry.
 
         Args:
             verify_state: look at the state tensors too, not only at the parameters.
         """
-        if self._current_addresses(self.params) != self._addresses:
+        held = locals_of(self.params) if self._distributed else self.params
+        if list(map(_data_ptr, held)) != self._addresses or not self._geometry.holds(held):
             return False
         return not verify_state or self._current_addresses(self._state) == self._state_addresses
 

@@ -21,7 +21,7 @@ from lwadamw.state.storage import CODES
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-COMMANDS = ("step", "host", "codegen", "memory", "train", "monitor", "gpu", "tune", "report")
+COMMANDS = ("step", "host", "codegen", "memory", "scale", "train", "monitor", "gpu", "tune", "report")
 # These peers take part in a few storage combinations only. In all others they are left out without a reason.
 OF_FEW_STORAGES = {peers.PEERS[key][0] for key in ("fused_mixed", "fused_copies")}
 IN_GIT = harness.output("git", "rev-parse", "HEAD") is not None
@@ -106,9 +106,9 @@ def test_host_has_a_column_per_grouping_and_rows_of_another_revision(run, tmp_pa
     record = run(host, "--dry-run", *base, json_to=tmp_path / "host.json")
     assert [column["groups"] for column in record["columns"]] == [1, 28, 30]
     labels = ("lwadamw", "lwadamw at HEAD") if IN_GIT else ("lwadamw",)
-    ours = {label + variant for label in labels for variant in host.VARIANTS}
+    ours = {label + variant for label in labels for variant in host.VARIANTS} | {"lwadamw, DTensors"}
     for column in record["columns"]:
-        assert set(column["us"]) == {host.FUSED, "torch fused, steps too", *ours}
+        assert set(column["us"]) == {host.FUSED, "torch fused, steps too", "torch fused, DTensors", *ours}
         assert all(time["p50"] > 0 for time in column["us"].values())
 
 
