@@ -22,6 +22,7 @@ from .members import Member, local
 from .packing import read_weight
 from .shards import Shards, Split, add_up
 from .storage import kept_weight
+from .telling import tell
 
 
 class WholeThresholds:
@@ -86,7 +87,10 @@ class WholeThresholds:
         told = [(m.name, split.label, local(m.param).numel()) for m, split in own if split in declared]
         news = bool(declared) and told != self._told
         if news:
-            self._heard = {split.label: _tell(split, told) for split in declared}
+            self._heard = {
+                split.label: tell(split, {name: count for name, label, count in told if label == split.label}, sum)
+                for split in declared
+            }
             self._told = told
         self._lines = sorted({*declared, *(split for _, split in own)}, key=lambda split: split.label)
         self._indices, self._places, self.counts = {}, {}, {}
@@ -169,17 +173,6 @@ def _laws(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def _has_threshold(state: Any, m: Member) -> bool:
     return decay.THRESHOLD in state.get(m.param, ())
-
-
-def _tell(split: Split, told: Sequence[tuple[str, str, int]]) -> dict[str, int]:
-    """Return the number of elements of each whole parameter by name, in the same order on every process. This is collective."""
-    found = {name: count for name, label, count in told if label == split.label}
-    for group in split.groups:
-        everybody: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(everybody, found, group=group)
-        names = sorted({name for some in everybody for name in some})
-        found = {name: sum(some.get(name, 0) for some in everybody) for name in names}
-    return found
 
 
 def check_threshold_alone(member: Member, shards: Shards) -> None:

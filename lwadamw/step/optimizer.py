@@ -409,9 +409,9 @@ class AdamW(StateExchange):
             raise RuntimeError("This AdamW was built with norms=False. Build it with norms=True to read norms.")
 
     @property
-    def has_declared_shards(self) -> bool:
-        """Whether `shard_group` says that plain parameters are split over processes."""
-        return bool(self._shards.declared)
+    def shards(self) -> Shards:
+        """What the optimizer knows about processes that hold other parts of its parameters."""
+        return self._shards
 
     def steps_taken(self) -> int:
         """Return the largest number of steps that any parameter has taken, 0 before the first step.
