@@ -10,6 +10,8 @@ from .monitor.monitor import Monitor
 from .monitor.probe import Probe
 from .monitor.summary import summary
 from .state.groups import effective
+from .state.places import place_flat_shard
+from .state.reduction import reduce_sums
 from .step.norms import Norms
 from .step.optimizer import AdamW
 from .version import __version__ as __version__
@@ -36,7 +38,9 @@ __all__ = [
     "SteadyState",
     "effective",
     "param_groups",
+    "place_flat_shard",
     "rebind",
+    "reduce_sums",
     "register_role",
     "summary",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from ..state.arrays import Array
+from ..state.collectives import READING
 from ..state.telling import tell
 from ..step.optimizer import AdamW
 
@@ -55,7 +56,7 @@ def steps_of(optimizer: AdamW) -> int:
     """
     steps = optimizer.steps_taken()
     for split in optimizer.shards.declared:
-        steps = tell(split, {"": steps}, max)[""]
+        steps = tell(split, {"": steps}, max, READING)[""]
     return steps
 
 

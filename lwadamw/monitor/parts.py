@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..state.arrays import Array
+from ..state.collectives import READING, add_over
 from ..state.members import local
 from ..state.shards import Split
 from .spectrum import MOST_ITERATIONS, VECTORS, has_settled, start_vectors
@@ -125,7 +126,7 @@ def _iterate(parts: Sequence[Part], start: Sequence[Tensor | None]) -> tuple[lis
             pieces += [(w.mT @ y).double().flatten(), (wide.mT @ wide).flatten()]
         table = torch.cat([*pieces, pieces[0].new_tensor([float(unsettled)])])
         for group in parts[0].split.groups:
-            torch.distributed.all_reduce(table, group=group)
+            add_over(table, group, READING)
         *summed, going = torch.split(table, [*map(len, pieces), 1])
         if iteration % 2 == 0:
             host = torch.cat([*summed[1::2], going]).cpu().numpy()

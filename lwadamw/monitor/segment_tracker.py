@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..state import keys
 from ..state.arrays import Array
+from ..state.collectives import READING
 from ..state.identity import same
 from ..state.members import is_sharded, local, members_of
 from ..state.shards import Split
@@ -97,7 +98,7 @@ class SegmentTracker:
             own = {name: (member.group_index, role, m, size) for name, size in sizes.items()}
             split_places.get(optimizer.shards.split_of(member), places).update(own)
         for split, known in split_places.items():
-            places |= tell(split, known, _joined)
+            places |= tell(split, known, _joined, READING)
         found_places = [places[name] for name in self.names]
         self.group = np.array([place[0] for place in found_places], dtype=np.int64)
         self.roles = tuple(str(place[1]) for place in found_places)

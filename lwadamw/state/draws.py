@@ -14,7 +14,8 @@ from torch import Tensor
 from . import keys
 from .members import Member, local
 from .names import has_names
-from .runs import runs_of
+from .places import Place, place_of
+from .runs import ENDLESS_RUN, runs_of
 
 
 def rounding_row(member: Member) -> tuple[int, int, int, int, int]:
@@ -32,7 +33,8 @@ def rounding_row(member: Member) -> tuple[int, int, int, int, int]:
         RuntimeError: first, run and stride cannot describe where the elements of this shard lie in the whole parameter.
     """
     stream = zlib.crc32(member.name.encode()) if has_names(member.group) else 0
-    return (keys.ROUNDING_SEED.of(member.group), stream, *_runs(member))
+    place = place_of(member.param, member.name)
+    return (keys.ROUNDING_SEED.of(member.group), stream, *(_runs(member) if place is None else _runs_at(member, place)))
 
 
 def draw_inputs(member: Member) -> tuple[int, int, Tensor]:
@@ -51,6 +53,19 @@ def draw_inputs(member: Member) -> tuple[int, int, Tensor]:
     seed, stream, first, run, stride = rounding_row(member)
     index = torch.arange(local(member.param).numel(), device=member.param.device)
     return seed, stream, first + index + (index // run * (stride - run) if run != stride else 0)
+
+
+def _runs_at(member: Member, place: Place) -> tuple[int, int, int]:
+    """Return (first, run, stride) of a flat shard."""
+    if (found := place.runs()) is None:
+        raise RuntimeError(
+            f"{member.name!r} {tuple(member.param.shape)} is a flat shard that begins inside a row of the block {place.block} "
+            f"of {place.whole}. Stochastic rounding and 8-bit moments round each element with random bits that depend on its "
+            "index in the whole parameter, which the kernels cannot compute here. Use rounding='kahan' or "
+            "master_weights=torch.float32, with exp_avg_dtype=torch.bfloat16 and exp_avg_sq_dtype=torch.bfloat16."
+        )
+    first, run, stride = found
+    return (first, ENDLESS_RUN, ENDLESS_RUN) if run == stride else found
 
 
 def _runs(member: Member) -> tuple[int, int, int]:

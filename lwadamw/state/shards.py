@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .collectives import STEP, Call, add_over, device_of, gathered
 from .members import Member, split_dimensions
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Shards:
 
     Args:
         shard_group: the process group, or several, among which plain parameters are split; or a mapping from fnmatch patterns
-            on parameter names to them, of which the first that matches counts. None: plain parameters are whole.
+            on parameter names to them, of which the first that matches counts. No group at all, as [] has none, says that a
+            parameter is whole. None: plain parameters are whole, unless they are known to be shards, see `look`.
 
     Raises:
         TypeError: `shard_group` has another type.
@@ -56,6 +58,7 @@ class Shards:
         )
         self._patterns: dict[str, Split] = {}
         self._by_mesh: dict[tuple[Any, tuple[int, ...]], Split] = {}
+        self._untold: str | None = None  # name of a parameter that is a shard, and nobody has told of what
         for i, (pattern, one_or_more) in enumerate(given.items()):
             groups = tuple(one_or_more) if isinstance(one_or_more, (list, tuple)) else (one_or_more,)
             for group in groups:
@@ -70,6 +73,43 @@ class Shards:
     def declared(self) -> list[Split]:
         """The splits that the user has told. Every process takes part in their sums, even if it holds no such parameter."""
         return [split for split in self._patterns.values() if split.groups]
+
+    def look(self, members: Iterable[Member]) -> None:
+        """Look for parameters that are certainly shards, of which nobody has told which processes hold the others.
+
+        FullyShardedDataParallel marks its parameters. It keeps shards as vectors, and gives every other parameter its shape
+        under NO_SHARD. So if all marked parameters are vectors, they are shards. Every process finds the same.
+
+        Args:
+            members: all parameters of the optimizer.
+        """
+        marked = [m for m in members if getattr(m.param, "_fsdp_flattened", False)]
+        self._untold = None
+        if marked and all(m.param.ndim == 1 for m in marked) and torch.distributed.is_initialized():
+            untold = (m.name for m in marked if self._told(m) is None)
+            self._untold = next(untold, None) if torch.distributed.get_world_size() > 1 else None
+
+    def _told(self, member: Member) -> Split | None:
+        """Return the split that the user has told of a plain parameter."""
+        matching = (s for pattern, s in self._patterns.items() if fnmatch.fnmatchcase(member.name, pattern))
+        return next(matching, None)
+
+    def check_told(self, call: Call) -> None:
+        """Raise an error if `look` has found shards of which nothing is known.
+
+        Args:
+            call: what the user has called.
+
+        Raises:
+            RuntimeError: there are such shards.
+        """
+        if self._untold is not None:
+            raise RuntimeError(
+                f"lwadamw.AdamW: {call.name} would use the part of {self._untold!r} that this process holds as if it were the "
+                "whole: it is a shard of FullyShardedDataParallel, which does not tell the optimizer who holds the others. "
+                "Build the optimizer with shard_group=model.process_group. Under NO_SHARD give shard_group=[]. "
+                f"{call.alone}"
+            )
 
     def split_of(self, member: Member) -> Split:
         """Return how a parameter is split.
@@ -86,10 +126,8 @@ class Shards:
             if place not in self._by_mesh:
                 self._by_mesh[place] = self._split_over(*place)
             return self._by_mesh[place]
-        for pattern, split in self._patterns.items():
-            if fnmatch.fnmatchcase(member.name, pattern):
-                return split if split.groups else WHOLE
-        return WHOLE
+        told = self._told(member) if self._patterns else None
+        return WHOLE if told is None or not told.groups else told
 
     def _split_over(self, mesh: Any, dimensions: tuple[int, ...]) -> Split:
         groups = tuple(map(mesh.get_group, dimensions))
@@ -101,30 +139,37 @@ class Shards:
         # Another mesh of the same shape, such as the other dimension of a larger mesh. Processes meet meshes in one order.
         return Split(f"{label} #{len({split.label for split in alike})}", groups)
 
-    def total(self, sums: Iterable[tuple[Split, Tensor]]) -> Tensor | None:
+    def total(self, sums: Iterable[tuple[Split, Tensor]], call: Call) -> Tensor | None:
         """Add up sums over this process's parts, so that the result is the same on every process.
 
         This is collective: one all-reduce for each process group.
 
         Args:
             sums: a sum of one element for each split, float64, on any device. A split may come several times.
+            call: what the user has called.
 
         Returns:
             float64[], on the device of the first sum; None if nothing is split.
+
+        Raises:
+            RuntimeError: another process did not make the call, or `look` has found shards of which nothing is known.
         """
+        self.check_told(call)
         listed = list(sums)
         splits = {split.label: split for split in (*self.declared, *(split for split, _ in listed))}
         if not any(split.groups for split in splits.values()):
             return None
-        device = listed[0][1].device if listed else torch.device("cpu")
+        device = listed[0][1].device if listed else device_of([g for split in splits.values() for g in split.groups])
         rows = {label: torch.zeros((), dtype=torch.float64, device=device) for label in sorted(splits)}
         for split, value in listed:
             rows[split.label] = rows[split.label] + value.to(device, non_blocking=True).reshape(())
         table = torch.stack(list(rows.values()))
-        add_up(table, [splits[label] for label in rows])
+        add_up(table, [splits[label] for label in rows], call)
         return table.sum()
 
-    def whole_rows(self, names: Sequence[str], splits: Sequence[Split], sums: Tensor) -> tuple[list[str], Tensor]:
+    def whole_rows(
+        self, names: Sequence[str], splits: Sequence[Split], sums: Tensor, call: Call
+    ) -> tuple[list[str], Tensor]:
         """Return sums over whole parameters, from those over this process's parts.
 
         This is collective: one all-reduce for each process group. Where the user has told the groups, processes may hold
@@ -134,32 +179,39 @@ class Shards:
             names: name of each row.
             splits: how the parameter of each row is split.
             sums: [len(names), k]
+            call: what the user has called.
 
         Returns:
             Names and sums of all parameters that any process holds, in the same order on every process of a group.
+
+        Raises:
+            RuntimeError: another process did not make the call, or `look` has found shards of which nothing is known.
         """
+        self.check_told(call)
+        if not self.declared and not any(split.groups for split in splits):
+            return list(names), sums
         names, splits, table = list(names), list(splits), sums.clone()
+        if not names and self.declared:
+            table = table.to(device_of([group for split in self.declared for group in split.groups]))
         for split in self.declared:
             for group in split.groups:
                 mine = [name for name, own in zip(names, splits, strict=True) if own == split]
-                theirs: list[Any] = [None] * group.size()
-                torch.distributed.all_gather_object(theirs, mine, group=group)
-                union = list(dict.fromkeys(name for some in theirs for name in some))
+                union = list(dict.fromkeys(name for some in gathered(mine, group, call) for name in some))
                 row_of = {name: i for i, name in enumerate(names)}
                 others = [i for i, own in enumerate(splits) if own != split]
                 shared = table.new_zeros(len(union), table.shape[1])
                 here = [i for i, name in enumerate(union) if name in row_of]
                 shared[here] = table[[row_of[union[i]] for i in here]]
-                torch.distributed.all_reduce(shared, group=group)
+                add_over(shared, group, call)
                 names = [names[i] for i in others] + union
                 splits = [splits[i] for i in others] + [split] * len(union)
                 table = torch.cat([table[others], shared])
         told = {split.label for split in self.declared}
-        add_up(table, [WHOLE if split.label in told else split for split in splits])
+        add_up(table, [WHOLE if split.label in told else split for split in splits], call)
         return names, table
 
 
-def add_up(table: Tensor, splits: Sequence[Split]) -> None:
+def add_up(table: Tensor, splits: Sequence[Split], call: Call = STEP) -> None:
     """Add the rows of a table over the processes among which their parameters are split, in place.
 
     This is collective: one all-reduce for each distinct process group, in an order on which all processes agree.
@@ -167,6 +219,10 @@ def add_up(table: Tensor, splits: Sequence[Split]) -> None:
     Args:
         table: [n, ...]
         splits: how the parameter of each row is split, n.
+        call: what the user has called.
+
+    Raises:
+        RuntimeError: another process did not make the call.
     """
     groups: dict[int, Any] = {}
     for split in sorted(set(splits), key=lambda split: split.label):
@@ -175,6 +231,6 @@ def add_up(table: Tensor, splits: Sequence[Split]) -> None:
         rows = [i for i, split in enumerate(splits) if group in split.groups]
         # A list as an index would be copied to the device, for which the host would wait.
         part = torch.stack([table[i] for i in rows])
-        torch.distributed.all_reduce(part, group=group)
+        add_over(part, group, call)
         for i, row in zip(rows, part, strict=True):
             table[i] = row

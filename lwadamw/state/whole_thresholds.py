@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import decay, keys
 from .checks import capturing
+from .collectives import HUBER
 from .members import Member, local
 from .packing import read_weight
 from .shards import Shards, Split, add_up
@@ -75,12 +76,17 @@ class WholeThresholds:
             members: all parameters of the optimizer.
             groups: the optimizer's parameter groups.
             state: the optimizer's state by parameter.
+
+        Raises:
+            RuntimeError: another process did not make the call, or a parameter is a shard of which nothing is known.
         """
         splits = [self._shards.split_of(m) for m in members]
         declared = self._shards.declared
         self._laws = _laws(groups) if declared or any(split.groups for split in splits) else None
         if not any(map(decay.is_huber, groups)):
             declared = []
+        elif any(decay.is_huber(m.group) for m in members):
+            self._shards.check_told(HUBER)
         own = [(m, split) for m, split in zip(members, splits, strict=True) if split.groups and decay.is_huber(m.group)]
         self._members = [m for m, _ in own]
         self._device = local(members[0].param).device if members else torch.device("cpu")
@@ -88,7 +94,9 @@ class WholeThresholds:
         news = bool(declared) and told != self._told
         if news:
             self._heard = {
-                split.label: tell(split, {name: count for name, label, count in told if label == split.label}, sum)
+                split.label: tell(
+                    split, {name: count for name, label, count in told if label == split.label}, sum, HUBER
+                )
                 for split in declared
             }
             self._told = told
@@ -154,7 +162,7 @@ class WholeThresholds:
         places = [self._index(params, device) for params, _ in parts]
         for place, (_, sums) in zip(places, parts, strict=True):
             table.view(-1)[place] = sums.to(device, non_blocking=True)
-        add_up(table, self._lines)
+        add_up(table, self._lines, HUBER)
         return [
             table.view(-1)[place].to(sums.device, non_blocking=True)
             for place, (_, sums) in zip(places, parts, strict=True)

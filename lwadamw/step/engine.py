@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..state.checks import capturing, check_capturable, check_real, check_state
+from ..state.collectives import CLIP, STEP, Call
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
@@ -118,14 +119,14 @@ class Engine:
         """
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._prepare(groups, state, request, verify_state)
-            totals = self._totals()
+            totals = self._totals(CLIP)
             return _clip_factor(totals, request)[0] if totals else torch.zeros((), device="cpu")
 
-    def _totals(self) -> list[Tensor]:
+    def _totals(self, call: Call) -> list[Tensor]:
         """Return sums that add up to the square sum of all gradients before unscaling. The Triton backend gets them too."""
         sums = [] if self._triton is None else self._triton.sum_gradients()
         torch_sums = self._torch.sum_gradients(self._shards)
-        whole = self._shards.total(sums + torch_sums)
+        whole = self._shards.total(sums + torch_sums, call)
         if self._triton is not None:
             if whole is None:
                 self._triton.share_totals([total for _, total in torch_sums])
@@ -155,11 +156,12 @@ class Engine:
     def _run_clipped(self, request: Request) -> None:
         """Run the backends with gradients clipped by the norm over both backends."""
         triton_backend, torch_backend = self._triton, self._torch
-        totals = self._totals()
+        totals = self._totals(STEP)
         if triton_backend is not None:
             triton_backend.run(clip=True, norms=request.norms)
             self.grad_norm = triton_backend.grad_norm
-        if torch_backend.buckets:
+        # A process without parameters has totals of others, and shows their norm.
+        if torch_backend.buckets or (triton_backend is None and totals):
             norm, factor, stop = _clip_factor(totals, request)
             torch_backend.run(factor=factor, grad_scale=None, found_inf=stop, norms=request.norms)
             if triton_backend is None:
@@ -284,6 +286,7 @@ class Engine:
         self._naming.follow(groups)
         members = list(members_of(groups))
         check_real(members)
+        self._shards.look(members)
         for m in members:
             check_state(m, state.get(m.param, {}))
         for i, group in enumerate(groups):
@@ -337,12 +340,13 @@ class Engine:
         rows += [(m.order, [m.name]) for m in self._torch_members if state.get(m.param)]
         return [name for _, names in sorted(rows, key=lambda row: row[0]) for name in names]
 
-    def norm_sums(self, state: State, *, whole: bool) -> tuple[list[str], Tensor]:
+    def norm_sums(self, state: State, *, whole: Call | None) -> tuple[list[str], Tensor]:
         """Return the sums of the last step for all segments that have taken a step.
 
         Args:
             state: the optimizer's state by parameter.
-            whole: add up the sums of all processes that hold parts of a parameter. This is collective.
+            whole: what the user has called to add up the sums of all processes that hold parts of a parameter, which is
+                collective. None: the sums of this process.
 
         Returns:
             The names of the n segments, and their sums, float64[n, 4] on the device of the first segment. The columns are
@@ -350,12 +354,10 @@ class Engine:
         """
         members, sums = self._local_sums(state)
         names = [name for _, name in members]
-        if not whole:
+        if whole is None:
             return names, sums
         splits = [self._shards.split_of(member) for member, _ in members]
-        if not self._shards.declared and not any(split.groups for split in splits):
-            return names, sums
-        return self._shards.whole_rows(names, splits, sums)
+        return self._shards.whole_rows(names, splits, sums, whole)
 
     def _local_sums(self, state: State) -> tuple[list[tuple[Member, str]], Tensor]:
         """Return the parameter and the name of each segment, and the sums over what this process holds of it."""

@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..state import keys
+from ..state.collectives import NORM_SUMS, NORMS, Call
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
 from ..state.naming import Naming
@@ -366,12 +367,14 @@ class AdamW(StateExchange):
         state and gradients of this moment. So read norms before you clear the gradients.
 
         If parameters are split over processes, the norms are those of the whole parameters, and the same on every process. Then
-        this call is collective: all processes have to make it, and one that makes it alone waits for the others.
+        this call is collective: all processes have to make it. A process that makes it alone gets an error when the timeout
+        of its process group is over. `norm_sums(local=True)` is not collective.
 
         Raises:
-            RuntimeError: the optimizer was built with norms=False.
+            RuntimeError: the optimizer was built with norms=False; or another process did not make the call; or parameters
+                are shards of FullyShardedDataParallel and `shard_group` does not tell their group.
         """
-        names, sums = self._sums(whole=True)
+        names, sums = self._sums(NORMS)
         return Norms.from_sums(names, sums.cpu().numpy())
 
     def norm_sums(self, *, local: bool = False) -> Tensor:
@@ -387,9 +390,9 @@ class AdamW(StateExchange):
             the update. With `shard_group`, the rows of `local=False` are those of all processes, in the order of `norms()`.
 
         Raises:
-            RuntimeError: the optimizer was built with norms=False.
+            RuntimeError: as in `norms()`.
         """
-        return self._sums(whole=not local)[1]
+        return self._sums(None if local else NORM_SUMS)[1]
 
     def norm_names(self) -> list[str]:
         """Return the names of the rows of `norm_sums()`: every segment that has taken a step. Nothing is computed.
@@ -400,7 +403,7 @@ class AdamW(StateExchange):
         self._check_norms()
         return self._engine.norm_names(self.__dict__["state"])
 
-    def _sums(self, *, whole: bool) -> tuple[list[str], Tensor]:
+    def _sums(self, whole: Call | None) -> tuple[list[str], Tensor]:
         self._check_norms()
         return self._engine.norm_sums(self.__dict__["state"], whole=whole)
 

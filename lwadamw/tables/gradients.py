@@ -72,11 +72,10 @@ class Gradients:
         specs = specs_of(grads)
         if specs is None:
             return None
-        # fully_shard gives every gradient the spec of its parameter. Comparing placements takes far longer.
-        if not all(map(is_, specs, self._specs)):
-            if [spec.placements for spec in specs] != self._placements:
-                return None
-            self._specs = specs
+        # fully_shard gives every gradient the spec of its parameter, and comparing an object with itself costs nothing.
+        if specs != self._specs and [spec.placements for spec in specs] != self._placements:
+            return None
+        self._specs = specs
         return locals_of(grads)
 
     def address(self, row: int) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,12 +37,12 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """An embedding, two blocks and a head. Sizes that the number of processes does not divide leave uneven shards."""
+    """An embedding, a block and a head. Sizes that the number of processes does not divide leave uneven shards."""
 
     def __init__(self, d: int, hidden: int, residual: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, d)
-        self.layers = nn.ModuleList(Block(d, hidden, residual) for _ in range(2))
+        self.layers = nn.ModuleList([Block(d, hidden, residual)])
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, VOCABULARY, bias=False)
         self.gain = nn.Parameter(torch.ones(1))
 
@@ -85,11 +85,11 @@ def sequence_parallel(model: nn.Module, mesh: Any) -> nn.Module:
 
 
 class Rows(nn.Module):
-    """Two blocks and a head over rows of features, for sequence parallelism."""
+    """A block and a head over rows of features, for sequence parallelism."""
 
     def __init__(self, d: int, hidden: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(d, hidden, False) for _ in range(2))
+        self.layers = nn.ModuleList([Block(d, hidden, False)])
         self.head = nn.Linear(d, VOCABULARY, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,26 +122,57 @@ def whole(tensor: Any) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-Wrap = Callable[[nn.Module], nn.Module]
+class Layout(NamedTuple):
+    """A model and a way to shard it.
+
+    Attributes:
+        whole: makes the model of a single process.
+        wrap: shards it.
+        part: this process's part of a batch, as (index, number of parts).
+        width: number of features of the rows that the model takes. None: it takes words.
+        calls: number of all-reduces of a clipped step. None: gradients have to be moved too.
+    """
+
+    whole: Callable[[], nn.Module]
+    wrap: Callable[[nn.Module], nn.Module]
+    part: tuple[int, int]
+    width: int | None = None
+    calls: int | None = 1
+
+    def backward(self, model: nn.Module, step: int, *, single: bool = False) -> None:
+        """Leave gradients of a step, in the model of a single process or in the sharded model."""
+        backward(model, step, (0, 1) if single else self.part, self.width)
 
 
-def layouts(world: int) -> dict[str, tuple[Wrap, Callable[[], tuple[int, int]], int, int]]:
-    """Return ways to shard `Net` over a number of processes: wrapper, part of the batch, and sizes d and hidden."""
+def rows(d: int, hidden: int) -> Rows:
+    torch.manual_seed(0)
+    return Rows(d, hidden)
+
+
+def layouts(world: int) -> dict[str, Layout]:
+    """Return ways to shard models over a number of processes. The sizes 10 and 13 leave uneven shards."""
     rank = dist.get_rank()
     flat = init_device_mesh("cpu", (world,))
-    found: dict[str, Any] = {}
+    found: dict[str, Layout] = {}
     if world < 4:
-        found["FSDP2"] = (lambda m: fsdp2(m, flat), (rank, world), 10, 13)
+        found["FSDP2"] = Layout(lambda: net(10, 13), lambda m: fsdp2(m, flat), (rank, world))
     if world == 2:
-        found["TP"] = (lambda m: tensor_parallel(m, flat), (0, 1), 8, 12)
+        found["TP"] = Layout(lambda: net(8, 12), lambda m: tensor_parallel(m, flat), (0, 1))
+        found["SP"] = Layout(lambda: rows(8, 12), lambda m: sequence_parallel(m, flat), (rank, world), 8, None)
     if world == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         data = square.get_local_rank("dp")
-        found["HSDP"] = (lambda m: fsdp2(m, hybrid), (rank, world), 10, 13)
-        found["FSDP2 x TP"] = (lambda m: fsdp2(tensor_parallel(m, square["tp"]), square["dp"]), (data, 2), 8, 12)
+        found["HSDP"] = Layout(lambda: net(10, 13), lambda m: fsdp2(m, hybrid), (rank, world))
+        found["FSDP2 x TP"] = Layout(
+            lambda: net(8, 12),
+            lambda m: fsdp2(tensor_parallel(m, square["tp"]), square["dp"]),
+            (data, 2),
+            calls=2,
+        )
     return found
 
 
-def optimizer(model: nn.Module, backend: str, **options: Any) -> lwadamw.AdamW:
-    return lwadamw.AdamW(model.named_parameters(), backend=backend, **{**OPTIONS, **options})
+def optimizer(model: nn.Module | dict[str, nn.Parameter], backend: str, **options: Any) -> lwadamw.AdamW:
+    params = model.items() if isinstance(model, dict) else model.named_parameters()
+    return lwadamw.AdamW(params, backend=backend, **{**OPTIONS, **options})

@@ -64,9 +64,8 @@ def _watched(model, backend, reference):
     return optimizer, monitor, watch, board, run
 
 
-def _profile_to_watch(d, hidden):
+def _profile_to_watch(model):
     """The profile of a run whose top singular values are half of what they will be."""
-    model = models.net(d, hidden)
     optimizer = lwadamw.AdamW(model.named_parameters(), **OPTIONS)
     with lwadamw.Monitor(optimizer, every=2, spectrum_every=4) as monitor:
         for step in range(8):
@@ -78,10 +77,10 @@ def _profile_to_watch(d, hidden):
     return dataclasses.replace(profile, segments=tuple(halved))
 
 
-def _layout(name, wrap, d, hidden, backend, folder):
-    single, sharded = models.net(d, hidden), wrap(models.net(d, hidden))
-    places = places_of(models.net(d, hidden), wrap)
-    reference = _profile_to_watch(d, hidden)
+def _layout(name, layout, backend, folder):
+    single, sharded = layout.whole(), layout.wrap(layout.whole())
+    places = places_of(layout.whole(), layout.wrap)
+    reference = _profile_to_watch(layout.whole())
     one, alone, first_watch, *_ = _watched(single, backend, reference)
     many, monitor, watch, board, log = _watched(sharded, backend, reference)
     measured = 0
@@ -135,9 +134,9 @@ def _check_spectra(layout, reading, model):
 
 
 def _layouts(world, chosen, folder):
-    for name, (wrap, _, d, hidden) in models.layouts(world).items():
+    for name, layout in models.layouts(world).items():
         for backend in chosen.get(name, ()):
-            _layout(name, wrap, d, hidden, backend, folder)
+            _layout(name, layout, backend, folder)
     return True
 
 

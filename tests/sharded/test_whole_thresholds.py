@@ -15,6 +15,7 @@ import lwadamw
 from lwadamw.state.members import local, wrap_like
 
 from . import models
+from .places import give_gradients, places_of
 from .processes import run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on gloo and the CPU")
@@ -32,27 +33,17 @@ def _thresholds(optimizer):
     return [float(optimizer.state[p]["huber_threshold"]) for g in optimizer.param_groups for p in g["params"]]
 
 
-def _give_gradients(single, sharded, places, step):
-    generator = torch.Generator().manual_seed(step)
-    for (name, p), q in zip(sharded.named_parameters(), single.parameters(), strict=True):
-        q.grad = torch.randn(q.shape, generator=generator).to(q.dtype)
-        p.grad = wrap_like(p, q.grad.flatten()[places[name]])
-
-
-def _layout(name, wrap, d, hidden, backend, dtype):
+def _layout(name, layout, backend, dtype):
     """Train a sharded model and the single process on the same gradients. The thresholds may differ by 1e-6 only."""
-    single, sharded = models.net(d, hidden).to(dtype), wrap(models.net(d, hidden).to(dtype))
-    numbered = models.net(d, hidden)
-    for p in numbered.parameters():
-        p.data = torch.arange(p.numel(), dtype=torch.float32).view(p.shape)
-    places = {key: local(p.detach()).long() for key, p in wrap(numbered).named_parameters()}
+    single, sharded = layout.whole().to(dtype), layout.wrap(layout.whole().to(dtype))
+    places = places_of(layout.whole(), layout.wrap)
     one, many = _optimizer(single, backend, dtype), _optimizer(sharded, backend, dtype)
     for step in range(2):
         if step == 1:  # a resumed run goes on alike
             saved = copy.deepcopy(many.state_dict())
             many = _optimizer(sharded, backend, dtype)
             many.load_state_dict(saved)
-        _give_gradients(single, sharded, places, step)
+        give_gradients(single, sharded, places, step)
         one.step()
         with CommDebugMode() as calls:
             many.step()
@@ -77,9 +68,9 @@ def _layout(name, wrap, d, hidden, backend, dtype):
 
 
 def _layouts(world, chosen):
-    for name, (wrap, _, d, hidden) in models.layouts(world).items():
+    for name, layout in models.layouts(world).items():
         for backend, dtype in chosen.get(name, ()):
-            _layout(name, wrap, d, hidden, backend, dtype)
+            _layout(name, layout, backend, dtype)
     return True
 
 
@@ -139,10 +130,10 @@ def _flat_shards(world):
 
 def _skips(world):
     """A changed law is followed, and an inf in one shard leaves the thresholds of all processes as they were."""
-    wrap, _, d, hidden = models.layouts(world)["FSDP2"]
+    layout = models.layouts(world)["FSDP2"]
     for backend in BACKENDS:
         runs = []
-        for model in (models.net(d, hidden), wrap(models.net(d, hidden))):
+        for model in (layout.whole(), layout.wrap(layout.whole())):
             optimizer = lwadamw.AdamW(model.named_parameters(), backend=backend, max_grad_norm=1.0, weight_decay=2.0)
             for step in range(3):
                 for p in model.parameters():
