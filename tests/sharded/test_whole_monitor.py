@@ -68,7 +68,7 @@ def _profile_to_watch(model):
     """The profile of a run whose top singular values are half of what they will be."""
     optimizer = lwadamw.AdamW(model.named_parameters(), **OPTIONS)
     with lwadamw.Monitor(optimizer, every=2, spectrum_every=4) as monitor:
-        for step in range(8):
+        for step in range(6):
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
             optimizer.step()
@@ -86,7 +86,7 @@ def _layout(name, layout, backend, folder):
     measured = 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for step in range(8):
+        for step in range(6):
             give_gradients(single, sharded, places, step)
             one.step()
             warned = len(caught)
@@ -113,9 +113,15 @@ def _layout(name, layout, backend, folder):
     assert [count > 0 for count in _gathered(board.count)] == written
     assert [count > 0 for count in _gathered(log.count)] == written
     assert [s.shape for s in profile.segments] == [s.shape for s in own.segments]
-    judged = [compare(reference, each, after=0.1).findings for each in (profile, own)]
-    for a, b in zip(*judged, strict=True):
-        assert (a.layers, a.statistic, a.verdict) == (b.layers, b.statistic, b.verdict) or math.isnan(a.off)
+    judged = [
+        {(f.layers, f.statistic): f.verdict for f in compare(reference, each, after=0.1).findings}
+        for each in (profile, own)
+    ]
+    # No process has the spectrum of a matrix that is split by rows and by columns.
+    unknown = {("layers.*.down.weight", "top")} if name == "FSDP2 x TP" else set()
+    assert judged[0].keys() ^ judged[1].keys() <= unknown
+    assert judged[0] == {key: verdict for key, verdict in judged[1].items() if key not in unknown}
+    assert len(judged[0]) > 20
     with pytest.raises(RuntimeError, match="is sharded over processes, and a shard has no gain"):
         Probe(many, sharded, models.batch(0, None)[0])
 
