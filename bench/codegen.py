@@ -111,7 +111,10 @@ def variants(target: str) -> list[Variant]:
     out += [update_variant("fp32", norms=False), update_variant("fp32", amsgrad=True)]
     out.append(update_variant("bf16, stochastic", strided=True))
     out += [update_variant(name, huber=True) for name in ("fp32", "bf16, remainder")]
-    out.append(Variant(kernels.threshold_kernel, "", {"RATE": decay.RATE}))
+    for split in (False, True):
+        name = "split" if split else ""
+        out.append(Variant(kernels.threshold_kernel, name, {"RATE": decay.RATE, "SPLIT": split}))
+    out.append(Variant(kernels.absolute_kernel, "", {}))
     for name, dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
         out.append(Variant(kernels.grad_norm_kernel, name, {"GRAD": dtype}, layout.GRAD_BLOCK))
     out.append(Variant(kernels.total_kernel, "", {"BITS": total_bits(1)}))

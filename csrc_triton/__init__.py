@@ -4,10 +4,11 @@ from . import layout
 from .adamw import adamw_kernel
 from .coefficients import coefficients_kernel
 from .grad_norm import grad_norm_kernel, total_kernel
-from .huber import threshold_kernel
+from .huber import absolute_kernel, threshold_kernel
 from .norms import norms_kernel
 
 __all__ = [
+    "absolute_kernel",
     "adamw_kernel",
     "coefficients_kernel",
     "grad_norm_kernel",

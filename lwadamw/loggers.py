@@ -5,6 +5,9 @@ No tracker is imported here. For a tracker without a logger, use the dict of `Mo
 A value has the name `{prefix}{statistic}/{parameter}`, and the median over a role has `{prefix}role/{role}/{statistic}`. W&B
 shows names with the same text before the '/' in one section, and TensorBoard in one group. So one statistic of all layers is
 seen together.
+
+If parameters are split over processes, all of them have the same readings. `TensorBoardLogger` and `WandbLogger` then write on
+one process only, the one with `reading.writes`. A function of your own can ask the same.
 """
 
 from __future__ import annotations
@@ -56,6 +59,8 @@ class TensorBoardLogger:
 
     def __call__(self, reading: Reading) -> None:
         """Write one reading."""
+        if not reading.writes:
+            return
         for tag, value in as_dict(reading, self.prefix).items():
             self.writer.add_scalar(tag, value, reading.step)
 
@@ -80,7 +85,8 @@ class WandbLogger:
 
     def __call__(self, reading: Reading) -> None:
         """Log one reading."""
-        self.run.log(as_dict(reading, self.prefix), step=reading.step)
+        if reading.writes:
+            self.run.log(as_dict(reading, self.prefix), step=reading.step)
 
 
 class LightningHooks:

@@ -9,6 +9,8 @@ import numpy as np
 from torch import nn
 
 from ..state.arrays import Array
+from ..state.collectives import READING
+from ..state.telling import tell
 from ..step.optimizer import AdamW
 
 
@@ -32,7 +34,7 @@ def check_optimizer(optimizer: object) -> None:
 
     Raises:
         TypeError: it is not an `lwadamw.AdamW`.
-        RuntimeError: it was built with norms=False, or with `shard_group`.
+        RuntimeError: it was built with norms=False.
     """
     if not isinstance(optimizer, AdamW):
         raise TypeError(
@@ -42,11 +44,33 @@ def check_optimizer(optimizer: object) -> None:
         )
     if not optimizer.options.norms:
         raise RuntimeError("Monitor: this AdamW was built with norms=False. Build it with norms=True.")
-    if optimizer.has_declared_shards:
-        raise RuntimeError(
-            "Monitor: this AdamW was built with shard_group, and a flat shard does not tell the size of its matrix, without "
-            "which no RMS is known. Read optimizer.norms(), which is true over all processes."
-        )
+
+
+def steps_of(optimizer: AdamW) -> int:
+    """Return the number of steps that an optimizer has taken, the same on every process that holds parts of its parameters.
+
+    This is collective if the optimizer was built with `shard_group`, because a process may hold no parameter.
+
+    Args:
+        optimizer: the optimizer.
+    """
+    steps = optimizer.steps_taken()
+    for split in optimizer.shards.declared:
+        steps = tell(split, {"": steps}, max, READING)[""]
+    return steps
+
+
+def writes(optimizer: AdamW) -> bool:
+    """Return whether this process is the one to write, of all that hold parts of the same parameters.
+
+    It is the first one along every dimension of every device mesh, and the first one of every process group of `shard_group`.
+
+    Args:
+        optimizer: the optimizer.
+    """
+    meshes = {p.device_mesh for group in optimizer.param_groups for p in group["params"] if hasattr(p, "device_mesh")}
+    coordinates = [place for mesh in meshes for place in mesh.get_coordinate() or ()]
+    return not any(coordinates) and all(g.rank() == 0 for split in optimizer.shards.declared for g in split.groups)
 
 
 def probe_of(probe: Any, optimizer: AdamW, model: nn.Module | None, spectrum_every: int) -> Any:

@@ -43,7 +43,8 @@ class DriftWatch:
             skipped.
 
     Attributes:
-        warned: whether the watch has warned. It does nothing more afterwards.
+        warned: whether the watch has warned. It does nothing more afterwards. If parameters are split over processes, the
+            watches of all of them judge alike, and one gives the warning.
 
     Raises:
         ValueError: the file is not a profile, or the tolerance is not above 1.
@@ -85,17 +86,22 @@ class DriftWatch:
             watched = [finding for finding in found.drifted if finding.statistic in self.statistics]
         except ValueError as error:
             # A watch must never end the run that it watches.
-            self._warn(f"nothing is watched: {error}")
+            self._warn(f"nothing is watched: {error}", reading.writes)
             return
         drifted = {(finding.role, finding.layers, finding.statistic): finding for finding in watched}
         confirmed = [finding for key, finding in drifted.items() if key in self._suspects]
         self._suspects = set(drifted)
         if confirmed:
             listed = "".join(f"\n  {_told(finding)}" for finding in confirmed)
-            self._warn(f"step {reading.step}: not what the profile predicts, by more than {self.tolerance:g}:{listed}")
+            self._warn(
+                f"step {reading.step}: not what the profile predicts, by more than {self.tolerance:g}:{listed}",
+                reading.writes,
+            )
 
-    def _warn(self, message: str) -> None:
+    def _warn(self, message: str, writes: bool) -> None:
         self.warned = True
+        if not writes:
+            return
         warnings.warn(f"lwadamw.DriftWatch, {message}", DriftWarning, stacklevel=3)
 
 

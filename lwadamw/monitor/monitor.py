@@ -14,12 +14,12 @@ from ..state.checks import capturing
 from ..step.norms import Norms
 from ..step.optimizer import AdamW
 from ..width.steady_state import Elapsed
-from .arguments import check_number, check_optimizer, probe_columns, probe_of
+from .arguments import check_number, check_optimizer, probe_columns, probe_of, steps_of, writes
 from .group_tracker import GroupTracker
 from .reading import Reading
 from .report import as_dict, medians_by_role, table
 from .segment_tracker import SegmentTracker
-from .spectrum import Spectrum
+from .spectra import Spectrum
 
 if TYPE_CHECKING:
     from .probe import Probe
@@ -57,8 +57,12 @@ class Monitor:
 
     Hyperparameters that are tensors are read together with the norms. Until the next reading they count as constant. Steps
     that were skipped because of a non-finite gradient are found at the reading. They count as spread evenly since the last
-    reading. Replays of a CUDA graph call no hooks: call `after_step()` after each replay. Copies and pickles of the optimizer
-    have no monitor.
+    reading. If parameters are split over processes, a reading is collective: attach a monitor with the same arguments on every
+    process. All get the same values, and one of them writes: see `Reading.writes`. Singular values of a matrix that is split
+    both by rows and by columns are NaN, and so are those of plain tensors that are parts (`shard_group`).
+
+    Replays of a CUDA graph call no hooks: call `after_step()` after each replay. Copies and pickles of the optimizer have no
+    monitor.
 
     Args:
         optimizer: an `lwadamw.AdamW` that was built with norms=True.
@@ -79,7 +83,7 @@ class Monitor:
         TypeError: the optimizer is not an `lwadamw.AdamW`.
         ValueError: `every`, `spectrum_every`, `steps` or `history` is not a whole number in its range; the probe is a batch
             and there is no model; or there is a probe, but spectrum_every=0.
-        RuntimeError: the optimizer was built with norms=False, or this process holds only a shard of some parameter.
+        RuntimeError: the optimizer was built with norms=False, or a probe is given and parameters are split over processes.
 
     Example:
         >>> import torch
@@ -115,7 +119,7 @@ class Monitor:
         self.probe = None if probe is None else probe_of(probe, optimizer, model, spectrum_every)
         self.readings: deque[Reading] = deque(maxlen=history)
         self.on_reading: list[Callable[[Reading], None]] = []
-        self.step = optimizer.steps_taken()
+        self.step = steps_of(optimizer)
         self._first = self.step + 1
         self._groups = GroupTracker(self.step, int(optimizer.skipped_steps))
         self._segments = SegmentTracker((), optimizer)
@@ -168,6 +172,8 @@ class Monitor:
 
     def save(self, path: str | Path, **meta: Any) -> None:
         """Write a profile of the run for `python -m lwadamw compare`.
+
+        If parameters are split over processes, all of them may call this, and the first one writes the file.
 
         Args:
             path: path of the file. An existing file is replaced.
@@ -260,7 +266,16 @@ class Monitor:
             columns |= self._spectrum.columns(norms.names, norms.weight)
         if self.probe is not None and self._has_spectrum(self.step):
             columns |= probe_columns(self.probe.after_step(), len(norms))
-        reading = Reading(self.step, norms.names, segments.roles, segments.m, hyper[:, 0], hyper[:, 1], columns)
+        reading = Reading(
+            self.step,
+            norms.names,
+            segments.roles,
+            segments.m,
+            hyper[:, 0],
+            hyper[:, 1],
+            columns,
+            writes(self.optimizer),
+        )
         self.readings.append(reading)
         for call in self.on_reading:
             call(reading)

@@ -57,6 +57,7 @@ class Probe:
 
     Raises:
         ValueError: max_rows is not positive, or the model has no weight that can be measured.
+        RuntimeError: a weight is split over processes: a part of a matrix has no gain.
 
     Example:
         >>> from lwadamw import AdamW
@@ -88,6 +89,12 @@ class Probe:
         self.max_rows = max_rows
         # For each weight that was used: the member, X of shape [rows, fan_in], and a copy of the weight.
         self._before: list[tuple[Member, Tensor, Tensor]] | None = None
+        if optimizer.shards.declared:
+            raise RuntimeError(
+                "Probe: this AdamW was built with shard_group, so its parameters are parts of matrices, and a part has no "
+                "gain. Probe a model whose weights are not sharded."
+            )
+        self._check_whole(self._sites())
         if not self._sites():
             raise ValueError(
                 "Probe: no matrix of the optimizer is the weight of a module like nn.Linear in this model. Give the model "
@@ -105,12 +112,7 @@ class Probe:
             RuntimeError: a weight is sharded over processes, or the forward pass called none of the modules.
         """
         sites = self._sites()
-        for member, _ in sites:
-            if is_sharded(member.param):
-                raise RuntimeError(
-                    f"Probe: {member.name!r} {tuple(member.param.shape)} is sharded over processes, and a shard has no "
-                    "gain. Probe a model whose weights are not sharded."
-                )
+        self._check_whole(sites)
         samples = [_InputSample(self.max_rows) for _ in sites]
         handles = [
             module.register_forward_pre_hook(sample.hook, with_kwargs=True)
@@ -161,6 +163,14 @@ class Probe:
         unknown = np.full(len(STATISTICS), np.nan)
         rows = np.array([measured.get(name, unknown) for name in self.optimizer.norm_names()])
         return dict(zip(STATISTICS, rows.reshape(-1, len(STATISTICS)).T.copy(), strict=True))
+
+    def _check_whole(self, sites: list[tuple[Member, list[nn.Module]]]) -> None:
+        for member, _ in sites:
+            if is_sharded(member.param):
+                raise RuntimeError(
+                    f"Probe: {member.name!r} {tuple(member.param.shape)} is sharded over processes, and a shard has no "
+                    "gain. Probe a model whose weights are not sharded."
+                )
 
     def _sites(self) -> list[tuple[Member, list[nn.Module]]]:
         """Return the weights that can be measured, each with the modules that multiply with it."""

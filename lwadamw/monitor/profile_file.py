@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from ..state import keys
-from ..state.members import members_of
+from ..state.members import local, members_of
 from ..version import __version__
 from .profile import Profile, SegmentProfile
 from .reading import Reading
@@ -51,7 +51,7 @@ def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, An
         meta: anything else to keep, for instance batch size, tokens or commit. JSON must be able to hold it.
 
     Returns:
-        The profile that was written.
+        The profile that was written. If parameters are split over processes, the first one of them writes it.
 
     Raises:
         RuntimeError: the monitor has no reading yet.
@@ -63,6 +63,7 @@ def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, An
         )
     groups: Sequence[dict[str, Any]] = monitor.optimizer.param_groups
     shapes = _shapes(monitor.optimizer)
+    unknown: tuple[tuple[int, ...], int | None] = ((), None)
     group = next((g for g in groups if keys.ROLE.of(g) == "matrix"), groups[0])
     base = {key: float(group[key]) for key in ("lr", "weight_decay")}
     readings = list(monitor.readings)
@@ -70,26 +71,33 @@ def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, An
     kept = sorted({round(i) for i in np.linspace(0, len(readings) - 1, min(HISTORY, len(readings)))})
     profile = replace(
         found,
-        segments=tuple(replace(x, shape=shapes[x.name][0], fan_in=shapes[x.name][1]) for x in found.segments),
+        segments=tuple(
+            replace(x, shape=shape, fan_in=fan_in)
+            for x in found.segments
+            for shape, fan_in in (shapes.get(x.name, unknown),)
+        ),
         rule=", ".join(dict.fromkeys(g["rule"] for g in groups if "rule" in g)) or "none",
         base=base | {"betas": [float(b) for b in group["betas"]]},
         meta=dict(meta or {}),
         package=__version__,
         history=tuple(Profile.of(readings[: i + 1]).by_type() for i in kept),
     )
-    write(path, profile)
+    if readings[-1].writes:
+        write(path, profile)
     return profile
 
 
 def _shapes(optimizer: Any) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """Return shape and fan_in of every parameter and of every segment, by name."""
+    """Return shape and fan_in of every parameter and of every segment, by name. A plain tensor that is a part has no shape."""
     evidence = getattr(optimizer, "evidence", {})
+    shards = getattr(optimizer, "shards", None)
     shapes: dict[str, tuple[tuple[int, ...], int | None]] = {}
     for member in members_of(optimizer.param_groups):
-        shape = tuple(member.param.shape)
+        is_part = shards is not None and local(member.param) is member.param and shards.split_of(member).groups
+        shape = () if is_part else tuple(member.param.shape)
         fan_in = evidence[member.name].fan_in if member.name in evidence else None
         shapes[member.name] = (shape, fan_in)
-        for name, size in zip(member.segment_names(), member.segments, strict=False):
+        for name, size in zip(member.segment_names(), () if is_part else member.segments, strict=False):
             shapes[name] = ((size * shape[0] // max(member.param.numel(), 1), *shape[1:]), fan_in)
     return shapes
 

@@ -20,6 +20,8 @@ class Reading:
         lr: effective learning rate of every segment.
         weight_decay: effective weight decay of every segment.
         columns: statistic -> its value for every segment. `lwadamw.Monitor` describes the statistics.
+        writes: whether this process is the one to log the reading. Where parameters are split over processes, all of them have
+            the same reading.
     """
 
     step: int
@@ -29,3 +31,4 @@ class Reading:
     lr: Array
     weight_decay: Array
     columns: Mapping[str, Array] = field(default_factory=dict)
+    writes: bool = True

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from ..state import keys
 from ..state.arrays import Array
+from ..state.collectives import READING
 from ..state.identity import same
 from ..state.members import is_sharded, local, members_of
+from ..state.shards import Split
+from ..state.telling import tell
 from ..step.norms import Norms
 from ..step.optimizer import AdamW
 from ..width.steady_state import STEADY_TAUS, Elapsed, earliest_steady_step, relative_update_of, weight_rms_of
+from .parts import Part, part_of
 from .spectrum import matrix_view
 
 # A segment counts as steady while expected_rms and steady_rms differ by at most this share of steady_rms.
@@ -50,10 +54,20 @@ _SAVED: Final[Mapping[str, tuple[str, type[np.generic]]]] = {
 _FOUND_ANEW: Final = ("group", "decays")
 
 
+_Place = tuple[int, str, float, int]  # index of the group, role, width ratio, number of elements
+
+
+def _joined(known: Sequence[_Place]) -> _Place:
+    """Return the place of a parameter of which several processes hold a part."""
+    group, role, m, _ = known[0]
+    return group, role, m, sum(size for *_, size in known)
+
+
 class SegmentTracker:
     """Follows every segment from reading to reading and judges whether it has reached its steady state.
 
-    A segment starts at its first reading. It starts again when its parameter has moved to another group.
+    A segment starts at its first reading. It starts again when its parameter has moved to another group. Making a tracker
+    is collective if the optimizer was built with `shard_group`.
 
     Args:
         names: names of the segments, in the order of the optimizer's norms.
@@ -70,7 +84,8 @@ class SegmentTracker:
     def __init__(self, names: Sequence[str], optimizer: AdamW, earlier: SegmentTracker | None = None) -> None:
         self.names = tuple(names)
         self._params = [list(group["params"]) for group in optimizer.param_groups]
-        places: dict[str, tuple[int, str, float, int]] = {}
+        places: dict[str, _Place] = {}
+        split_places: dict[Split, dict[str, _Place]] = {split: {} for split in optimizer.shards.declared}
         for member in members_of(optimizer.param_groups):
             found = optimizer.evidence.get(member.name)
             role = found.role if found else keys.ROLE.of(member.group)
@@ -80,7 +95,10 @@ class SegmentTracker:
                 member.name: member.param.numel(),
                 **dict(zip(member.segment_names(), member.segments, strict=False)),
             }
-            places |= {name: (member.group_index, role, m, size) for name, size in sizes.items()}
+            own = {name: (member.group_index, role, m, size) for name, size in sizes.items()}
+            split_places.get(optimizer.shards.split_of(member), places).update(own)
+        for split, known in split_places.items():
+            places |= tell(split, known, _joined, READING)
         found_places = [places[name] for name in self.names]
         self.group = np.array([place[0] for place in found_places], dtype=np.int64)
         self.roles = tuple(str(place[1]) for place in found_places)
@@ -220,18 +238,23 @@ class SegmentTracker:
             return "never in this run"
         return f"not before step {self._earliest[i]:.0f}"
 
-    def matrices(self, optimizer: AdamW) -> dict[str, Tensor]:
+    def matrices(self, optimizer: AdamW) -> dict[str, Tensor | Part]:
         """Return the segments that are matrices, by name, in the order of `names`. They are views of their parameters.
 
-        A matrix that is sharded over processes is left out: no process has its singular values.
+        Of a DTensor that is split over processes, what this process holds. Matrices that are split by rows and by columns are
+        left out, and so are plain tensors that are parts.
         """
-        out: dict[str, Tensor] = {}
+        out: dict[str, Tensor | Part] = {}
         wanted = {name for name, role in zip(self.names, self.roles, strict=True) if role != "vector"}
         for member in members_of(optimizer.param_groups):
-            if is_sharded(member.param):
-                continue
             found = optimizer.evidence.get(member.name)
             fan_in, whole = found.fan_in if found else None, local(member.param.detach())
+            split = optimizer.shards.split_of(member)
+            if split.groups:
+                part_is_known = is_sharded(member.param) and member.name in wanted
+                if part_is_known and (held := part_of(member.param, fan_in, split)) is not None:
+                    out[member.name] = held
+                continue
             per_row = math.prod(whole.shape[1:])
             parts = torch.split(whole, [size // per_row for size in member.segments]) if member.segments else [whole]
             for name, part in ((member.name, whole), *zip(member.segment_names(), parts, strict=True)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -47,7 +47,7 @@ def top_singular_values(matrices: Sequence[Tensor], start: Sequence[Tensor | Non
     vectors: list[Tensor] = [torch.empty(0, device="cpu")] * len(matrices)
     for indices in _batches(matrices):
         some = [_tall(matrices[i]) for i in indices]
-        begin = [_start(w, start[i]) for w, i in zip(some, indices, strict=True)]
+        begin = [start_vectors(w, min(VECTORS, w.shape[1]), start[i]) for w, i in zip(some, indices, strict=True)]
         w, v = (x[0].unsqueeze(0) if len(x) == 1 else torch.stack(x) for x in (some, begin))
         with torch.autocast(w.device.type, enabled=False):
             found, v = _iterate(w, v)
@@ -100,60 +100,6 @@ def matrix_view(p: Tensor, fan_in: int | None) -> Tensor | None:
     return p[0] if p.ndim == 3 and p.shape[0] == 1 and fan_in in p.shape[1:] else None
 
 
-class Spectrum:
-    """Keeps the top singular values of named matrices from their last measurement, and the vectors for the next one."""
-
-    def __init__(self) -> None:
-        self._vectors: dict[str, Tensor] = {}
-        # top, second and bulk; then the Frobenius norm and the step at which they were measured
-        self._measured: dict[str, tuple[float, float, float, float, int]] = {}
-
-    @property
-    def known(self) -> bool:
-        """Whether any matrix has been measured."""
-        return bool(self._measured)
-
-    def measure(self, matrices: Mapping[str, Tensor], frobenius: Mapping[str, float], step: int) -> None:
-        """Measure the top singular values of all matrices. What is known about other names is forgotten.
-
-        Args:
-            matrices: the matrices by name, [rows, cols] each.
-            frobenius: the Frobenius norm of each matrix by name.
-            step: the step at which the matrices are measured.
-        """
-        start = [self._vectors.get(name) for name in matrices]
-        values, vectors = top_singular_values(list(matrices.values()), start)
-        self._vectors, self._measured = {}, {}
-        for (name, matrix), vector, row in zip(matrices.items(), vectors, values, strict=True):
-            rows, cols = matrix.shape
-            if math.isfinite(row[0]):
-                self._vectors[name] = vector
-            second, bulk = float(row[1]), bulk_edge(row, frobenius[name], rows, cols)
-            if min(rows, cols) == 1:
-                second = bulk = math.nan
-            self._measured[name] = (float(row[0]), second, bulk, frobenius[name], step)
-
-    def columns(self, names: Sequence[str], frobenius: Array) -> dict[str, Array]:
-        """Return the present `top`, `second` and `bulk`, and the step `calibrated_at` at which they were measured.
-
-        Since the measurement they follow the Frobenius norm: top now = top then * |W| now / |W| then. This assumes that the
-        shape of the spectrum stays the same, as Fan et al. 2510.15262 observe.
-
-        Args:
-            names: the names to return values for.
-            frobenius: the present Frobenius norm for each name, float64[len(names)].
-
-        Returns:
-            The columns by name, float64[len(names)] each. NaN for names that were not measured.
-        """
-        unknown = (math.nan,) * 5
-        table = np.array([self._measured.get(name, unknown) for name in names]).reshape(-1, 5)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            factor = np.where(frobenius == table[:, 3], 1.0, frobenius / table[:, 3])
-        carried = {name: table[:, j] * factor for j, name in enumerate(("top", "second", "bulk"))}
-        return {**carried, "calibrated_at": table[:, 4]}
-
-
 def _batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
     """Yield the indices of matrices to iterate together: equal in shape, dtype and device, and at most BATCH elements."""
     alike: dict[object, list[int]] = {}
@@ -171,8 +117,17 @@ def _tall(matrix: Tensor) -> Tensor:
     return tall if tall.dtype == torch.float64 else tall.float()
 
 
-def _start(w: Tensor, vectors: Tensor | None) -> Tensor:
-    count = min(VECTORS, w.shape[1])
+def start_vectors(w: Tensor, count: int, vectors: Tensor | None) -> Tensor:
+    """Return the vectors to start from: those of the last time, or else random ones, the same on every process.
+
+    Args:
+        w: [rows, cols], in the dtype to compute in.
+        count: number of vectors.
+        vectors: those of the last time, or None.
+
+    Returns:
+        [cols, count], orthonormal.
+    """
     if vectors is not None and vectors.shape == (w.shape[1], count):
         return vectors.to(w.device, w.dtype)
     # This uses its own generator, because a monitor must not change which random numbers the training sees.
@@ -189,12 +144,22 @@ def _iterate(w: Tensor, v: Tensor) -> tuple[Array, Tensor]:
         y = w @ v
         if iteration % 2 == 0:
             now = _ritz(y)
-            least = CONVERGENCE_TOLERANCE * now[:, :2] + NEGLIGIBLE * now[:, :1]
-            if before is not None and not (np.abs(now - before)[:, :2] > least).any():
+            if before is not None and all(map(has_settled, now, before)):
                 break
             before = now
         v = torch.linalg.qr(w.mT @ y)[0]
     return now, v
+
+
+def has_settled(now: Array, before: Array) -> bool:
+    """Return whether the two largest of a matrix's singular values have hardly changed in two iterations.
+
+    Args:
+        now: float64[count], in descending order.
+        before: the same, two iterations earlier.
+    """
+    least = CONVERGENCE_TOLERANCE * now[:2] + NEGLIGIBLE * now[:1]
+    return not bool((np.abs(now - before)[:2] > least).any())
 
 
 def _ritz(y: Tensor) -> Array:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import decay, keys
 from .blocks import QUANT, cut
 from .companions import misfit, misfit_of_codes
-from .members import Member, is_fake, is_sharded, local, members_of
+from .members import Member, is_fake, local, members_of
 from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_parameter, wanted_dtype
 
 _ANEW = "del optimizer.state[p] starts its moments at zero"
@@ -27,8 +27,7 @@ def check_state(member: Member, state: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: a tensor of the state has another shape, another device, or other placements than the parameter, or a
             dtype that it cannot be kept in; a companion does not fit the parameter; an 8-bit moment has no fitting scales,
-            or is not possible under amsgrad or with these segments; or the huber threshold is not float32[] or the parameter
-            is sharded.
+            or is not possible under amsgrad or with these segments; or the huber threshold is not float32[].
         ValueError: the group asks for a way to keep weights that float16 does not have.
     """
     p = member.param
@@ -159,12 +158,6 @@ def _check_moments(member: Member, state: Mapping[str, Any]) -> None:
 
 def _check_threshold(member: Member, state: Mapping[str, Any]) -> None:
     p, threshold = member.param, state.get(decay.THRESHOLD)
-    if is_sharded(p):
-        raise RuntimeError(
-            f"decay='huber' of {member.name!r} {tuple(p.shape)}, of which this process holds {tuple(local(p).shape)}: the "
-            "threshold is the mean over the whole parameter, which no process can compute alone. Put the parameter into a "
-            "group with decay='coupled'."
-        )
     if threshold is None or (threshold.shape, threshold.dtype, threshold.device) == ((), torch.float32, p.device):
         return
     raise RuntimeError(

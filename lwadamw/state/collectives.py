@@ -35,6 +35,10 @@ class Call(NamedTuple):
 _OWN: Final = "norm_sums(local=True) returns the sums over what this process holds, and is not collective."
 _UNCLIPPED: Final = "A step with max_grad_norm=None is not collective."
 STEP: Final = Call("step() with max_grad_norm", _UNCLIPPED)
+HUBER: Final = Call(
+    'step() with decay="huber"', 'A step with decay="coupled" and max_grad_norm=None is not collective.'
+)
+READING: Final = Call("a reading of Monitor", "Build a Monitor with the same arguments on every process.")
 CLIP: Final = Call("clip_grad_norm_()", _UNCLIPPED)
 NORMS: Final = Call("norms()", _OWN)
 NORM_SUMS: Final = Call("norm_sums()", _OWN)

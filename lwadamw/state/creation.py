@@ -16,7 +16,15 @@ from .storage import ARRAYS, CODES, MOMENTS, SCALES, STATE, kept_weight, wanted_
 
 
 @torch.no_grad()
-def create_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], segments: Sequence[int] = ()) -> None:
+def create_state(
+    state: dict[str, Any],
+    p: Tensor,
+    group: Mapping[str, Any],
+    segments: Sequence[int] = (),
+    threshold: Tensor | None = None,
+    *,
+    split: bool = False,
+) -> None:
     """Add the tensors that a group asks for and that a parameter's state does not have yet.
 
     New arrays are laid out in memory as the parameter is. A companion that exists already is kept: a state with a master
@@ -28,10 +36,14 @@ def create_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], seg
         group: its group; `amsgrad`, the storage options and the decay law are read.
         segments: the number of elements of each segment of the whole parameter; () for one segment. Blocks of 8-bit codes may
             not cross segments.
+        threshold: the first huber threshold, float32[]. None: it is computed from the weight.
+        split: other processes hold other parts of the parameter. Then a threshold is not computed: the next step adds it.
     """
-    if decay.is_huber(group) and decay.THRESHOLD not in state:
-        weight = read_weight(p, state, kept_weight(p, {}, state))
-        state[decay.THRESHOLD] = decay.threshold_of(weight, keys.HUBER_SCALE.of(group))
+    if decay.is_huber(group) and decay.THRESHOLD not in state and (threshold is not None or not split):
+        if threshold is None:
+            weight = read_weight(p, state, kept_weight(p, {}, state))
+            threshold = decay.threshold_of(weight, keys.HUBER_SCALE.of(group))
+        state[decay.THRESHOLD] = threshold
     for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
         if key not in state:
             is_max = key == "max_exp_avg_sq"
@@ -81,7 +93,9 @@ def _zero_scales(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def convert_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], segments: Sequence[int] = ()) -> None:
+def convert_state(
+    state: dict[str, Any], p: Tensor, group: Mapping[str, Any], segments: Sequence[int] = (), *, split: bool = False
+) -> None:
     """Convert a parameter's state to the storage types that its group asks for. Each value is rounded once, to nearest.
 
     Args:
@@ -89,13 +103,14 @@ def convert_state(state: dict[str, Any], p: Tensor, group: Mapping[str, Any], se
         p: the parameter. It is written too if its weight is kept in two arrays.
         group: its group, with the storage options to convert to.
         segments: the number of elements of each segment; () for one segment.
+        split: other processes hold other parts of the parameter.
     """
     kept = kept_weight(p, {}, state)
     weight = read_weight(p, state, kept) if kept in ("master", "remainder", "kahan") else None
     moments = {key: read_moment(state, key) for key in MOMENTS if key in state}
     for key in STATE:
         state.pop(key, None)
-    create_state(state, p, {**group, "amsgrad": "max_exp_avg_sq" in moments}, segments)
+    create_state(state, p, {**group, "amsgrad": "max_exp_avg_sq" in moments}, segments, split=split)
     for key, values in moments.items():
         write_moment(state, key, values)
     if weight is not None:

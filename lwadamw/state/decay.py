@@ -123,6 +123,16 @@ def complete_law(group: dict[str, Any], where: str) -> None:
 
 
 @torch.no_grad()
+def absolute_sum(weight: Tensor) -> Tensor:
+    """Return the sum of |w|, float64[].
+
+    Args:
+        weight: a weight or a part of it, of any shape and any real dtype.
+    """
+    total: Tensor = torch.linalg.vector_norm(weight, 1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return total.double()
+
+
 def threshold_of(weight: Tensor, scale: float) -> Tensor:
     """Return the threshold that a weight would have in the long run if it did not change.
 
@@ -133,8 +143,7 @@ def threshold_of(weight: Tensor, scale: float) -> Tensor:
     Returns:
         scale * mean |w|, float32[]. For a weight without elements it is 0.
     """
-    total: Tensor = torch.linalg.vector_norm(weight, 1, dtype=torch.promote_types(weight.dtype, torch.float32))
-    return (total * (scale / max(weight.numel(), 1))).float()
+    return (absolute_sum(weight) * (scale / max(weight.numel(), 1))).float()
 
 
 @torch.no_grad()
@@ -171,14 +180,13 @@ def unshrink(weight: Tensor, threshold: Tensor, decay_per_step: float | Tensor) 
 
 
 @torch.no_grad()
-def follow(threshold: Tensor, weight: Tensor, scale: float, skipped: Tensor | None = None) -> None:
-    """Move a threshold in place after a step: by RATE of its distance from scale * mean |w|.
+def follow(threshold: Tensor, target: Tensor, skipped: Tensor | None = None) -> None:
+    """Move a threshold in place after a step: by RATE of its distance from huber_scale mean |w|.
 
     Args:
         threshold: delta, float32[], changed in place.
-        weight: the whole weight after the step.
-        scale: `huber_scale` of the group.
+        target: huber_scale mean |w| of the whole weight after the step, float32[].
         skipped: nonzero on the device if the step was skipped; then the threshold stays. None: the step was taken.
     """
-    change = RATE * (threshold_of(weight, scale) - threshold)
+    change = RATE * (target - threshold)
     threshold.add_(change if skipped is None else torch.where(skipped == 0, change, 0.0))

@@ -1,21 +1,11 @@
 """Draws: the numbers that the random bits of a parameter's elements are computed from.
 
 The bits of an element depend on its index in the whole, unsharded parameter (random_bits.py), so that sharding a parameter
-does not change how it is rounded. This module says where the elements that this process holds lie in the whole parameter.
-
-The local elements, in memory order, form runs. A run is a number of elements that also follow each other in the whole
-parameter. Local element i has the index
-
-    first + i + (i // run) * (stride - run)
-
-there: `first` is the index of the first local element, `run` the number of elements of a run, and `stride` the distance
-from the start of one run to the start of the next. Example: the second half of the columns of a [3, 8] matrix, sharded over
-two processes, has first = 4, run = 4, stride = 8.
+does not change how it is rounded. runs.py says where the elements that this process holds lie in the whole parameter.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 
 import torch
@@ -25,10 +15,7 @@ from . import keys
 from .members import Member, local
 from .names import has_names
 from .places import Place, place_of
-
-# Run and stride of a tensor whose elements are one single run. The number is longer than any tensor, so the run never ends. It
-# is a multiple of layout.DRAW, because the kernels divide run and stride by it.
-ENDLESS_RUN = 1 << 60
+from .runs import ENDLESS_RUN, runs_of
 
 
 def rounding_row(member: Member) -> tuple[int, int, int, int, int]:
@@ -40,7 +27,7 @@ def rounding_row(member: Member) -> tuple[int, int, int, int, int]:
     Returns:
         (seed, stream, first, run, stride). The seed is the group's `rounding_seed`. The stream is the CRC-32 of the
         parameter's name, or 0 if the group has no names, so that reordering or regrouping named parameters does not
-        change how they are rounded. The module docstring explains the other three.
+        change how they are rounded. runs.py explains the other three.
 
     Raises:
         RuntimeError: first, run and stride cannot describe where the elements of this shard lie in the whole parameter.
@@ -84,38 +71,12 @@ def _runs_at(member: Member, place: Place) -> tuple[int, int, int]:
 def _runs(member: Member) -> tuple[int, int, int]:
     """Return (first, run, stride) of the local elements."""
     p = member.param
-    held = local(p)
-    if held is p or held.numel() in (0, p.numel()):
-        return 0, ENDLESS_RUN, ENDLESS_RUN
-    found = _offsets(p)
-    if found is not None and held.is_contiguous():
-        offsets, after = found, [math.prod(p.shape[d + 1 :]) for d in range(p.ndim)]
-        last = max(d for d in range(p.ndim) if held.shape[d] != p.shape[d])
-        first = sum(o * a for o, a in zip(offsets, after, strict=True))
-        if last == 0:
-            return first, ENDLESS_RUN, ENDLESS_RUN
-        if all(held.shape[d] == p.shape[d] for d in range(1, last)):
-            return first, held.shape[last] * after[last], p.shape[last] * after[last]
+    found = runs_of(p)
+    if found is not None:
+        return found
     raise RuntimeError(
-        f"{member.name!r} {tuple(p.shape)} is sharded as {p.placements}. Stochastic rounding and 8-bit moments round each "  # type: ignore[attr-defined]
-        "element with random bits that depend on its index in the whole parameter, and for this sharding the index is not "
-        "known. Use rounding='kahan' or master_weights=torch.float32, with exp_avg_dtype=torch.bfloat16 and "
-        "exp_avg_sq_dtype=torch.bfloat16."
+        f"{member.name!r} {tuple(p.shape)} is sharded as {p.placements} over a mesh of {tuple(p.device_mesh.shape)}. "  # type: ignore[attr-defined]
+        "Stochastic rounding and 8-bit moments round each element with random bits that depend on its index in the whole "
+        "parameter, and for this sharding the kernels cannot compute the index. Use rounding='kahan' or "
+        "master_weights=torch.float32, with exp_avg_dtype=torch.bfloat16 and exp_avg_sq_dtype=torch.bfloat16."
     )
-
-
-def _offsets(p: Tensor) -> list[int] | None:
-    """Return the index of a DTensor's first local element in each dimension, or None for placements other than Shard."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    mesh = p.device_mesh  # type: ignore[attr-defined]
-    sizes, offsets = list(p.shape), [0] * p.ndim
-    for parts, place, placement in zip(mesh.shape, mesh.get_coordinate(), p.placements, strict=True):  # type: ignore[attr-defined]
-        if type(placement) is Shard:
-            chunk = -(-sizes[placement.dim] // parts)
-            start = min(sizes[placement.dim], chunk * place)
-            offsets[placement.dim] += start
-            sizes[placement.dim] = min(sizes[placement.dim] - start, chunk)
-        elif type(placement) is not Replicate:
-            return None
-    return offsets

@@ -13,6 +13,7 @@ from .companions import settle
 from .members import Member, local, members_of, wrap_like
 from .naming import Naming
 from .saved_form import group_to_saved, to_saved
+from .shards import Shards
 from .storage import MOMENTS, kept_weight
 
 
@@ -23,6 +24,7 @@ class StateExchange(torch.optim.AdamW):
     """
 
     _naming: Naming
+    _shards: Shards
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups, as in torch.
@@ -129,7 +131,10 @@ class StateExchange(torch.optim.AdamW):
         for member in self._members():
             if self.state.get(member.param):
                 settle(member.param, self.state[member.param])
-                creation.convert_state(self.state[member.param], member.param, member.group, member.whole_segments)
+                split = bool(self._shards.split_of(member).groups)
+                creation.convert_state(
+                    self.state[member.param], member.param, member.group, member.whole_segments, split=split
+                )
 
     @torch.no_grad()
     def master_weight(self, p: Tensor) -> Tensor:
@@ -205,7 +210,8 @@ class StateExchange(torch.optim.AdamW):
         state = self.state[p]
         amsgrad = member.group["amsgrad"] or name == "max_exp_avg_sq"
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-        creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments)
+        split = bool(self._shards.split_of(member).groups)
+        creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments, split=split)
         held = torch.empty_like(local(p), dtype=torch.float32).copy_(local(values))
         if name == "master_param":
             packing.write_weight(p, state, kept_weight(p, member.group, state), held)
@@ -227,7 +233,8 @@ class StateExchange(torch.optim.AdamW):
         member = self._member(p)
         check_layouts([member], self.state)
         self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-        creation.create_state(self.state[p], p, member.group, member.whole_segments)
+        split = bool(self._shards.split_of(member).groups)
+        creation.create_state(self.state[p], p, member.group, member.whole_segments, split=split)
 
     def _members(self) -> list[Member]:
         self._naming.follow(self.param_groups)

@@ -95,7 +95,15 @@ class Shards:
         matching = (s for pattern, s in self._patterns.items() if fnmatch.fnmatchcase(member.name, pattern))
         return next(matching, None)
 
-    def _check_told(self, call: Call) -> None:
+    def check_told(self, call: Call) -> None:
+        """Raise an error if `look` has found shards of which nothing is known.
+
+        Args:
+            call: what the user has called.
+
+        Raises:
+            RuntimeError: there are such shards.
+        """
         if self._untold is not None:
             raise RuntimeError(
                 f"lwadamw.AdamW: {call.name} would use the part of {self._untold!r} that this process holds as if it were the "
@@ -147,7 +155,7 @@ class Shards:
         Raises:
             RuntimeError: another process did not make the call, or `look` has found shards of which nothing is known.
         """
-        self._check_told(call)
+        self.check_told(call)
         listed = list(sums)
         splits = {split.label: split for split in (*self.declared, *(split for split, _ in listed))}
         if not any(split.groups for split in splits.values()):
@@ -178,7 +186,7 @@ class Shards:
             RuntimeError: another process did not make the call, or `look` has found shards of which nothing is known, or
                 plain shards have no names by which processes could tell them apart.
         """
-        self._check_told(call)
+        self.check_told(call)
         names, splits = [name for _, name in rows], [self.split_of(member) for member, _ in rows]
         if not self.declared and not any(split.groups for split in splits):
             return names, sums

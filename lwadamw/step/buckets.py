@@ -5,7 +5,7 @@ Parameters share a call if their effective hyperparameters and flags agree, howe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..state import decay, keys
 from ..state.arrivals import arrived
 from ..state.checks import check_gradient
+from ..state.draws import rounding_row
 from ..state.groups import effective
 from ..state.members import Member, any_gradient, gradient_of, gradients_of
 from ..state.storage import storage_of
@@ -42,6 +43,8 @@ class Entry:
         sums: statistics of the last step, float64[4], if the step itself measured them. None: they are computed when norms
             are read.
         threshold: huber threshold that the last step used, float32[].
+        absolute: sum of |w| after the last step over what this process holds, float64[], if the huber threshold still has to
+            follow the whole parameter, of which other processes hold other parts.
     """
 
     member: Member
@@ -51,6 +54,7 @@ class Entry:
     kept: str = "plain"
     sums: Tensor | None = None
     threshold: Tensor | None = None
+    absolute: Tensor | None = None
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Bucket:
         grads: gradients of this step, one per entry. Empty after the step, so that no gradient is kept alive.
         factor: what the last step multiplied the gradients by, one element. None: 1.
         skipped: not zero if the last step changed nothing.
+        split: id() of each parameter of which other processes hold other parts, among those with huber decay.
     """
 
     options: dict[str, Any]
@@ -79,6 +84,7 @@ class Bucket:
     grads: list[Tensor] = field(default_factory=list)
     factor: Tensor | None = None
     skipped: Tensor | bool = False
+    split: Container[int] = ()
 
     @property
     def fused(self) -> bool:
@@ -92,6 +98,22 @@ class Bucket:
     def column(self, key: str) -> list[Tensor]:
         """Return the state tensors of one state key, one per entry."""
         return [entry.state[key] for entry in self.entries]
+
+
+def follow_threshold(entry: Entry, weight: Tensor, bucket: Bucket, skipped: Tensor | None = None) -> None:
+    """Move the huber threshold of a parameter after a step, or keep what it needs until other processes have been asked.
+
+    Args:
+        entry: the parameter.
+        weight: what this process holds of the weight after the step.
+        bucket: the bucket of the parameter.
+        skipped: nonzero on the device if the step was skipped; None: the step was taken.
+    """
+    if id(entry.member.param) in bucket.split:
+        entry.absolute = decay.absolute_sum(weight)
+    else:
+        target = decay.threshold_of(weight, keys.HUBER_SCALE.of(entry.member.group))
+        decay.follow(entry.state[decay.THRESHOLD], target, skipped)
 
 
 def fill_buckets(
@@ -109,8 +131,8 @@ def fill_buckets(
         The buckets, and the parameters that have no gradient, by the attribute that would hold it.
 
     Raises:
-        RuntimeError: a gradient is sparse or has another shape than its parameter, or torch cannot update a parameter. See
-            torch_paths.py.
+        RuntimeError: a gradient is sparse or has another shape than its parameter, torch cannot update a parameter (see
+            torch_paths.py), or it draws random bits and is sharded in a way that state/runs.py cannot describe.
         TypeError: a hyperparameter is neither a number nor a tensor of one element.
     """
     without_gradient: dict[str, list[Tensor]] = {}
@@ -130,12 +152,14 @@ def fill_buckets(
         entry = entries.get(m.order)
         if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
             entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if fused_cpu.serves(p, state[p]) else None)
-        entry.member, entry.sums = m, None
+        entry.member, entry.sums, entry.absolute = m, None, None
         if m.group_index not in fused_groups:
             check_group(group, m.group_index)
             fused_groups[m.group_index] = fused_cpu.serves_group(group)
         storage = storage_of(p, grad, group, entry.state, m.whole_segments)
         entry.kept = storage.weight
+        if storage.draws and entry.completed_for is None:
+            rounding_row(m)  # raises an error before anything is written
         path = path_of(m, grad, group, entry.state, storage)
         if path == "asked" and grad.dtype != p.dtype:
             grad = grad.to(p.dtype)

@@ -23,6 +23,7 @@ from ..state.naming import Naming
 from ..state.saved_form import from_saved
 from ..state.shards import Shards
 from ..state.storage import check_options
+from ..state.whole_thresholds import WholeThresholds, check_threshold_alone
 from ..tables.request import Request
 from .backends import use_triton
 from .nonfinite import DelayedNormCheck
@@ -46,6 +47,7 @@ class Engine:
         self._backend, self._naming, self._shards = backend, naming, shards
         # Skipped steps, int64[]. Counted here for the torch backend alone; a Triton backend goes on from this number.
         self._skipped: Tensor | None = None
+        self._thresholds = WholeThresholds(shards)
         self._norm_check = DelayedNormCheck()
         self._waiting = Waiting()
         self._captured: list[TritonBackend] = []  # former backends whose tables some CUDA graph still reads
@@ -55,7 +57,7 @@ class Engine:
         """Drop all that depends on the parameters and the state that were there when `_sort` ran."""
         self._fingerprint: Fingerprint | None = None  # what the backends were made from
         self._triton: TritonBackend | None = None
-        self._torch = TorchBackend()
+        self._torch = TorchBackend(self._thresholds)
         self._torch_members: list[Member] = []
         # Gradient release. The member of each parameter, by id() of the parameter.
         self._members: dict[int, Member] = {}
@@ -103,6 +105,8 @@ class Engine:
                 self._run(request)
             else:
                 self._run_clipped(request)
+            if self._thresholds.any:
+                self._follow_thresholds()
             # If a GradScaler has set found_inf, the scaler deals with the non-finite gradients.
             checked = request.nonfinite == "raise" and request.max_grad_norm is not None and request.found_inf is None
             if checked and self.grad_norm is not None and not capturing():
@@ -130,6 +134,14 @@ class Engine:
             else:
                 self._triton.set_total(whole)
         return [total for _, total in sums + torch_sums] if whole is None else [whole]
+
+    def _follow_thresholds(self) -> None:
+        """Move the huber thresholds of parameters that are split over processes. This is collective."""
+        of_triton = [] if self._triton is None else self._triton.absolute_sums()
+        totals = self._thresholds.totals(of_triton + self._torch.absolute_sums())
+        if self._triton is not None:
+            self._triton.follow_thresholds(totals[: len(of_triton)])
+        self._torch.follow_thresholds(totals[len(of_triton) :])
 
     def _run(self, request: Request) -> None:
         """Run the backends without clipping."""
@@ -202,6 +214,7 @@ class Engine:
                 graph. Then the parameter has not been changed.
         """
         p, found = member.param, member
+        check_threshold_alone(member, self._shards)
         if capturing(local(p).device):
             raise RuntimeError(
                 f"lwadamw.AdamW: the backward that releases the gradient of {member.name!r} {tuple(p.shape)} is being captured "
@@ -222,7 +235,7 @@ class Engine:
         )
 
     def _step_torch_member(self, member: Member, groups: ParamGroups, state: State, request: Request) -> None:
-        _, torch_backend = self._released.setdefault(id(member.param), (member, TorchBackend()))
+        _, torch_backend = self._released.setdefault(id(member.param), (member, TorchBackend(self._thresholds)))
         torch_backend.prepare([member], groups, state, fresh=False)
         torch_backend.run(factor=None, grad_scale=request.grad_scale, found_inf=request.found_inf, norms=request.norms)
         if request.norms:
@@ -241,10 +254,13 @@ class Engine:
     def _prepare(self, groups: ParamGroups, state: State, request: Request, verify_state: bool) -> None:
         """Make both backends ready for this step. Sort the parameters again if any of them or any state is new."""
         fresh = self._fingerprint is not None and self._fingerprint.holds(groups, state, verify_state)
+        fresh = fresh and self._thresholds.fits(groups)
         if fresh and self._torch_members:
             fresh = self._torch.fits(groups)
         if not fresh:
             self._sort(groups, state)
+        elif self._thresholds.any:
+            self._thresholds.begin(state)
         if self._triton is not None and not self._triton.stage(groups, request, verify_state):
             self._sort(groups, state)
             fresh = False
@@ -290,10 +306,20 @@ class Engine:
         self._torch_members = [m for m in members if id(m.param) not in chosen]
         self._members = {id(m.param): m for m in members}
         self._looks = {id(m.param): look(m.param) for m in self._torch_members}
+        self._thresholds.sort(members, groups, state)
+        self._thresholds.begin(state)
         if for_triton:
             from ..tables.triton_backend import TritonBackend
 
-            self._triton = TritonBackend(for_triton, groups, state, self._skipped, idle=idle, shards=self._shards)
+            self._triton = TritonBackend(
+                for_triton,
+                groups,
+                state,
+                self._skipped,
+                idle=idle,
+                shards=self._shards,
+                thresholds=self._thresholds,
+            )
         # The plans of the Triton backend look at their parameters themselves.
         self._fingerprint = Fingerprint(groups, [m.param for m in self._torch_members])
 

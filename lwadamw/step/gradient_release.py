@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..state import keys
 from ..state.checks import check_gradient, check_state
+from ..state.decay import is_huber
 from ..state.members import Member, ParamGroups, members_of
+from ..state.whole_thresholds import check_threshold_alone
 from ..tables.request import Request
 from .data_parallel import check_not_averaged
 from .loss_scaling import LossScaling
@@ -20,6 +22,7 @@ from .nested_backward import in_nested_backward
 
 if TYPE_CHECKING:
     from ..state.fingerprint import State
+    from ..state.shards import Shards
     from .engine import Engine
 
 
@@ -226,15 +229,17 @@ def _check_all(groups: ParamGroups, state: State) -> None:
         check_state(m, state.get(m.param, {}))
 
 
-def check_releasable(groups: Sequence[Mapping[str, Any]], max_grad_norm: float | None) -> None:
+def check_releasable(groups: ParamGroups, max_grad_norm: float | None, shards: Shards) -> None:
     """Check that every parameter can take its step before the other gradients are complete.
 
     Args:
         groups: the optimizer's parameter groups.
         max_grad_norm: the optimizer's clipping norm, or None.
+        shards: says how each parameter is split over processes.
 
     Raises:
-        RuntimeError: `max_grad_norm` is set, or a group keeps its gradients in another attribute than `grad`.
+        RuntimeError: `max_grad_norm` is set, a group keeps its gradients in another attribute than `grad`, or a parameter with
+            huber decay is split over processes.
     """
     if max_grad_norm is not None:
         raise RuntimeError(
@@ -242,6 +247,9 @@ def check_releasable(groups: Sequence[Mapping[str, Any]], max_grad_norm: float |
             "gradients are. Set optimizer.max_grad_norm = None."
         )
     _check_groups(groups)
+    if any(map(is_huber, groups)):
+        for member in members_of(groups):
+            check_threshold_alone(member, shards)
 
 
 def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:

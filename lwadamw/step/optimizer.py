@@ -102,12 +102,13 @@ class AdamW(StateExchange):
         peak_lr: highest base learning rate of the schedule. "independent" and "corrected" divide by it. None: the value of
             `initial_lr`, or else of `lr`, that the group has when it is added. Give `peak_lr` if a scheduler has a peak of
             its own, as OneCycleLR has.
-        huber_scale: threshold of "huber", as a multiple of the mean of |w|.
+        huber_scale: threshold of "huber", as a multiple of the mean of |w|. If parameters with this law are split over
+            processes, `step()` is collective: all processes have to call it.
         shard_group: the process group, or several, among which parameters are split that are plain tensors, as those of FSDP1,
             ZeroRedundancyOptimizer or Megatron are; or a mapping from fnmatch patterns on parameter names to such groups.
-            Then `max_grad_norm` and `norms()` are those of the whole model. No group, as in [], says that parameters are whole.
-            DTensors tell their groups themselves. Copies and pickles of the optimizer do not have it: a process group cannot be
-            copied.
+            Then `max_grad_norm`, `norms()` and huber thresholds are those of the whole model. No group, as in [], says that
+            parameters are whole. DTensors tell their groups themselves. Copies and pickles of the optimizer do not have it: a
+            process group cannot be copied.
 
     The group keys `exp_avg_dtype`, `exp_avg_sq_dtype`, `master_weights`, `rounding`, `rounding_seed`, `grad_attribute`,
     `decay`, `peak_lr` and `huber_scale` may differ by group. The arguments above apply to groups that lack the key.
@@ -314,7 +315,7 @@ class AdamW(StateExchange):
             complete_group(group, len(self.param_groups) - 1)
             released: ReleaseHooks | None = getattr(self, "_released", None)
             if released is not None:
-                check_releasable(self.param_groups, self._max_grad_norm)
+                check_releasable(self.param_groups, self._max_grad_norm, self._shards)
                 released.follow(self.param_groups)
         except Exception:
             self.param_groups.pop()
@@ -414,9 +415,9 @@ class AdamW(StateExchange):
             raise RuntimeError("This AdamW was built with norms=False. Build it with norms=True to read norms.")
 
     @property
-    def has_declared_shards(self) -> bool:
-        """Whether `shard_group` says that plain parameters are split over processes."""
-        return bool(self._shards.declared)
+    def shards(self) -> Shards:
+        """What the optimizer knows about processes that hold other parts of its parameters."""
+        return self._shards
 
     def steps_taken(self) -> int:
         """Return the largest number of steps that any parameter has taken, 0 before the first step.
@@ -488,9 +489,10 @@ class AdamW(StateExchange):
 
         Raises:
             RuntimeError: `max_grad_norm` is set, whose global norm would be known too late; or a group has another
-                `grad_attribute` than "grad"; or gradients are released already, by this or by another optimizer.
+                `grad_attribute` than "grad"; or a parameter with decay="huber" is split over processes; or gradients are
+                released already, by this or by another optimizer.
         """
-        check_releasable(self.param_groups, self._max_grad_norm)
+        check_releasable(self.param_groups, self._max_grad_norm, self._shards)
         if self._released is not None:
             raise RuntimeError(
                 "release_gradients(): gradients are released already. Call remove() on the first handle."

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..state import decay, keys, packing
+from ..state import decay, packing
 from ..state.draws import draw_inputs
 from ..state.members import flat, local
 from ..state.random_bits import hash_bits, random_bits
 from ..state.storage import CODES, MOMENTS
 from . import torch_fused_cpu as fused_cpu
-from .buckets import Bucket, Entry
+from .buckets import Bucket, Entry, follow_threshold
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> None
         return
     after = packing.read_weight(p, state, kept)
     if bucket.huber_decay is not None:
-        decay.follow(state[decay.THRESHOLD], after, keys.HUBER_SCALE.of(entry.member.group))
+        follow_threshold(entry, after, bucket)
     if norms:
         change = after - before
         pairs = ((after, after), (change, change), (g, g), (before, change))

@@ -22,8 +22,9 @@ from ..state.identity import same, snapshot
 from ..state.members import Member, local, wrap_like
 from ..state.shards import Shards, Split
 from ..state.storage import MOMENTS
+from ..state.whole_thresholds import WholeThresholds
 from . import torch_fused_cpu as fused_cpu
-from .buckets import Bucket, Entry, Needs, fill_buckets, refill_buckets
+from .buckets import Bucket, Entry, Needs, fill_buckets, follow_threshold, refill_buckets
 from .packed_step import step_packed
 from .torch_norms import HalfNorms, resting_sums, sums_of
 
@@ -31,11 +32,15 @@ from .torch_norms import HalfNorms, resting_sums, sums_of
 class TorchBackend:
     """The parameters that torch's AdamW updates, sorted into buckets.
 
+    Args:
+        thresholds: says what the huber thresholds of split parameters need of other processes.
+
     Attributes:
         buckets: the parameters that the current or last step updates. Parameters without a gradient are in no bucket.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, thresholds: WholeThresholds) -> None:
+        self._thresholds = thresholds
         self.buckets: list[Bucket] = []
         self._entries: dict[int, Entry] = {}  # by the parameter's order
         self._without_gradient: dict[str, list[Tensor]] = {}  # by the attribute that would hold the gradient
@@ -78,6 +83,8 @@ class TorchBackend:
         if not fresh:
             self._entries = {}
         self.buckets, self._without_gradient = fill_buckets(members, groups, state, self._entries)
+        for bucket in self.buckets:
+            bucket.split = self._thresholds.counts
         self._group_referents, self._naming = snapshot(referents), snapshot(_naming_of(groups))
         return self._complete_state()
 
@@ -98,7 +105,7 @@ class TorchBackend:
         for _, entry, _ in stale:
             check_state(entry.member, entry.state)
         for bucket, entry, needed in stale:
-            _complete(entry.state, entry.member, *needed[:2])
+            _complete(entry.state, entry.member, *needed[:2], self._thresholds.first.get(id(entry.member.param)))
             if bucket.packed:
                 creation.lay_out(entry.state, entry.member.param)
             entry.completed_for = needed
@@ -157,6 +164,25 @@ class TorchBackend:
                     bucket.factor = None  # torch's fused kernel has unscaled the gradients in place
             _keep_hyperparameters(bucket.options)
 
+    def absolute_sums(self) -> list[tuple[Sequence[Tensor], Tensor]]:
+        """Return what the huber thresholds of split parameters need after a step: parameters, and their sums of |w|."""
+        entries = [entry for bucket in self.buckets for entry in bucket.entries]
+        return [([e.member.param], e.absolute.view(1)) for e in entries if e.absolute is not None]
+
+    def follow_thresholds(self, totals: Sequence[Tensor]) -> None:
+        """Move the huber thresholds of split parameters after a step.
+
+        Args:
+            totals: for each entry of `absolute_sums`, the sum over the whole parameter, float64[1].
+        """
+        waiting = [(b, entry) for b in self.buckets for entry in b.entries if entry.absolute is not None]
+        for (bucket, entry), total in zip(waiting, totals, strict=True):
+            member = entry.member
+            scale = keys.HUBER_SCALE.of(member.group) / max(self._thresholds.counts[id(member.param)], 1)
+            skipped = bucket.skipped if isinstance(bucket.skipped, Tensor) else None
+            decay.follow(entry.state[decay.THRESHOLD], (total[0] * scale).float(), skipped)
+            entry.absolute = None
+
     @torch.no_grad()
     def measure(self) -> None:
         """Compute the statistics of the last step now, because its gradients are about to be dropped."""
@@ -204,7 +230,7 @@ def _naming_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
     return [(group.get("param_names"), group.get(keys.SEGMENTS.name)) for group in groups]
 
 
-def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: bool) -> None:
+def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: bool, threshold: Tensor | None) -> None:
     """Create what the state of one parameter lacks. Put `step` on the device that torch's implementation reads it on."""
     p = member.param
     step = state.get("step", 0.0)
@@ -214,7 +240,7 @@ def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: b
         state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")
     elif on_device and (step.device != p.device or step.dtype != torch.float32):
         state["step"] = step.to(p.device, torch.float32)
-    creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments)
+    creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments, threshold)
 
 
 def _step_plain(bucket: Bucket, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -280,4 +306,4 @@ def _decay_huber(bucket: Bucket, decay_per_step: float | Tensor) -> None:
             skipped = bucket.skipped.to(weight.device)
             taken = torch.where(skipped == 0, decay_per_step, 0.0)
         decay.shrink(weight, threshold, taken)
-        decay.follow(threshold, weight, keys.HUBER_SCALE.of(entry.member.group), skipped)
+        follow_threshold(entry, weight, bucket, skipped)

@@ -58,15 +58,16 @@ def split_idle(
     return busy, idle
 
 
-def complete_state(state: dict[str, Any], member: Member) -> None:
+def complete_state(state: dict[str, Any], member: Member, thresholds: Mapping[int, Tensor]) -> None:
     """Create the state that a parameter lacks, and lay its arrays out in memory in the same order as the parameter.
 
     Args:
         state: state of the parameter; changed in place.
         member: the parameter.
+        thresholds: first huber thresholds that other processes had to be asked for, float32[], by id() of the parameter.
     """
     state.setdefault("step", 0.0)
-    create_state(state, member.param, member.group, member.whole_segments)
+    create_state(state, member.param, member.group, member.whole_segments, thresholds.get(id(member.param)))
     lay_out(state, member.param)
 
 

@@ -59,7 +59,9 @@ class Launches:
             self._coefficients_launch(0, self._n_rows, clip, tables.skipped) for clip in (False, True)
         ]
         self._update = [self._update_launch(0, static.n_chunks, norms) for norms in (False, True)]
-        self._after = () if tables.thresholds is None else (tables.thresholds.launch(0, self._n_rows),)
+        thresholds = tables.thresholds
+        self._after = () if thresholds is None else (thresholds.launch(0, self._n_rows),)
+        self._sum_absolutes = None if thresholds is None or not thresholds.split else thresholds.launch_totals()
         self._first_chunk: list[int] | None = None  # [n_rows + 1], made when a row takes its first step alone
         self._row_launches: dict[int, list[Launch]] = {}
 
@@ -71,12 +73,21 @@ class Launches:
     def run(self, *, clip: bool, norms: bool) -> None:
         """Take the step of every row, in two launches. Plans with huber decay need a third one for the thresholds.
 
+        If their parameters are split over processes, the third launch writes sums, and `follow_thresholds` is to be called.
+
         Args:
             clip: whether to clip by the global norm, which is made of the shared square sums.
             norms: whether to measure the sums that `Plan.norm_sums` reads.
         """
         self._coefficients[clip]()
         self._update[norms]()
+        if self._sum_absolutes is not None:
+            self._sum_absolutes()
+        else:
+            self.follow_thresholds()
+
+    def follow_thresholds(self) -> None:
+        """Move the huber thresholds of all rows."""
         for launch in self._after:
             launch()
 

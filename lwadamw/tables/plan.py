@@ -51,6 +51,7 @@ class Plan:
         device_totals: what this plan shares with the other plans of its device.
         total_index: which of the shared square sums is the one of this plan.
         counts_skipped: whether this plan counts the skipped steps. Of all plans, exactly one has to count them.
+        split: whether other processes hold other parts of all rows.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class Plan:
         device_totals: DeviceTotals,
         total_index: int = 0,
         counts_skipped: bool = True,
+        split: bool = False,
     ) -> None:
         self.device, self.storage, self.n_rows = device, storage, len(rows)
         self.device_totals, self._n_groups = device_totals, n_groups
-        huber = any(row.huber_scale is not None for row in rows)
+        huber = any(row.huber_factor is not None for row in rows)
         amsgrad = any("max_exp_avg_sq" in row.state for row in rows)
         length = chunk_length(sum(row.param.numel() for row in rows))
         with self.on_device():
@@ -84,7 +86,7 @@ class Plan:
                 # The sums of a parameter stay NaN until its first step, because before this step no kernel has read its
                 # weight.
                 torch.full((static.n_chunks, layout.STATISTICS), float("nan"), dtype=torch.float32, device=device),
-                _make_thresholds(rows, static, coefficients) if huber else None,
+                _make_thresholds(rows, static, coefficients, split) if huber else None,
             )
             self._constants = update_constants(storage, static.strided, amsgrad, huber)
             self._dynamic = DynamicTable(len(rows), n_groups, device)
@@ -174,6 +176,22 @@ class Plan:
         """
         self._staged.run(clip=clip, norms=norms)
 
+    @property
+    def absolutes(self) -> Tensor | None:
+        """float64[n_rows], sums of |w| that have to be added up over processes after each step; None if there are none such."""
+        thresholds = self._tables.thresholds
+        return thresholds.totals if thresholds is not None and thresholds.split else None
+
+    def follow_thresholds(self, totals: Tensor) -> None:
+        """Move the huber thresholds of all rows that took the step.
+
+        Args:
+            totals: float64[n_rows], sums of |w| over whole parameters.
+        """
+        if self.absolutes is not None:
+            self.absolutes.copy_(totals)
+            self._staged.follow_thresholds()
+
     def run_row(self, row: int, gradient: int, header: Header, norms: bool) -> None:
         """Take the step of one row alone, from the same tables, without clipping. A skipped step is not counted.
 
@@ -204,9 +222,9 @@ class Plan:
         return sums
 
 
-def _make_thresholds(rows: Sequence[Row], static: StaticTables, coefficients: Tensor) -> Thresholds:
-    factors = [(row.huber_scale or 0.0) / max(row.param.numel(), 1) for row in rows]
+def _make_thresholds(rows: Sequence[Row], static: StaticTables, coefficients: Tensor, split: bool) -> Thresholds:
+    factors = [row.huber_factor or 0.0 for row in rows]
     options = launch_options(current_backend())
-    thresholds = Thresholds(factors, static.addresses[-2], coefficients, static.chunk_row, options)
+    thresholds = Thresholds(factors, static.addresses[-2], coefficients, static.chunk_row, options, split)
     static.addresses[-1] = thresholds.absolutes.data_ptr()
     return thresholds

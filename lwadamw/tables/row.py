@@ -23,8 +23,8 @@ class Row:
         group_index: the parameter's group in the optimizer's `param_groups`.
         segments: number of elements of each segment, in memory order; empty if the parameter is one segment.
         rounding: seed, stream, first, run and stride of the parameter's random bits; see ROUNDING in kernels/layout.py.
-        huber_scale: the group's `huber_scale`; None if the group does not decay by Huber's law. In one plan, either all
-            rows have a number here or all rows have None.
+        huber_factor: the group's `huber_scale` / number of elements of the whole parameter; None if the group does not decay
+            by Huber's law. In one plan, either all rows have a number here or all rows have None.
     """
 
     param: Tensor
@@ -33,7 +33,7 @@ class Row:
     group_index: int
     segments: Sequence[int] = field(default_factory=tuple)
     rounding: Sequence[int] = NO_ROUNDING
-    huber_scale: float | None = None
+    huber_factor: float | None = None
 
 
 def gather_steps(rows: Sequence[Row], device: torch.device) -> Tensor:

@@ -18,14 +18,18 @@ class Thresholds:
 
     Args:
         factors: for each row, the number that turns its sum of |w| into the threshold for weights that do not change:
-            huber_scale / number of elements.
+            huber_scale / number of elements of the whole parameter.
         addresses: int64[n_rows], address of each row's threshold, a float32[].
         coefficients: float32[n_rows, COEFFICIENTS]; the column ACTIVE says which rows took the step.
         chunk_row: int32[n_chunks], the row of each chunk.
         options: options of Triton's compiler.
+        split: other processes hold other parts of the rows. Then the sums of all processes have to be added up between two
+            launches.
 
     Attributes:
         tables: the tensors that the kernel reads and writes.
+        split: as given.
+        totals: float64[n_rows], sum of |w| of each row: of this process's part, then of the whole. Used if `split`.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Thresholds:
         coefficients: Tensor,
         chunk_row: Tensor,
         options: Mapping[str, Any],
+        split: bool = False,
     ) -> None:
         device = coefficients.device
         # float32[n_chunks]: sum of |w| of each chunk; the update kernel writes them. They start as zeros, because the
@@ -49,8 +54,9 @@ class Thresholds:
             torch.tensor(factors, dtype=torch.float64, device=device),
             addresses,
             coefficients,
+            torch.zeros(len(factors), dtype=torch.float64, device=device),
         )
-        self._options = options
+        self.split, self.totals, self._options = split, self.tables[-1], options
 
     def launch(self, first: int, n_rows: int) -> Launch:
         """Return the launch that moves the thresholds of some rows, to be called after the update of these rows.
@@ -59,5 +65,10 @@ class Thresholds:
             first: index of the first row.
             n_rows: number of rows.
         """
-        constants = {"RATE": decay.RATE}
+        constants = {"RATE": decay.RATE, "SPLIT": self.split}
         return Launch(kernels.threshold_kernel, n_rows, (*self.tables, first), constants, self._options)
+
+    def launch_totals(self) -> Launch:
+        """Return the launch that writes the sums of this process's parts to `totals`, to be called after the update."""
+        arguments = (*self.tables[:2], self.totals)
+        return Launch(kernels.absolute_kernel, len(self.totals), arguments, {}, self._options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import is_not
 from typing import Any
 
@@ -40,6 +40,7 @@ class TrackedPlan:
         device_totals: what the plans of this device share.
         total_index: which of the shared square sums is the one of this plan.
         counts_skipped: whether this plan counts the skipped steps.
+        counts: number of elements of the whole, by id() of each parameter that is split over processes and has huber decay.
     """
 
     def __init__(
@@ -52,17 +53,19 @@ class TrackedPlan:
         device_totals: DeviceTotals,
         total_index: int,
         counts_skipped: bool,
+        counts: Mapping[int, int],
     ) -> None:
         self.members = members
         self.params = [m.param for m in members]
         self.plan = Plan(
             key.device,
             key.storage,
-            [_make_row(m, state, key.storage) for m, state in zip(members, states, strict=True)],
+            [_make_row(m, state, key.storage, counts) for m, state in zip(members, states, strict=True)],
             n_groups=n_groups,
             device_totals=device_totals,
             total_index=total_index,
             counts_skipped=counts_skipped,
+            split=bool(key.split),
         )
         for state, step in zip(states, self.plan.steps.unbind(), strict=True):
             state["step"] = step
@@ -133,9 +136,10 @@ class TrackedPlan:
         )
 
 
-def _make_row(member: Member, state: dict[str, Any], storage: Storage) -> Row:
+def _make_row(member: Member, state: dict[str, Any], storage: Storage, counts: Mapping[int, int]) -> Row:
     # The state may still have the maximum of a group with amsgrad from which the parameter has been taken.
     names = [name for name in _STATE if name in state and (name != "max_exp_avg_sq" or member.group["amsgrad"])]
+    count = max(counts.get(id(member.param), member.param.numel()), 1)
     return Row(
         local(member.param),
         {name: local(state[name]) for name in names},
@@ -143,5 +147,5 @@ def _make_row(member: Member, state: dict[str, Any], storage: Storage) -> Row:
         member.group_index,
         member.segments,
         rounding_row(member) if storage.draws else NO_ROUNDING,
-        keys.HUBER_SCALE.of(member.group) if is_huber(member.group) else None,
+        keys.HUBER_SCALE.of(member.group) / count if is_huber(member.group) else None,
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..state.checks import capturing
 from ..state.members import Member, any_gradient
 from ..state.shards import Shards, Split
+from ..state.whole_thresholds import WholeThresholds
 from .device_totals import DeviceTotals
 from .group_table import GroupTable
 from .grouping import PlanKey, check_apart, complete_state, group_by_plan, split_idle
@@ -41,6 +42,7 @@ class TritonBackend:
         idle: whether to leave out all parameters with neither a gradient nor state. False: those that require a gradient
             stay in.
         shards: says how each parameter is split over processes.
+        thresholds: says what the huber thresholds of split parameters need of other processes.
 
     Raises:
         RuntimeError: two tensors share memory. In this case nothing has been written.
@@ -55,11 +57,13 @@ class TritonBackend:
         skipped: Tensor | None = None,
         idle: bool = True,
         shards: Shards = _WHOLE,
+        thresholds: WholeThresholds | None = None,
     ) -> None:
+        thresholds = WholeThresholds(shards) if thresholds is None else thresholds
         self.members, self._idle = split_idle(members, state, trainable=not idle)
         check_apart(self.members, state)
         for m in self.members:
-            complete_state(state[m.param], m)
+            complete_state(state[m.param], m, thresholds.first)
         members_by_plan = group_by_plan(self.members, state, shards)
         self._device_totals = _make_totals(members_by_plan, skipped)
         self._plans = [
@@ -71,6 +75,7 @@ class TritonBackend:
                 device_totals=self._device_totals[key.device],
                 total_index=i,
                 counts_skipped=i == 0,
+                counts=thresholds.counts,
             )
             for i, (key, some) in enumerate(members_by_plan.items())
         ]
@@ -220,6 +225,21 @@ class TritonBackend:
                 tracked.plan.run(clip=clip, norms=norms)
             tracked.gradients.drop_copies()
             tracked.advance_versions()
+
+    def absolute_sums(self) -> list[tuple[Sequence[Tensor], Tensor]]:
+        """Return what the huber thresholds of split parameters need: for each plan its parameters, and their sums of |w|."""
+        return [(t.params, t.plan.absolutes) for t in self._plans if t.plan.absolutes is not None]
+
+    def follow_thresholds(self, totals: Sequence[Tensor]) -> None:
+        """Move the huber thresholds of split parameters after a step.
+
+        Args:
+            totals: for each entry of `absolute_sums`, the sums over whole parameters, float64[n].
+        """
+        split = [tracked.plan for tracked in self._plans if tracked.plan.absolutes is not None]
+        for plan, some in zip(split, totals, strict=True):
+            with plan.on_device():
+                plan.follow_thresholds(some)
 
     def run_one(
         self, groups: Sequence[dict[str, Any]], state: Any, p: Tensor, request: Request, verify_state: bool

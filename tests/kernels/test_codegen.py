@@ -20,6 +20,7 @@ from lwadamw.state.storage import CODES
 ROOT = Path(__file__).parents[2]
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 KERNELS = {
+    "absolute_kernel",
     "adamw_kernel",
     "coefficients_kernel",
     "grad_norm_kernel",

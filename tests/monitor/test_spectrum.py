@@ -8,6 +8,7 @@ import lwadamw
 from lwadamw.lab.data import batches, standard_library
 from lwadamw.lab.model import ModelConfig, Transformer
 from lwadamw.monitor import spectrum
+from lwadamw.monitor.spectra import Spectrum
 from lwadamw.monitor.spectrum import bulk_edge, matrix_view, top_singular_values
 
 
@@ -111,7 +112,7 @@ def test_a_matrix_that_is_not_finite_does_not_change_the_others():
     values, _ = top_singular_values([bad, good], [None, None])
     assert np.isnan(values[0]).all()
     assert values[1, 0] == pytest.approx(_exact(good)[0], rel=0.01)
-    known = spectrum.Spectrum()
+    known = Spectrum()
     for matrix in (bad, good):
         known.measure({"w": matrix}, {"w": 1.0}, step=1)
     assert known.columns(["w"], np.ones(1))["top"][0] == pytest.approx(_exact(good)[0], rel=0.01)

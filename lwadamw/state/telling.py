@@ -1,0 +1,34 @@
+"""Telling: processes tell each other what they know of the parts of parameters that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from .collectives import Call, gathered
+from .shards import Split
+
+T = TypeVar("T")
+
+
+def tell(split: Split, known: Mapping[str, T], join: Callable[[Sequence[T]], T], call: Call) -> dict[str, T]:
+    """Return what all processes of a split know. This is collective: one call for each process group.
+
+    Args:
+        split: how the parameters are split.
+        known: what this process knows, by the name of the parameter. It can be pickled.
+        join: makes one value of what several processes know of the same parameter.
+        call: what the user has called.
+
+    Returns:
+        The joined values by name, in the same order on every process.
+
+    Raises:
+        RuntimeError: another process did not make the call.
+    """
+    found = dict(known)
+    for group in split.groups:
+        everybody = gathered(found, group, call)
+        names = sorted({name for some in everybody for name in some})
+        found = {name: join([some[name] for some in everybody if name in some]) for name in names}
+    return found
