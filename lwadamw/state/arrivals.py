@@ -6,6 +6,7 @@ backward leave gradients that have not arrived yet. Both have to become ordinary
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -13,30 +14,44 @@ from torch import Tensor
 from .members import local, wrap_like
 
 
-def arrived(p: Tensor, grad: Tensor, attribute: str) -> Tensor:
-    """Return a gradient in the placement of its parameter, after it has arrived. The parameter keeps the result.
+def arrived(gradients: Iterable[tuple[Tensor, Tensor | None, str]]) -> list[Any]:
+    """Return gradients in the placements of their parameters, after they have arrived. The parameters keep the results.
 
-    This is collective where the gradient of a DTensor is placed otherwise than the parameter. Nothing happens otherwise.
+    This is collective where the gradient of a DTensor is placed otherwise than the parameter. All such collectives start before
+    the first one is waited for. Nothing happens to other gradients.
 
     Args:
-        p: the parameter.
-        grad: its gradient.
-        attribute: the attribute of the parameter that holds the gradient.
+        gradients: parameter, its gradient or None, and the attribute of the parameter that holds the gradient, in an order on
+            which all processes agree.
+
+    Returns:
+        The gradients in the same order.
     """
-    held: Any = local(grad)
-    placed = held is not grad
-    moves = placed and local(p) is not p and grad.placements != p.placements  # type: ignore[attr-defined]
-    if not moves and not _is_on_its_way(held):
+    given = list(gradients)
+    started = [None if grad is None else _started(p, grad) for p, grad, _ in given]
+    return [
+        None if new is None else _kept(p, grad, new, attribute)
+        for (p, grad, attribute), new in zip(given, started, strict=True)
+    ]
+
+
+def _started(p: Tensor, grad: Any) -> Any:
+    """Return a gradient in the placement of its parameter. It may still be on its way."""
+    placed = local(grad) is not grad and local(p) is not p
+    if not placed or grad.placements == p.placements:  # type: ignore[attr-defined]
         return grad
-    new: Any = grad
-    if moves:
-        new = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
-        held = local(new)
+    return grad.redistribute(p.device_mesh, p.placements, async_op=True)  # type: ignore[attr-defined]
+
+
+def _kept(p: Tensor, grad: Any, new: Any, attribute: str) -> Any:
+    """Wait for a gradient, and give it to its parameter if it is another object than before."""
+    held: Any = local(new)
     if _is_on_its_way(held):
-        held = held.wait()
-        new = wrap_like(new, held) if placed else held
-    setattr(p, attribute, new)
-    return new  # type: ignore[no-any-return]
+        waited = held.wait()
+        new = waited if held is new else wrap_like(new, waited)
+    if new is not grad:
+        setattr(p, attribute, new)
+    return new
 
 
 def _is_on_its_way(tensor: Tensor) -> bool:

@@ -37,7 +37,7 @@ def reduce_sums(
     Args:
         sums: [len(names), k], sums of anything over what this process holds, for instance `norm_sums(local=True)`.
         names: name of each row, for instance `norm_names()`. The name of a part of a parameter is `name[0]`, `name[1]`, ...
-        params: the parameters of these names by name, or pairs. DTensors tell how they are split.
+        params: all parameters by name, or pairs. DTensors tell how they are split.
         shard_group: as in `AdamW`: the groups among which plain parameters are split.
 
     Returns:
@@ -69,6 +69,7 @@ def reduce_sums(
             "optimizer.param_groups for name, p in zip(group['param_names'], group['params'])}."
         )
     shards = Shards(shard_group)
-    members = [Member(held[name], name, {}, 0, i, ()) for i, name in enumerate(owners)]
-    shards.look(members)
-    return shards.whole_rows(names, [shards.split_of(m) for m in members], sums, _CALL)
+    group = {"params": list(held.values()), "param_names": list(held)}
+    members = {name: Member(p, name, group, 0, i, ()) for i, (name, p) in enumerate(held.items())}
+    shards.look(members.values())
+    return shards.whole_rows([(members[owner], name) for owner, name in zip(owners, names, strict=True)], sums, _CALL)

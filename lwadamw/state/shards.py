@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .collectives import STEP, Call, add_over, device_of, gathered
 from .members import Member, split_dimensions
+from .names import has_names
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,7 +84,7 @@ class Shards:
         Args:
             members: all parameters of the optimizer.
         """
-        marked = [m for m in members if getattr(m.param, "_fsdp_flattened", False)]
+        marked = list(filter(_is_marked, members))
         self._untold = None
         if marked and all(m.param.ndim == 1 for m in marked) and torch.distributed.is_initialized():
             untold = (m.name for m in marked if self._told(m) is None)
@@ -110,6 +111,16 @@ class Shards:
                 "Build the optimizer with shard_group=model.process_group. Under NO_SHARD give shard_group=[]. "
                 f"{call.alone}"
             )
+
+    def is_nameless(self, member: Member) -> bool:
+        """Return whether nobody can tell which shards of other processes are of the same parameter.
+
+        FullyShardedDataParallel gives every process all parameters, so their places are names.
+
+        Args:
+            member: the parameter.
+        """
+        return bool(self._told(member)) and not has_names(member.group) and not _is_marked(member)
 
     def split_of(self, member: Member) -> Split:
         """Return how a parameter is split.
@@ -167,36 +178,38 @@ class Shards:
         add_up(table, [splits[label] for label in rows], call)
         return table.sum()
 
-    def whole_rows(
-        self, names: Sequence[str], splits: Sequence[Split], sums: Tensor, call: Call
-    ) -> tuple[list[str], Tensor]:
+    def whole_rows(self, rows: Sequence[tuple[Member, str]], sums: Tensor, call: Call) -> tuple[list[str], Tensor]:
         """Return sums over whole parameters, from those over this process's parts.
 
         This is collective: one all-reduce for each process group. Where the user has told the groups, processes may hold
         different parameters, so they tell each other the names first.
 
         Args:
-            names: name of each row.
-            splits: how the parameter of each row is split.
-            sums: [len(names), k]
+            rows: parameter and name of each row.
+            sums: [len(rows), k]
             call: what the user has called.
 
         Returns:
             Names and sums of all parameters that any process holds, in the same order on every process of a group.
 
         Raises:
-            RuntimeError: another process did not make the call, or `look` has found shards of which nothing is known.
+            RuntimeError: another process did not make the call, or `look` has found shards of which nothing is known, or
+                plain shards have no names by which processes could tell them apart.
         """
         self.check_told(call)
+        names, splits = [name for _, name in rows], [self.split_of(member) for member, _ in rows]
         if not self.declared and not any(split.groups for split in splits):
-            return list(names), sums
-        names, splits, table = list(names), list(splits), sums.clone()
+            return names, sums
+        table = sums.clone()
+        unnamed = {name for m, name in rows if self.is_nameless(m)}
         if not names and self.declared:
             table = table.to(device_of([group for split in self.declared for group in split.groups]))
         for split in self.declared:
             for group in split.groups:
                 mine = [name for name, own in zip(names, splits, strict=True) if own == split]
-                union = list(dict.fromkeys(name for some in gathered(mine, group, call) for name in some))
+                theirs = gathered((mine, any(name in unnamed for name in mine)), group, call)
+                check_named(any(nameless for _, nameless in theirs), call)
+                union = list(dict.fromkeys(name for some, _ in theirs for name in some))
                 row_of = {name: i for i, name in enumerate(names)}
                 others = [i for i, own in enumerate(splits) if own != split]
                 shared = table.new_zeros(len(union), table.shape[1])
@@ -209,6 +222,29 @@ class Shards:
         told = {split.label for split in self.declared}
         add_up(table, [WHOLE if split.label in told else split for split in splits], call)
         return names, table
+
+
+def check_named(nameless: bool, call: Call) -> None:
+    """Raise an error if some process of a group has shards that no other process can recognise.
+
+    Args:
+        nameless: whether there are such shards on any process.
+        call: what the user has called.
+
+    Raises:
+        RuntimeError: there are.
+    """
+    if nameless:
+        raise RuntimeError(
+            f"lwadamw.AdamW: {call.name} with shard_group, but parameters have no names, so nobody can tell which "
+            "shards of different processes are of one parameter. Give (name, parameter) pairs, for instance "
+            f"model.named_parameters(). {call.alone}"
+        )
+
+
+def _is_marked(member: Member) -> bool:
+    """Return whether FullyShardedDataParallel has flattened a parameter."""
+    return bool(getattr(member.param, "_fsdp_flattened", False))
 
 
 def add_up(table: Tensor, splits: Sequence[Split], call: Call = STEP) -> None:

@@ -139,17 +139,15 @@ def fill_buckets(
     buckets: dict[tuple[Any, ...], Bucket] = {}  # by everything that one call must agree in
     by_group: dict[tuple[int, Path, bool], Bucket] = {}  # so that hyperparameters are computed once per group
     fused_groups: dict[int, bool] = {}  # whether torch's fused CPU kernel may be used, by the index of the group
-    for m in members:
-        # A framework may have replaced the group dict by a copy. So do not use the member's own group.
-        p, group = m.param, groups[m.group_index]
-        if m.group is not group:
-            m = m._replace(group=group)
-        attribute = keys.GRAD_ATTRIBUTE.of(group)
-        grad = gradient_of(p, attribute)
+    # A framework may have replaced the group dict by a copy. So do not use the member's own group.
+    listed = [m if m.group is groups[m.group_index] else m._replace(group=groups[m.group_index]) for m in members]
+    attributes = [keys.GRAD_ATTRIBUTE.of(m.group) for m in listed]
+    there = arrived((m.param, gradient_of(m.param, a), a) for m, a in zip(listed, attributes, strict=True))
+    for m, attribute, grad in zip(listed, attributes, there, strict=True):
+        p, group = m.param, m.group
         if grad is None:
             without_gradient.setdefault(attribute, []).append(p)
             continue
-        grad = arrived(p, grad, attribute)
         check_gradient(m, grad)
         entry = entries.get(m.order)
         if entry is None or (entry.address is not None and entry.address != p.data_ptr()):

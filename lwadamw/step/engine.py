@@ -353,11 +353,9 @@ class Engine:
             those of `AdamW.norm_sums`.
         """
         members, sums = self._local_sums(state)
-        names = [name for _, name in members]
         if whole is None:
-            return names, sums
-        splits = [self._shards.split_of(member) for member, _ in members]
-        return self._shards.whole_rows(names, splits, sums, whole)
+            return [name for _, name in members], sums
+        return self._shards.whole_rows(members, sums, whole)
 
     def _local_sums(self, state: State) -> tuple[list[tuple[Member, str]], Tensor]:
         """Return the parameter and the name of each segment, and the sums over what this process holds of it."""

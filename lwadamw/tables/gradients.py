@@ -96,11 +96,12 @@ class Gradients:
         """Look at each gradient by itself. `first` is the index of the parameter of the first gradient."""
         self.copies = []
         addresses = []
-        for member, grad in zip(self._members[first : first + len(grads)], grads, strict=True):
+        members = self._members[first : first + len(grads)]
+        there = arrived((m.param, grad, self._attribute) for m, grad in zip(members, grads, strict=True))
+        for member, grad in zip(members, there, strict=True):
             if grad is None:
                 addresses.append(0)
                 continue
-            grad = arrived(member.param, grad, self._attribute)
             check_gradient(member, grad)
             p, g = local(member.param), local(grad)
             if g.dtype != self._dtype and g.dtype in FLOATS:

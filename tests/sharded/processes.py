@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,7 @@ def run(world: int, work: Callable[..., Any], *arguments: Any, seconds: float = 
         end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
         while len(done) < world and any(process.is_alive() for process in started):
             if results.empty():
-                started[0].join(0.02)
+                time.sleep(0.02)
                 if datetime.datetime.now() > end:
                     break
                 continue

@@ -9,11 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-import lwadamw
 from lwadamw.state.members import local, split_dimensions
 
 from . import models
@@ -154,65 +152,3 @@ def _own_gradients(world):
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=MATRIX)])
 def test_a_sharded_model_trains_as_the_single_process_does(world):
     assert run(world, _own_gradients, world) == [True] * world
-
-
-def _misplaced(world):
-    """Replicate for a Shard, Shard for a Replicate, and Partial for both, by hand."""
-    from torch.distributed.tensor import Partial
-
-    mesh = init_device_mesh("cpu", (world,))
-    torch.manual_seed(0)
-    weight, grads = torch.randn(7, 4), [torch.randn(7, 4) for _ in range(3)]
-    for backend in BACKENDS:
-        for options in ({}, {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}):
-            for placement in (Shard(0), Shard(1), Replicate()):
-                for given in (Shard(0), Shard(1), Replicate(), Partial()):
-                    p = nn.Parameter(distribute_tensor(weight, mesh, [placement]))
-                    q = nn.Parameter(weight.clone())
-                    ours = lwadamw.AdamW([p], backend=backend, **models.OPTIONS, **options)
-                    theirs = lwadamw.AdamW([q], backend=backend, **models.OPTIONS, **options)
-                    for g in grads:
-                        if given == Partial():
-                            p.grad = DTensor.from_local(g / world, mesh, [Partial()])
-                        else:
-                            p.grad = distribute_tensor(g, mesh, [given])
-                        q.grad = g.clone()
-                        ours.step()
-                        theirs.step()
-                        _close(ours.norms().grad, theirs.norms().grad, 1e-5)
-                    torch.testing.assert_close(models.whole(p), q.detach(), rtol=1e-5, atol=1e-5)
-    return True
-
-
-@MATRIX
-def test_a_gradient_that_is_placed_otherwise_is_read_as_a_whole():
-    assert run(2, _misplaced, 2) == [True] * 2
-
-
-def _asynchronous(world):
-    """Gradients of collectives that have not arrived, in a plain tensor and in a DTensor."""
-    from torch.distributed._functional_collectives import all_reduce
-
-    mesh = init_device_mesh("cpu", (world,))
-    torch.manual_seed(0)
-    weight, grad = torch.randn(5, 4), torch.randn(5, 4)
-    for backend in BACKENDS:
-        plain, placed = nn.Parameter(weight.clone()), nn.Parameter(distribute_tensor(weight, mesh, [Replicate()]))
-        q = nn.Parameter(weight.clone())
-        ours = lwadamw.AdamW([plain, placed], backend=backend, max_grad_norm=100.0, **models.OPTIONS)
-        theirs = torch.optim.AdamW([q], **models.OPTIONS)
-        for _ in range(3):
-            plain.grad = all_reduce(grad / world, "sum", dist.group.WORLD)
-            on_its_way = all_reduce(grad / world, "sum", dist.group.WORLD)
-            placed.grad = DTensor(on_its_way, placed._spec, requires_grad=False)
-            q.grad = grad.clone()
-            ours.step()
-            theirs.step()
-        for p in (plain, placed):
-            torch.testing.assert_close(models.whole(p), q.detach(), rtol=1e-5, atol=1e-5)
-        _close(float(ours.grad_norm), math.sqrt(2) * float(grad.norm()), 1e-5)
-    return True
-
-
-def test_gradients_that_are_still_on_their_way_are_waited_for():
-    assert run(2, _asynchronous, 2) == [True] * 2

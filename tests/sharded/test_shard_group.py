@@ -89,6 +89,13 @@ def _zero_redundancy(world):
             one.step()
             many.step()
             assert float(many.optim.grad_norm) == pytest.approx(float(one.grad_norm), rel=1e-5)
+            own = float(many.optim.norm_sums(local=True)[:, 2].sum())
+            total = torch.tensor(own)
+            dist.all_reduce(total)
+            assert math.sqrt(total) == pytest.approx(min(float(one.grad_norm), 0.3), rel=1e-5)
+            # Its parameters have no names, and number 0 of one process is not number 0 of the other.
+            with pytest.raises(RuntimeError, match=r"^lwadamw.AdamW: norms\(\) with shard_group, but .* have no names"):
+                many.optim.norms()
             one.zero_grad()
             many.zero_grad()
         for p, q in zip(single.parameters(), split.parameters(), strict=True):
@@ -96,7 +103,6 @@ def _zero_redundancy(world):
     return True
 
 
-@pytest.mark.matrix
 def test_the_zero_redundancy_optimizer_clips_by_the_global_norm():
     assert run(2, _zero_redundancy, 2) == [True] * 2
 
