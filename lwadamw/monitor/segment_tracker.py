@@ -86,7 +86,8 @@ class SegmentTracker:
         self._params = [list(group["params"]) for group in optimizer.param_groups]
         places: dict[str, _Place] = {}
         split_places: dict[Split, dict[str, _Place]] = {split: {} for split in optimizer.shards.declared}
-        for member in members_of(optimizer.param_groups):
+        members = list(members_of(optimizer.param_groups))
+        for member in members:
             found = optimizer.evidence.get(member.name)
             role = found.role if found else keys.ROLE.of(member.group)
             m = found.m if found and found.m is not None else math.nan
@@ -98,7 +99,8 @@ class SegmentTracker:
             own = {name: (member.group_index, role, m, size) for name, size in sizes.items()}
             split_places.get(optimizer.shards.split_of(member), places).update(own)
         for split, known in split_places.items():
-            places |= tell(split, known, _joined, READING)
+            nameless = any(optimizer.shards.is_nameless(m) for m in members if optimizer.shards.split_of(m) == split)
+            places |= tell(split, known, _joined, READING, nameless)
         found_places = [places[name] for name in self.names]
         self.group = np.array([place[0] for place in found_places], dtype=np.int64)
         self.roles = tuple(str(place[1]) for place in found_places)

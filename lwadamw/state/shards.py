@@ -112,6 +112,16 @@ class Shards:
                 f"{call.alone}"
             )
 
+    def is_nameless(self, member: Member) -> bool:
+        """Return whether nobody can tell which shards of other processes are of the same parameter.
+
+        FullyShardedDataParallel gives every process all parameters, so their places are names.
+
+        Args:
+            member: the parameter.
+        """
+        return bool(self._told(member)) and not has_names(member.group) and not _is_marked(member)
+
     def split_of(self, member: Member) -> Split:
         """Return how a parameter is split.
 
@@ -191,20 +201,14 @@ class Shards:
         if not self.declared and not any(split.groups for split in splits):
             return names, sums
         table = sums.clone()
-        # FullyShardedDataParallel gives every process all parameters, so their places are names.
-        unnamed = {name for m, name in rows if self._told(m) and not has_names(m.group) and not _is_marked(m)}
+        unnamed = {name for m, name in rows if self.is_nameless(m)}
         if not names and self.declared:
             table = table.to(device_of([group for split in self.declared for group in split.groups]))
         for split in self.declared:
             for group in split.groups:
                 mine = [name for name, own in zip(names, splits, strict=True) if own == split]
                 theirs = gathered((mine, any(name in unnamed for name in mine)), group, call)
-                if any(nameless for _, nameless in theirs):
-                    raise RuntimeError(
-                        f"lwadamw.AdamW: {call.name} with shard_group, but parameters have no names, so nobody can tell which "
-                        "shards of different processes are of one parameter. Give (name, parameter) pairs, for instance "
-                        f"model.named_parameters(). {call.alone}"
-                    )
+                check_named(any(nameless for _, nameless in theirs), call)
                 union = list(dict.fromkeys(name for some, _ in theirs for name in some))
                 row_of = {name: i for i, name in enumerate(names)}
                 others = [i for i, own in enumerate(splits) if own != split]
@@ -218,6 +222,24 @@ class Shards:
         told = {split.label for split in self.declared}
         add_up(table, [WHOLE if split.label in told else split for split in splits], call)
         return names, table
+
+
+def check_named(nameless: bool, call: Call) -> None:
+    """Raise an error if some process of a group has shards that no other process can recognise.
+
+    Args:
+        nameless: whether there are such shards on any process.
+        call: what the user has called.
+
+    Raises:
+        RuntimeError: there are.
+    """
+    if nameless:
+        raise RuntimeError(
+            f"lwadamw.AdamW: {call.name} with shard_group, but parameters have no names, so nobody can tell which "
+            "shards of different processes are of one parameter. Give (name, parameter) pairs, for instance "
+            f"model.named_parameters(). {call.alone}"
+        )
 
 
 def _is_marked(member: Member) -> bool:

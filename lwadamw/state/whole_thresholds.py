@@ -93,12 +93,11 @@ class WholeThresholds:
         told = [(m.name, split.label, local(m.param).numel()) for m, split in own if split in declared]
         news = bool(declared) and told != self._told
         if news:
-            self._heard = {
-                split.label: tell(
-                    split, {name: count for name, label, count in told if label == split.label}, sum, HUBER
-                )
-                for split in declared
-            }
+            self._heard = {}
+            for split in declared:
+                counts = {name: count for name, label, count in told if label == split.label}
+                nameless = any(self._shards.is_nameless(m) for m, other in own if other == split)
+                self._heard[split.label] = tell(split, counts, sum, HUBER, nameless)
             self._told = told
         self._lines = sorted({*declared, *(split for _, split in own)}, key=lambda split: split.label)
         self._indices, self._places, self.counts = {}, {}, {}

@@ -125,6 +125,11 @@ def _flat_shards(world):
                     assert float(ours.state[p]["huber_threshold"]) == pytest.approx(expected, rel=1e-6), (name, step)
         for name, p in params.items():
             torch.testing.assert_close(p.detach(), part(name, reference[name].detach()), rtol=1e-5, atol=1e-6)
+        nameless = lwadamw.AdamW(params.values(), backend=backend, shard_group=dist.group.WORLD, **HUBER)
+        before = [p.detach().clone() for p in params.values()]
+        with pytest.raises(RuntimeError, match='decay="huber" with shard_group, but parameters have no names'):
+            nameless.step()
+        assert all(map(torch.equal, before, params.values()))
     return True
 
 
