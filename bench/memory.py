@@ -80,6 +80,7 @@ def cpu_usage() -> Iterator[Usage]:
     usage = Usage()
     domain = tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)
     activities = [torch.profiler.ProfilerActivity.CPU]
+    gc.collect()  # tensors of before that are freed in this context would count as released
     tracemalloc.start()
     try:
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

@@ -80,11 +80,7 @@ def _other_layouts(folder, cases, backend):
 
 def _load(path, name, layout, mesh, flat, saved, backend):
     model, optimizer = c.make(name, layout, mesh, seed=7, backend=backend)
-    try:
-        c.step(model, optimizer, 5)  # there is state already, which the checkpoint replaces
-    except RuntimeError as error:
-        c.alike(str(error), c.group_of(mesh))
-        return str(error)
+    c.step(model, optimizer, 5)  # there is state already, which the checkpoint replaces
     c.load(model, optimizer, path, flat, c.group_of(mesh))
     _same(c.snapshot(model, optimizer), saved)
     _assert_that_a_step_undoes_nothing(model, optimizer)
@@ -94,9 +90,7 @@ def _load(path, name, layout, mesh, flat, saved, backend):
 def _assert_bitwise(results):
     outcomes = {key: outcome for found in results for key, outcome in found.items()}
     for (layout, name, flat), outcome in outcomes.items():
-        # Random bits of strided shards are not known in every version.
-        refused = layout == "FSDP2 x TP" and COMBINATIONS[name].storage.draws and "'up.weight' (96, 256) is" in outcome
-        assert outcome == "bitwise" or refused, (layout, name, flat, outcome)
+        assert outcome == "bitwise", (layout, name, flat, outcome)
     return outcomes
 
 

@@ -131,6 +131,7 @@ def _checkpoint(model, optimizer, backend, part):
     assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore")
 def test_flat_parameters_equal_the_single_process_and_resume():
     assert run(2, _flat_parameters, 2) == [True] * 2
@@ -197,6 +198,7 @@ def _unsharded(world):
     return True
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore")
 def test_no_shard_needs_no_group():
     assert run(2, _unsharded, 2) == [True] * 2

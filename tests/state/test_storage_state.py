@@ -279,7 +279,7 @@ def _whole_run(name):
 @pytest.mark.parametrize(
     "names",
     [
-        ["bf16, remainder, 8-bit moments", "bf16, stochastic"],
+        pytest.param(["bf16, remainder, 8-bit moments", "bf16, stochastic"], marks=pytest.mark.matrix),
         pytest.param(["bf16, master"], marks=pytest.mark.slow),
     ],
     ids=", and ".join,
