@@ -16,13 +16,14 @@ import torch.multiprocessing as mp
 _TIMEOUT = 120
 
 
-def run(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = _TIMEOUT) -> list[Any]:
     """Return what a function returns in each of several processes.
 
     Args:
         world: number of processes.
         work: a function of a module, called as work(*arguments) in each process after the process group has been made.
         arguments: what can be pickled.
+        timeout: seconds after which processes that have not ended are a failure.
 
     Raises:
         RuntimeError: the function failed in some process, or did not end in time.
@@ -37,7 +38,7 @@ def run(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         for process in started:
             process.start()
         done: dict[int, Any] = {}
-        end = datetime.datetime.now() + datetime.timedelta(seconds=_TIMEOUT)
+        end = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
         while len(done) < world and any(process.is_alive() for process in started):
             if results.empty():
                 started[0].join(0.02)
