@@ -53,11 +53,14 @@ $(ENGINES)/.installed: tests/engines/requirements.txt constraints.txt Makefile
 	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton numpy pytest
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/requirements.txt
-	rm -rf $(ENGINES)/megatron-core-*
-	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
-		--target $(ENGINES)/megatron-core-0.16.1 megatron-core==0.16.1
-	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
-		--python-version 3.12 --only-binary=:all: --target $(ENGINES)/megatron-core-0.19.2 megatron-core==0.19.2
+	rm -rf $(ENGINES)/wheels $(ENGINES)/megatron-core-*
+	$(ENGINES)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(ENGINES)/wheels megatron-core==0.16.1
+	$(ENGINES)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(ENGINES)/wheels \
+		--python-version 3.12 --only-binary=:all: megatron-core==0.19.2
+	for version in 0.16.1 0.19.2; do \
+		$(ENGINES)/bin/python -m zipfile -e $(ENGINES)/wheels/megatron_core-$$version-*.whl $(ENGINES)/megatron-core-$$version \
+		|| exit 1; \
+	done
 	touch $@
 
 test-engines: $(ENGINES)/.installed
