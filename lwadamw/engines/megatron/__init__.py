@@ -4,6 +4,7 @@ megatron-core is imported when a function of this package is called. See docs/me
 """
 
 from .fused_adam import FusedAdam
+from .overrides import config_overrides
 from .swap import TESTED, Swap, use
 
-__all__ = ["TESTED", "FusedAdam", "Swap", "use"]
+__all__ = ["TESTED", "FusedAdam", "Swap", "config_overrides", "use"]

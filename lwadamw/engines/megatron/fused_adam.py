@@ -176,15 +176,35 @@ class FusedAdam(AdamW):
         Args:
             p: a parameter of this optimizer.
             name: "exp_avg", "exp_avg_sq" or "master_param"; any other name is ignored.
-            values: float32 of the parameter's shape; for "master_param" also an int16 remainder.
+            values: float32 of the parameter's shape; for "master_param" also an int16 remainder, or the same numbers in
+                float32, as Megatron's fully_reshardable checkpoints hold them.
         """
         self._counts = None
+        held = self.state[p].get(_MASTER)
+        if name == _MASTER and held is not None and held.dtype == torch.int16 and values.dtype == torch.float32:
+            values = _as_remainder(p, values)
         super().set_scaled_state(p, name, values)
 
     def initialize_state(self, p: Tensor, store_param_remainders: bool | None = None) -> None:
         """Create the state of a parameter as its group asks. Arguments are those of `AdamW.initialize_state`."""
         self._counts = None
         super().initialize_state(p, store_param_remainders)
+
+
+def _as_remainder(p: Tensor, values: Tensor) -> Tensor:
+    """Return the int16 remainders that Megatron has passed through a float32 buffer, or float32 weights as they are.
+
+    Weights round to the parameter that they belong to, which Megatron loads first. Remainders do not, and are whole numbers of
+    16 bits.
+
+    Args:
+        p: the bfloat16 parameter.
+        values: float32 of its shape.
+    """
+    if torch.equal(values.to(p.dtype), p.detach()):
+        return values
+    numbers = values.clamp(-(2**15), 2**15 - 1).to(torch.int16)
+    return numbers if torch.equal(numbers.float(), values) else values
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -126,6 +126,20 @@ def test_a_remainder_becomes_the_float32_master_weight_of_a_group_that_keeps_one
         optimizer.set_scaled_state(p, "exp_avg", remainder)
 
 
+def test_remainders_that_went_through_a_float32_buffer_are_told_from_weights():
+    params = _params(torch.bfloat16)
+    optimizer = FusedAdam(params, master_weights=True, use_decoupled_grad=True, store_param_remainders=True)
+    _take(optimizer, params, range(3), "decoupled_grad")
+    for p in params:
+        master, remainder = optimizer.master_weight(p), optimizer.get_unscaled_state(p, "master_param")
+        assert not torch.equal(master, p.float())
+        for values in (remainder, remainder.float(), master):
+            optimizer.set_scaled_state(p, "master_param", torch.zeros_like(remainder))
+            assert torch.equal(optimizer.master_weight(p), p.float())
+            optimizer.set_scaled_state(p, "master_param", values)
+            assert torch.equal(optimizer.master_weight(p), master)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
