@@ -167,8 +167,8 @@ def _refuse_lr_mult(standard: Mapping[Any, Mapping[str, Any]]) -> None:
         if "lr_mult" in override:
             raise ValueError(
                 f"config_overrides: the override {key} has lr_mult={override['lr_mult']}, and every group of a width rule "
-                "needs an lr_mult of its own, by which Megatron finds it in a checkpoint. Give max_lr and min_lr instead: Megatron "
-                "multiplies nothing with lr_mult."
+                "needs an lr_mult of its own, by which Megatron finds it in a checkpoint. Give max_lr and min_lr instead: "
+                "Megatron multiplies nothing with lr_mult."
             )
 
 

@@ -76,24 +76,22 @@ def _multipliers(made: Any) -> list[Any]:
 
 
 def _groups(made: Any, case: Case) -> dict[str, tuple[Any, ...]]:
-    """Role and multipliers of each parameter by name, as Megatron's groups have them."""
-    from megatron.core.optimizer import get_standard_config_overrides
-
+    """Role and multipliers of each parameter by name. Megatron's groups have them too."""
     from lwadamw.engines.megatron.overrides import unwrapped
 
-    config = made.optimizer.config if hasattr(made.optimizer, "config") else made.optimizer.chained_optimizers[0].config
-    assert get_standard_config_overrides(config)
     found = {}
-    overrides = ours(config, [made.model])
-    for name, p in made.model.named_parameters():
+    overrides = ours(_config(made), [made.model])
+    for (name, p), bare in zip(
+        made.model.named_parameters(), dict(unwrapped(made.model).named_parameters()), strict=True
+    ):
         (group,) = [own for key, own in overrides.items() if key.matches(p, name)]
-        bare = name[len(name) - len(next(n for n, q in unwrapped(made.model).named_parameters() if q is p)) :]
         found[bare] = (group["role"], group["width_lr_mult"], group["width_wd_mult"], group["lr_mult"])
-    in_groups = {
-        (g["role"], g["width_lr_mult"], g["width_wd_mult"], g["lr_mult"]) for o in made.inner() for g in o.param_groups
-    }
-    assert set(found.values()) <= in_groups
+    assert set(found.values()) <= set(_multipliers(made))
     return found
+
+
+def _config(made: Any) -> Any:
+    return getattr(made.optimizer, "chained_optimizers", [made.optimizer])[0].config
 
 
 def _errors() -> dict[str, str]:
@@ -104,11 +102,7 @@ def _errors() -> dict[str, str]:
     case, out = DENSE[0], {}
     with training.layout(case), training.optimizer_of("ours", case):
         made = training.build(case, layers=1)
-        config = (
-            made.optimizer.chained_optimizers[0].config
-            if hasattr(made.optimizer, "chained_optimizers")
-            else made.optimizer.config
-        )
+        config = _config(made)
         inner = made.model.module
         wrong: dict[str, dict[str, Any]] = {
             "lr_mult": {"standard": {"*": {"lr_mult": 0.5}}},
