@@ -6,5 +6,6 @@ megatron-core is imported when a function of this package is called. See docs/me
 from .fused_adam import FusedAdam
 from .overrides import config_overrides
 from .swap import TESTED, Swap, use
+from .watch import Watch, attach
 
-__all__ = ["TESTED", "FusedAdam", "Swap", "config_overrides", "use"]
+__all__ = ["TESTED", "FusedAdam", "Swap", "Watch", "attach", "config_overrides", "use"]
