@@ -46,13 +46,13 @@ def swap_in_and_out() -> dict[str, Any]:
         warnings.simplefilter("always")
         with engine.use():
             pass
-        out["warnings for a tested version"] = [str(w.message) for w in caught]
+        out["warnings for a tested version"] = [str(w.message) for w in caught if "lwadamw" in str(w.message)]
     megatron.core.__version__, real = "0.99.0", megatron.core.__version__
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with engine.use():
             pass
-        out["warnings"] = [str(w.message) for w in caught]
+        out["warnings"] = [str(w.message) for w in caught if "lwadamw" in str(w.message)]
     megatron.core.__version__ = real
     flag = choice.USING_PYTORCH_OPTIMIZER
     del choice.USING_PYTORCH_OPTIMIZER
