@@ -94,4 +94,5 @@ def use(**options: Any) -> Swap:
 
 def _version() -> str:
     core = importlib.import_module("megatron.core")
-    return str(getattr(core, "__version__", "unknown"))
+    # megatron-core appends the commit of the git repository that it was started in.
+    return str(getattr(core, "__version__", "unknown")).partition("+")[0]

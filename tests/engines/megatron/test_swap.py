@@ -84,7 +84,7 @@ def test_the_inner_optimizer_is_ours_until_the_swap_is_undone(wrapper, te):
 def test_a_version_that_was_not_tested_gives_a_warning():
     from lwadamw.engines.megatron import TESTED
 
-    assert swapped()["version"] in TESTED
+    assert swapped()["version"].partition("+")[0] in TESTED
     assert swapped()["warnings for a tested version"] == []
     (warning,) = swapped()["warnings"]
     assert "0.99.0" in warning
