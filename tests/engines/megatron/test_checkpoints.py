@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -45,6 +46,8 @@ def save_all(folder: str) -> None:
     if dist.get_rank() == 0:
         Path(folder, "losses.json").write_text(json.dumps(out))
     dist.barrier()
+    for child in multiprocessing.active_children():  # those in which Megatron writes
+        child.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
