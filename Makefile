@@ -1,20 +1,22 @@
 # make demo   trains a small language model at two widths and shows its norms
 # make test   runs lint, types and tests: everything that CI runs
 # make test-matrix   runs every combination of what others may do; CI runs it after make test
-# make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it last
+# make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it then
+# make test-engines   runs the tests inside real training frameworks, on CPU; CI runs it last
 # make check  runs lint and types
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
 # make gpu    runs the GPU tests, then the benchmarks; needs only python3, torch, triton and numpy
 # make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
 #             Runs that exist already are not repeated.
-# All targets but test-zoo, gpu and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
+# All targets but test-zoo, test-engines, gpu and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
 
 PYTHON ?= python3
 OUT ?= bench/results
 JOBS ?= auto
 BIN := .venv/bin
+ENGINES := .venv-engines
 
-.PHONY: demo test test-matrix test-zoo check bench study gpu clean
+.PHONY: demo test test-matrix test-zoo test-engines check bench study gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -46,6 +48,25 @@ test-matrix: .venv/.installed
 test-zoo: .venv-zoo/.installed
 	OMP_NUM_THREADS=1 .venv-zoo/bin/python -m pytest tests/architectures -m zoo
 
+# Wheels of megatron-core 0.17 and later are for Python 3.12 and later. All that is used of them runs on older Python too.
+$(ENGINES)/.installed: tests/engines/requirements.txt constraints.txt Makefile
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton numpy pytest
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/requirements.txt
+	rm -rf $(ENGINES)/wheels $(ENGINES)/megatron-core-*
+	$(ENGINES)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(ENGINES)/wheels megatron-core==0.16.1
+	$(ENGINES)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(ENGINES)/wheels \
+		--python-version 3.12 --only-binary=:all: megatron-core==0.19.2
+	for version in 0.16.1 0.19.2; do \
+		$(ENGINES)/bin/python -m zipfile -e $(ENGINES)/wheels/megatron_core-$$version-*.whl $(ENGINES)/megatron-core-$$version \
+		|| exit 1; \
+	done
+	touch $@
+
+test-engines: $(ENGINES)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not slow"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.16.1 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not slow"
+
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json
 	$(BIN)/python -m bench.host --device cpu --json bench/results/host.json
@@ -73,4 +94,4 @@ gpu:
 	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu --out $(OUT)
 
 clean:
-	rm -rf .venv .venv-zoo build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-zoo .venv-engines build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -192,10 +192,11 @@ class StateExchange(torch.optim.AdamW):
             p: a parameter of this optimizer.
             name: "exp_avg", "exp_avg_sq", "max_exp_avg_sq" or "master_param". Any other name is ignored, as in
                 Transformer Engine.
-            values: float32 of the parameter's shape, a DTensor if the parameter is one.
+            values: float32 of the parameter's shape, a DTensor if the parameter is one. For "master_param" also int16: the
+                lower 16 bits of a weight whose upper 16 bits are the bfloat16 parameter, as Transformer Engine keeps them.
 
         Raises:
-            ValueError: the values have another shape than the parameter.
+            ValueError: the values have another shape than the parameter, or are int16 and no remainder of its weight.
             KeyError: `p` is not a parameter of this optimizer.
         """
         if name not in (*MOMENTS, "master_param"):
@@ -205,6 +206,11 @@ class StateExchange(torch.optim.AdamW):
                 f"set_scaled_state: {name} has shape {tuple(values.shape)}, the parameter {tuple(p.shape)}. Give values of "
                 "the shape of the parameter. If the parameter is a DTensor, give a DTensor."
             )
+        if values.dtype == torch.int16 and (name != "master_param" or p.dtype != torch.bfloat16):
+            raise ValueError(
+                f"set_scaled_state: {name} of a parameter {tuple(p.shape)} of {p.dtype} is given in torch.int16. Only the "
+                "master weight of a bfloat16 parameter has a remainder of 16 bits. Give float32 values."
+            )
         member = self._member(p)
         check_layouts([member], self.state)
         state = self.state[p]
@@ -212,7 +218,10 @@ class StateExchange(torch.optim.AdamW):
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         split = bool(self._shards.split_of(member).groups)
         creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments, split=split)
-        held = torch.empty_like(local(p), dtype=torch.float32).copy_(local(values))
+        given = local(values)
+        if given.dtype == torch.int16:
+            given = packing.join_remainder(local(p.detach()), given)
+        held = torch.empty_like(local(p), dtype=torch.float32).copy_(given)
         if name == "master_param":
             packing.write_weight(p, state, kept_weight(p, member.group, state), held)
         else:

@@ -340,6 +340,10 @@ class AdamW(StateExchange):
                 FullyShardedDataParallel and `shard_group` does not tell their group. Nothing has been written then. With
                 nonfinite="raise" also: the global gradient norm of this or of an earlier step was not finite.
         """
+        return self._take_step(closure)
+
+    def _take_step(self, closure: Callable[[], float] | None) -> float | None:
+        """Do what `step` does, without step hooks, for a subclass that has a `step` of its own."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -29,7 +29,7 @@ def _may_import() -> dict[str, set[str]]:
 
 
 def _sources() -> dict[str, str]:
-    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py")]
+    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py"), *PACKAGE.glob("*/*/*.py")]
     names = {f: f.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for f in files}
     # __main__ only starts the command line, which stands above the other doors.
     return {name.removesuffix(".__init__"): f.read_text() for f, name in names.items() if name != "__main__"}
