@@ -10,6 +10,8 @@ from lwadamw.engines.megatron import FusedAdam
 
 from .stand_in import FusedAdam as StandIn
 
+pytestmark = pytest.mark.matrix
+
 
 def _take(optimizer, params, steps, attribute="grad"):
     """Take steps on gradients that depend on the number of the step alone."""
