@@ -104,6 +104,7 @@ def test_the_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     assert _contents(_build(unpacked, "build_wheel", tmp_path)) == _contents(wheel)
 
 
+@pytest.mark.matrix
 def test_an_editable_install_imports(source, python, tmp_path):
     _install(python, "-e", source, cwd=tmp_path)
     assert str(source) in _run(python, "-c", CHECK, cwd=tmp_path)
@@ -113,6 +114,7 @@ def test_a_bare_checkout_imports_in_its_own_folder(source, python):
     assert str(source / "csrc_triton") in _run(python, "-c", CHECK, cwd=source)
 
 
+@pytest.mark.matrix
 def test_import_of_a_bare_checkout_makes_the_warm_ups_and_the_loggers_usable(source, python, tmp_path):
     """CHECK uses both before it imports anything else of the package."""
     assert str(source / "csrc_triton") in _run(python, "-c", CHECK, cwd=tmp_path, PYTHONPATH=str(source))

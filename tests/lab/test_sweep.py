@@ -173,6 +173,7 @@ def test_a_file_of_another_sweep_and_a_file_in_use_are_refused(tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.matrix
 def test_a_run_that_fails_is_reported_and_not_in_the_file(tmp_path):
     path, lines = tmp_path / "naps.csv", []
     tasks = [Nap(0), Nap(1, "raise"), Nap(2, "die"), Nap(3), Nap(4)]
@@ -200,6 +201,7 @@ def test_the_next_sweep_tries_a_run_that_failed_again(tmp_path, monkeypatch):
     assert [row["number"] for row in rows_of(path)] == ["0", "2"]
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the processes of the machine from /proc")
 def test_ending_the_iteration_ends_the_processes():
     before = set(children_of(os.getpid()))

@@ -49,6 +49,7 @@ def _alone(world):
     return said
 
 
+@pytest.mark.matrix
 def test_a_process_that_calls_alone_is_told_which_call_waits_for_others():
     said = run(2, _alone, 2)[0]
     assert list(said) == list(CALLS)

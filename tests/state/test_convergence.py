@@ -86,8 +86,15 @@ def exact_losses(corpus):
     return {lr: _losses(corpus, None, lr) for lr in (3e-3, 1e-4)}
 
 
+BY_DEFAULT = ("fp32", "bf16, stochastic, 8-bit moments")  # the others run with the matrix
+
+
+def _marks(name):
+    return [pytest.mark.slow] if name in ALIKE else [pytest.mark.matrix] * (name not in BY_DEFAULT)
+
+
 # The other combinations are held to their bound on the noisy quadratic.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in COMBINATIONS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in COMBINATIONS])
 def test_a_small_llama_follows_the_float64_reference(name, corpus, exact_losses):
     losses = _losses(corpus, COMBINATIONS[name], 3e-3)
     assert abs(losses - exact_losses[3e-3])[-20:].mean() < (LOSS_BOUND_NEAREST if name in NEAREST else LOSS_BOUND)
