@@ -16,7 +16,7 @@ real processes.
                 gradients read twice, because the step clips
     step        all-reduces of a clipped step, and the bytes that one process gives to them
     norms       the same for `norms()`, which is collective only when somebody reads it
-    tables      bytes of the device tables, and what making them takes once: the first step minus a later one
+    tables      bytes of the device tables, and the time of building the optimizer and taking the first step, which makes them
     host        time of a later step on the host, with launches stubbed; median
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..state.arrays import Array
 from ..state.collectives import READING, add_over
-from ..state.members import local
+from ..state.members import local, split_dimensions
 from ..state.shards import Split
 from .spectrum import MOST_ITERATIONS, VECTORS, has_settled, start_vectors
 
@@ -55,7 +55,7 @@ def part_of(p: Any, fan_in: int | None, split: Split) -> Part | None:
         return None
     # The last dimensions of the tensor are the columns: all but the first, or of one expert (1, out, in) the last.
     first_column = 1 if len(shape) == 2 or math.prod(shape[1:]) == fan_in else 2
-    cut = {placement.dim % p.ndim for placement in p.placements if hasattr(placement, "dim")}
+    cut = {p.placements[d].dim % p.ndim for d in split_dimensions(p)}
     held = local(p.detach())
     cols = math.prod(shape[first_column:])
     whole = (p.numel() // cols, cols)

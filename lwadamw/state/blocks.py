@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .members import is_of_fsdp1
 from .places import place_of, whole_shape
 
 QUANT: Final = 128  # elements that share one scale in an 8-bit moment
@@ -34,11 +35,6 @@ def quantizes(p: Tensor, segments: Sequence[int] = ()) -> bool:
     if math.prod(whole) < QUANT_LEAST or any(size % QUANT for size in segments):
         return False
     return len(whole) > 1 or (place_of(p) is None and _is_flat_shard(p))
-
-
-def is_of_fsdp1(p: Tensor) -> bool:
-    """Return whether FullyShardedDataParallel has flattened a parameter."""
-    return bool(getattr(p, "_fsdp_flattened", False))
 
 
 def _is_flat_shard(p: Tensor) -> bool:

@@ -20,7 +20,7 @@ from . import decay, keys
 from .blocks import cut
 from .companions import misfit, misfit_of_codes
 from .groups import effective
-from .members import Member, is_sharded, local, wrap_like
+from .members import Member, is_sharded, local, split_dimensions, wrap_like
 from .names import names_of
 from .packing import read_moment
 from .saved_form import from_saved, group_from_saved
@@ -216,6 +216,11 @@ def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
                 )
 
 
+def _cuts(tensor: Any) -> list[Any]:
+    """Return how a DTensor is split, the same on every process."""
+    return [(d, tensor.device_mesh.size(d), tensor.placements[d]) for d in split_dimensions(tensor)]
+
+
 def _check_wrapping(entry: StateDict, p: Tensor, name: str) -> None:
     """Raise a ValueError if an array of a checkpoint is not sharded as its parameter. Every process finds the same array."""
     if not is_sharded(p):
@@ -225,7 +230,8 @@ def _check_wrapping(entry: StateDict, p: Tensor, name: str) -> None:
         if key not in entry:
             continue
         value, held = entry[key], local(entry[key])
-        if held is value or held.ndim != p.ndim or local(p).shape != held.shape:
+        # The shape of what this process holds may fit by chance, so that one process would accept what another one refuses.
+        if held is value or held.ndim != p.ndim or _cuts(value) != _cuts(p):
             what = "a plain tensor" if held is value else "a DTensor with other shards"
             raise ValueError(
                 f"load_state_dict: {key} of {name!r} {tuple(p.shape)} is {what} of shape {tuple(value.shape)} in the "

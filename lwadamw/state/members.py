@@ -149,6 +149,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return bool(split_dimensions(tensor))
 
 
+def is_of_fsdp1(p: Tensor) -> bool:
+    """Return whether FullyShardedDataParallel has flattened a parameter."""
+    return bool(getattr(p, "_fsdp_flattened", False))
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Return whether the elements fill one stretch of memory without gaps and without overlaps, in any order."""
     if tensor.is_contiguous():

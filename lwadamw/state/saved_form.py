@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from . import keys
-from .blocks import is_of_fsdp1, scale_shape, whole_scale_shape
-from .members import local
+from .blocks import scale_shape, whole_scale_shape
+from .members import is_of_fsdp1, local
 from .storage import CODES, COMPANIONS, SCALES
 
 

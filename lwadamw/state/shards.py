@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .collectives import STEP, Call, add_over, device_of, gathered
-from .members import Member, split_dimensions
+from .members import Member, is_of_fsdp1, split_dimensions
 from .names import has_names
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Shards:
         Args:
             members: all parameters of the optimizer.
         """
-        marked = list(filter(_is_marked, members))
+        marked = [m for m in members if is_of_fsdp1(m.param)]
         self._untold = None
         if marked and all(m.param.ndim == 1 for m in marked) and torch.distributed.is_initialized():
             untold = (m.name for m in marked if self._told(m) is None)
@@ -120,7 +120,7 @@ class Shards:
         Args:
             member: the parameter.
         """
-        return bool(self._told(member)) and not has_names(member.group) and not _is_marked(member)
+        return bool(self._told(member)) and not has_names(member.group) and not is_of_fsdp1(member.param)
 
     def split_of(self, member: Member) -> Split:
         """Return how a parameter is split.
@@ -240,11 +240,6 @@ def check_named(nameless: bool, call: Call) -> None:
             "shards of different processes are of one parameter. Give (name, parameter) pairs, for instance "
             f"model.named_parameters(). {call.alone}"
         )
-
-
-def _is_marked(member: Member) -> bool:
-    """Return whether FullyShardedDataParallel has flattened a parameter."""
-    return bool(getattr(member.param, "_fsdp_flattened", False))
 
 
 def add_up(table: Tensor, splits: Sequence[Split], call: Call = STEP) -> None:

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lwadamw import AdamW
 from lwadamw.state.combinations import COMBINATIONS
@@ -317,3 +318,22 @@ def _core(folder):
 
 def test_four_processes_save_what_others_load_bitwise_and_other_storage_and_cut_blocks_are_refused_alike(tmp_path):
     _assert_bitwise(run(4, _core, str(tmp_path)))
+
+
+def _one_row():
+    """Process 0 holds all of a parameter of one row, so a replicated array has the shape of its shard there."""
+    mesh = init_device_mesh("cpu", (2,))
+    w = torch.ones(1, 6)
+    optimizer = AdamW([("w", nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])))])
+    replicated = distribute_tensor(w, mesh, [Replicate()])
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"step": torch.tensor(1.0), "exp_avg": replicated, "exp_avg_sq": replicated}}
+    with pytest.raises(ValueError, match="exp_avg of 'w' .* is a DTensor with other shards") as refused:
+        optimizer.load_state_dict(saved)
+    c.alike(str(refused.value), dist.group.WORLD)
+    return True
+
+
+@MATRIX
+def test_a_replicated_array_for_a_shard_of_one_row_is_refused_on_every_process():
+    assert run(2, _one_row) == [True] * 2

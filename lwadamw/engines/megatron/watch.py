@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...state.collectives import Call, add_over
 from ...state.names import names_of
 from ...step.norms import Norms
 from ...step.optimizer import AdamW
 from .overrides import unwrapped
+
+_NORMS = Call("watch.norms()", "optimizer.norm_sums(local=True) of an inner optimizer is not collective.")
 
 
 class Watch:
@@ -46,7 +49,7 @@ class Watch:
                 if name in rows:
                     own[index[id(p)]] = sums[rows[name]]
             if hasattr(wrapper, "gbuf_ranges"):  # DistributedOptimizer cuts every parameter over this group
-                torch.distributed.all_reduce(own, group=wrapper.data_parallel_group)
+                add_over(own, wrapper.data_parallel_group, _NORMS)
             table = own if table is None else table + own
         if table is None:
             return Norms.from_sums((), torch.zeros(0, 4).numpy())
@@ -64,7 +67,7 @@ class Watch:
         ):
             if rows:
                 part = table[rows]
-                torch.distributed.all_reduce(part, group=group())
+                add_over(part, group(), _NORMS)
                 table[rows] = part
 
 
