@@ -5,10 +5,11 @@
 # make test-engines   runs the tests inside real training frameworks, on CPU; CI runs it last
 # make check  runs lint and types
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
-# make gpu    runs the GPU tests, then the benchmarks; needs only python3, torch, triton and numpy
+# make gpu-test   runs the tests that need a GPU; needs only python3, torch, triton and numpy, and pytest for some
+# make gpu-bench  runs the benchmarks on a GPU; make gpu-tune compares launch constants. Each of the three takes less than 9 minutes.
 # make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
 #             Runs that exist already are not repeated.
-# All targets but test-zoo, test-engines, gpu and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
+# All targets but test-zoo, test-engines, gpu-... and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
 
 PYTHON ?= python3
 OUT ?= bench/results
@@ -16,7 +17,7 @@ JOBS ?= auto
 BIN := .venv/bin
 ENGINES := .venv-engines
 
-.PHONY: demo test test-matrix test-zoo test-engines check bench study gpu clean
+.PHONY: demo test test-matrix test-zoo test-engines check bench study gpu-test gpu-bench gpu-tune clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -90,8 +91,17 @@ study: .venv/.installed
 	$(BIN)/python -m lwadamw sweep --out docs/data/series.csv --series --lr 0.005 --weight-decay 1.25 --seeds 1
 	$(BIN)/python -m lwadamw figures
 
-gpu:
-	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu --out $(OUT)
+gpu-test gpu-bench gpu-tune: export PYTHONPATH := .:$(PYTHONPATH)
+gpu-test gpu-bench gpu-tune: export PYTHONUNBUFFERED := 1
+
+gpu-test:
+	$(PYTHON) -m bench.gpu_test --out $(OUT)
+
+gpu-bench:
+	$(PYTHON) -m bench.gpu_bench --out $(OUT)
+
+gpu-tune:
+	$(PYTHON) -m bench.tune --device cuda --json $(OUT)/tune.json
 
 clean:
 	rm -rf .venv .venv-zoo .venv-engines build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

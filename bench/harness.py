@@ -98,6 +98,22 @@ def machine(device: torch.device, threads: int | None = None) -> dict[str, str]:
     }
 
 
+# What decides about the speed of a GPU besides its model, as nvidia-smi names it.
+_STATE = (
+    "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
+    "clocks_event_reasons.active",
+)  # fmt: skip
+
+
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """Clocks, power, temperature and reasons for throttling of a GPU at this moment. Empty without a GPU or nvidia-smi."""
+    if device.type != "cuda":
+        return {}
+    index = str(device.index or torch.cuda.current_device())
+    read = output("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader")
+    return dict(zip(_STATE, (value.strip() for value in read.split(",")), strict=False)) if read else {}
+
+
 def one_line(description: Mapping[str, str]) -> str:
     """The description of a machine as one line under a table, with a shortened commit."""
     head, *dirty = description["commit"].split("+")

@@ -1,0 +1,264 @@
+"""All tests that a GPU can answer, on a bare machine, and a table of what failed.
+
+    make gpu-test                                   # or: python -m bench.gpu_test --out results
+    python -m bench.gpu_test --only functions --minutes 3
+
+It runs these parts side by side, in processes of their own, so that neither a failure nor a crash hides another test:
+
+    functions   the tests of tests/kernels/test_gpu*.py. They need torch, triton and numpy only.
+    suite       other test files of the project, with tensors on the GPU. They need pytest: carry it in a folder of PYTHONPATH.
+    sanitizer   tests/kernels/small_steps.py under compute-sanitizer, which looks for accesses outside of tensors and for races.
+                Not every machine has compute-sanitizer, or allows it.
+
+The JSON file is written again after each process. The table at the end has at most 30 lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import harness
+from bench.harness import log
+
+PARTS = ("functions", "suite", "sanitizer")
+MINUTES = 8.7
+AT_ONCE = 8  # processes that share the GPU
+FUNCTION_JOBS = 5
+ROWS = 20  # failures that the table shows
+# Test files of the part `suite`, below tests/.
+SUITE = (
+    "step/test_backends.py",
+    "tables/test_grouping.py",
+    "tables/test_launches.py",
+    "step/test_norms.py",
+    "step/test_clipping.py",
+    "step/test_protocol.py",
+    "tables/test_changes.py",
+    "step/test_modes.py",
+    "state/test_checkpoint.py",
+    "step/test_torch_parity.py",
+    "state/test_storage.py",
+    "state/test_storage_kernels.py",
+    "state/test_gradient_storage.py",
+    "state/test_convergence.py",
+    "state/test_codes.py",
+    "step/test_amp.py",
+    "step/test_gradient_release.py",
+    "state/test_decay.py",
+    "state/test_decay_checkpoint.py",
+    "state/test_huber.py",
+    "monitor/test_columns.py",
+    "monitor/test_monitor.py",
+    "monitor/test_resume.py",
+)
+SANITIZERS = ("memcheck", "racecheck")
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", re.MULTILINE)
+
+
+@dataclass
+class Job:
+    """One process.
+
+    Attributes:
+        part: one of PARTS.
+        name: what the table calls it.
+        command: its arguments.
+        outcome: "passed", "FAILED", "not finished" or "not run".
+        last: the last line that it printed, or why it was not run.
+        seconds: how long it took.
+        failures: the tests that failed, each with the first line of its error.
+    """
+
+    part: str
+    name: str
+    command: list[str]
+    outcome: str = "not run"
+    last: str = ""
+    seconds: float = 0.0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def run(self, end: float) -> Job:
+        """Run the process until `end`, in seconds of time.monotonic, and return the job with its results."""
+        begin = time.monotonic()
+        if self.last:
+            return self
+        if begin >= end:
+            self.last = "no time left"
+            return self
+        path = os.pathsep.join(filter(None, (".", os.environ.get("PYTHONPATH"))))
+        try:
+            done = subprocess.run(
+                self.command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=end - begin,
+                cwd=harness.ROOT,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        except subprocess.TimeoutExpired as expired:
+            self.outcome = "not finished"
+            printed = expired.stdout or b""
+            self._read(printed if isinstance(printed, str) else printed.decode(errors="replace"))
+        else:
+            self.outcome = "FAILED" if done.returncode else "passed"
+            self._read(f"{done.stderr}\n{done.stdout}")
+        self.seconds = time.monotonic() - begin
+        return self
+
+    def _read(self, printed: str) -> None:
+        lines = printed.strip().splitlines() or ["nothing was printed"]
+        self.last = lines[-1].strip("= ")
+        self.failures = [(test, error or "") for test, error in _FAILED.findall(printed)]
+        if self.outcome != "passed":
+            print(f"\n{self.name}:\n{printed[-12000:]}", flush=True)
+            self.failures = self.failures or [(self.name, self.last)]
+
+
+def gpu_tests() -> dict[str, Callable[[], None]]:
+    """The test functions of tests/kernels/test_gpu.py and test_gpu_storage.py. They need no pytest and no fixtures."""
+    from tests.kernels import test_gpu, test_gpu_storage
+
+    return {
+        f"{module.__name__.rpartition('.')[2]}.py::{name}": function
+        for module in (test_gpu, test_gpu_storage)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.startswith("test_")
+    }
+
+
+def run_functions(names: Sequence[str], dry: bool) -> int:
+    """Run some of `gpu_tests`, print an outcome for each, and return how many failed.
+
+    Args:
+        names: keys of `gpu_tests`.
+        dry: only look the functions up.
+    """
+    tests, failed = gpu_tests(), 0
+    for name in names:
+        torch.manual_seed(0)
+        begin = time.perf_counter()
+        try:
+            if not dry:
+                tests[name]()
+            print(f"passed {name} ({time.perf_counter() - begin:.1f} s)", flush=True)
+        except Exception as error:
+            failed += 1
+            traceback.print_exc()
+            first = str(error).strip().partition("\n")[0]
+            print(f"FAILED {name} - {type(error).__name__}: {first[:200]}", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(f"{len(names) - failed} passed, {failed} failed")
+    return failed
+
+
+def jobs(parts: Sequence[str], files: Sequence[str], dry: bool) -> list[Job]:
+    """Return the processes to run, the longest first.
+
+    Args:
+        parts: some of PARTS.
+        files: test files of the part `suite`.
+        dry: let each process only find what it would run. Small steps are taken on the CPU.
+    """
+    python, flags, out = sys.executable, ["--dry-run"] if dry else [], []
+    if "functions" in parts:
+        names = list(gpu_tests())
+        for i in range(FUNCTION_JOBS):
+            own = names[i::FUNCTION_JOBS]
+            out.append(
+                Job("functions", f"functions {i}", [python, "-m", "bench.gpu_test", *flags, "--functions", *own])
+            )
+    if "sanitizer" in parts:
+        sanitizer, steps = shutil.which("compute-sanitizer"), [python, "-m", "tests.kernels.small_steps", *(["fp32"] if dry else [])]
+        for tool in SANITIZERS:
+            prefix = [] if dry else [sanitizer or "", "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "60"]
+            missing = "" if dry or sanitizer else "compute-sanitizer is not installed"
+            out.append(Job("sanitizer", tool, prefix + steps, last=missing))
+    if "suite" in parts:
+        pytest = [python, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+        pytest += ["-o", "filterwarnings=default", *(["--collect-only"] if dry else [])]
+        missing = "" if find_spec("pytest") else "pytest is not installed: carry it in a folder of PYTHONPATH"
+        out += [Job("suite", name, [*pytest, f"tests/{name}"], last=missing) for name in files]
+    return out
+
+
+def table(done: Sequence[Job]) -> str:
+    """Which tests failed, and what each part did. At most 30 lines."""
+    failed = [(job.part, test, error) for job in done for test, error in job.failures]
+    lines = []
+    if failed:
+        rows = [(part, test[-70:], error[:90]) for part, test, error in failed[:ROWS]]
+        lines.append(harness.table(["part", "failed", "error"], rows, left=3))
+        if len(failed) > ROWS:
+            lines.append(f"and {len(failed) - ROWS} more, see the JSON file")
+    for part in dict.fromkeys(job.part for job in done):
+        own = [job for job in done if job.part == part]
+        counts = {o: sum(job.outcome == o for job in own) for o in ("passed", "FAILED", "not finished", "not run")}
+        reasons = sorted({job.last for job in own if job.outcome == "not run"})
+        said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n)
+        lines.append(f"{part}: {said} of {len(own)} processes{': ' if reasons else ''}{'; '.join(reasons)}")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=harness.ROOT / "bench/results", help="folder for the JSON file")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run only these parts")
+    parser.add_argument("--files", nargs="+", default=list(SUITE), help="test files of the part suite, below tests/")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="total time for all parts")
+    parser.add_argument("--functions", nargs="+", help="run these test functions in this process, and nothing else")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="without a GPU: start every process, and let it find its tests"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the parts, write the JSON file and print the table."""
+    arguments = parse()
+    dry = arguments.dry_run
+    if not torch.cuda.is_available() and not dry:
+        sys.exit("bench.gpu_test: torch sees no GPU on this machine. Use --dry-run to try the script on the CPU.")
+    if arguments.functions:
+        sys.exit(min(run_functions(arguments.functions, dry), 1))
+    begin = time.monotonic()
+    device = harness.choose_device("cpu" if dry else "cuda")
+    described = harness.machine(device)
+    name = "test_dry_run" if dry else "test_" + described["device"].replace(" ", "_").lower()
+    record: dict[str, Any] = {"command": harness.command_line("bench.gpu_test"), "machine": described}
+    done: list[Job] = []
+    with ThreadPoolExecutor(AT_ONCE if not dry else os.cpu_count()) as pool:
+        started = [
+            pool.submit(job.run, begin + 60 * arguments.minutes) for job in jobs(arguments.only, arguments.files, dry)
+        ]
+        for future in as_completed(started):
+            done.append(future.result())
+            log(f"{done[-1].outcome} {done[-1].name} ({done[-1].seconds:.1f} s): {done[-1].last[:100]}")
+            record["jobs"] = [asdict(job) for job in done]
+            harness.write_json(arguments.out / f"{name}.json", record)
+    print(f"\n{table(done)}\n{harness.one_line(described)}")
+    if any(job.failures for job in done):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
