@@ -7,7 +7,9 @@ python -m bench.memory      How much memory does a step need in addition to para
 python -m bench.train       How many tokens per second does a small LLaMA train at?
 python -m bench.monitor     Which share of the training time does lwadamw.Monitor take?
 python -m bench.tune        Which launch constants of the kernels are fastest?
-python -m bench.gpu         Runs all of these except codegen and tune, and the GPU tests, on a machine with a GPU.
+python -m bench.scale       What does one process of a 405B model's run pay for each step?
+python -m bench.gpu_bench   Runs all of these except codegen, scale and tune on a machine with a GPU.
+python -m bench.gpu_test    Runs the tests of a machine with a GPU.
 python -m bench.report      Writes the figure and the table in README from bench/results.
 python -m bench.workloads   Prints the parameter lists that are stepped.
 pytest bench/ --benchmark-only

@@ -109,7 +109,7 @@ def gpu_state(device: torch.device) -> dict[str, str]:
     """Clocks, power, temperature and reasons for throttling of a GPU at this moment. Empty without a GPU or nvidia-smi."""
     if device.type != "cuda":
         return {}
-    index = str(device.index or torch.cuda.current_device())
+    index = str(torch.cuda.current_device() if device.index is None else device.index)
     read = output("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader")
     return dict(zip(_STATE, (value.strip() for value in read.split(",")), strict=False)) if read else {}
 

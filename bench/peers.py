@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lwadamw
 from bench.field import Contestant, Field
 from bench.workloads import make_groups
 from lwadamw.state.combinations import COMBINATIONS
@@ -163,6 +164,8 @@ def _bitsandbytes(field: Field) -> Contestant:
 def usual_way(params: Sequence[Tensor], optimizer: torch.optim.Optimizer, max_norm: float = 1.0) -> list[float]:
     """Do with torch alone what lwadamw does in its step: clip, take the step, and compute the norms.
 
+    clip_grad_norm_ computes norms and clips with torch's foreach operators, its default on a GPU.
+
     Args:
         params: the parameters, all with gradients.
         optimizer: an optimizer over these parameters.
@@ -176,6 +179,32 @@ def usual_way(params: Sequence[Tensor], optimizer: torch.optim.Optimizer, max_no
     tensors = [p.detach() for p in params] + [p.grad for p in params if p.grad is not None]
     norms: list[float] = torch.stack(torch._foreach_norm(tensors)).tolist()
     return norms
+
+
+def _flashoptim(field: Field) -> Contestant:
+    """bfloat16 weights with 16 bits of correction, and 8-bit moments with one 16-bit scale per 32 elements."""
+    if field.combination != "bf16, remainder, 8-bit moments":
+        raise OtherStorage
+    optimizer = _require("flashoptim", field.device).FlashAdamW(field.groups(), master_weight_bits=32)
+    return Contestant(optimizer.step, 3 * 2 + 2 * 2 + 2 * 2 * (1 + 2 / 32), optimizer)
+
+
+def _norm_kernel(field: Field) -> Contestant:
+    """What NeMo Automodel does since its pull request 3685: one Triton kernel for all gradient norms, and a clip in place."""
+    _require_uniform(field)
+    contestant, measures = _fused(field), lwadamw.AdamW(field.groups(), norms=False)
+    field.enter(measures, 0, field.state, step=_one)
+    tensors = [p.detach() for p in field.params] + [p.grad for p in field.params]
+    gradients = tensors[len(field.params) :]
+
+    def step() -> list[float]:
+        norm = measures.clip_grad_norm_(1.0)
+        torch._foreach_mul_(gradients, (1.0 / (norm + 1e-6)).clamp(max=1.0))
+        contestant.optimizer.step()
+        norms: list[float] = torch.stack(torch._foreach_norm(tensors)).tolist()
+        return norms
+
+    return Contestant(step, (STEP + CLIP + LOG) * field.itemsize, contestant.optimizer)
 
 
 def _usual_way(field: Field) -> Contestant:
@@ -199,7 +228,9 @@ PEERS: dict[str, tuple[str, Callable[[Field], Contestant]]] = {
     "apex": ("apex FusedAdam", _apex),
     "torchao": ("torchao AdamW8bit", _torchao),
     "bitsandbytes": ("bitsandbytes AdamW8bit, to nearest", _bitsandbytes),
+    "flashoptim": ("flashoptim FlashAdamW", _flashoptim),
     "usual": ("usual way: clip_grad_norm_, fused, norms", _usual_way),
+    "norm_kernel": ("Triton norm, clip in place, fused, norms", _norm_kernel),
 }
 
 

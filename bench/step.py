@@ -8,6 +8,7 @@
 In every round each contestant takes several consecutive steps. They are timed by two device events on a GPU, by the clock on
 a CPU. So the result is the time that a step adds to a training loop: the time on the device or the time on the host,
 whichever is longer. Gradients stay at their addresses. `bench.host` measures the cost of moving them.
+No cache is flushed: a note under the table says whether the tensors of a step fit into the L2 cache of the GPU.
 
     bytes       bytes that the implementation reads and writes, of p, g, m, v and everything else that it keeps. With float32
                 and one pass over memory this is 28 per parameter.
@@ -120,9 +121,26 @@ def measure(
         "rounds": len(times["copy"]),
         "copy_gb_s": bandwidth / 1e9,
         "copy_bytes": copied,
+        "notes": _notes(field, device),
         "rows": rows,
         "missing": missing,
     }
+
+
+def _notes(field: peers.Field, device: torch.device) -> list[str]:
+    """What a reader has to know about the figures of this device and this version of torch."""
+    if device.type != "cuda":
+        return []
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    held = sum(p.numel() for p in field.params) * field.bytes_per_element / 2  # most of it is read and written
+    notes = [
+        f"the tensors of a step {'fit into' if held < cache else 'are larger than'} the L2 cache ({cache >> 20} MiB)"
+    ]
+    if torch.__version__ < (2, 12):
+        notes.append(
+            "torch fused of 2.12 and later, on CUDA 13, launches fewer kernels than this version: larger arguments"
+        )
+    return notes
 
 
 def run(
@@ -169,6 +187,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             rows.append([name, *ms, f"{row['bytes'] / 1e9:.3f}", f"{row['of_copy']:.1%}", f"{row['vs_fused']:.2f}x"])
         out.append(harness.table([title, "ms p20", "p50", "p80", "GB", "of copy", "vs fused"], rows))
         out.append(f"copy: {result['copy_gb_s']:.1f} GB/s; {result['rounds']} rounds")
+        out += result["notes"]
         by_reason: dict[str, list[str]] = {}
         for name, reason in result["missing"].items():
             by_reason.setdefault(reason, []).append(name)

@@ -1,12 +1,7 @@
 """The benchmark commands run on a machine without a GPU, print a table and write a complete record."""
 
-import gc
 import importlib
-import inspect
-import json
-import os
 import runpy
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,66 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, harness, host, memory, peers, step, train, tune
-from lwadamw.lab import data
+from bench import harness, host, memory, peers, step, train, tune
 from lwadamw.state.combinations import COMBINATIONS
 from lwadamw.state.storage import CODES
+from tests.bench.commands import start
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-COMMANDS = ("step", "host", "codegen", "memory", "scale", "train", "monitor", "gpu", "tune", "report")
+COMMANDS = ("step", "host", "codegen", "memory", "scale", "train", "monitor", "gpu_test", "gpu_bench", "tune", "report")
 # These peers take part in a few storage combinations only. In all others they are left out without a reason.
-OF_FEW_STORAGES = {peers.PEERS[key][0] for key in ("fused_mixed", "fused_copies")}
+OF_FEW_STORAGES = {peers.PEERS[key][0] for key in ("fused_mixed", "fused_copies", "flashoptim")}
 IN_GIT = harness.output("git", "rev-parse", "HEAD") is not None
-
-
-def _start(*arguments):
-    """Run `python -m ...` in a process of its own, with interpreted kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """A function that runs a benchmark with a command line. It returns the printed lines, or the JSON record if asked for.
-
-    The command runs in this process, because a new process needs several seconds to import torch. On a machine with a GPU it
-    runs in a new process, because the kernels of this process are compiled and dry runs on the CPU need interpreted ones.
-    """
-
-    def run_(module, *arguments, json_to=None):
-        arguments = [*arguments, *(["--json", str(json_to)] if json_to else [])]
-        if torch.cuda.is_available():
-            done = _start(module.__name__, *arguments)
-            assert done.returncode == 0, done.stdout + done.stderr
-            printed = done.stdout
-        else:
-            monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-            monkeypatch.setitem(step.TURN, CPU.type, 0.0)  # A turn is one step, because no test reads the times.
-            capsys.readouterr()
-            gc.freeze()  # The benchmarks collect garbage often, and the heap of the test process is large.
-            try:
-                module.main()
-            finally:
-                gc.unfreeze()
-            printed = capsys.readouterr().out
-        lines = printed.splitlines()
-        assert any(line.startswith("| --") for line in lines), "no table"
-        if json_to is None:
-            return lines
-        record = json.loads(json_to.read_text())
-        assert {"device", "driver", "torch", "triton", "python", "commit", "date"} <= record["machine"].keys()
-        assert record["command"].startswith(f"python -m {module.__name__} --dry-run")
-        return record
-
-    return run_
-
-
-@pytest.fixture
-def short_text(monkeypatch):
-    """Benchmarks that train a model read a short text instead of the whole standard library."""
-    corpus = data.Corpus(*data.split_files([b"a text of a few words to train on. " * 20] * 16), source="test")
-    monkeypatch.setattr(data, "standard_library", lambda: corpus)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -129,47 +75,6 @@ def test_train_trains_one_model_with_every_optimizer(run, tmp_path):
     assert max(clipped) - min(clipped) < 1e-3
 
 
-@pytest.mark.usefixtures("short_text")
-def test_the_dry_run_of_gpu_writes_the_same_parts_as_a_run_on_a_gpu(run, tmp_path):
-    lines = run(gpu, "--dry-run", "--out", str(tmp_path), "--workloads", "one_huge")
-    (path,) = tmp_path.iterdir()
-    record = json.loads(path.read_text())
-    assert record["errors"] == {}
-    assert [r["workload"] for r in record["step"]] == ["one_huge"]
-    assert ["fp32", *(r["storage"] for r in record["storage"])] == list(COMBINATIONS)
-    assert {"host", "memory", "train", "monitor"} <= record.keys()
-    assert [r["width"] for r in record["monitor"]] == [32]
-    assert "clip+norms vs usual" in "\n".join(lines)
-
-
-def test_every_test_file_that_gpu_runs_exists(monkeypatch):
-    started = []
-
-    def record(command, **_):
-        started.extend(command)
-        return subprocess.CompletedProcess(command, 0, stdout="1 passed", stderr="")
-
-    monkeypatch.setattr(subprocess, "run", record)
-    assert gpu.run_suite(1.0) == "1 passed"
-    files = [argument for argument in started if argument.startswith("tests/")]
-    assert len(files) == len(gpu.SUITE) > 0
-    assert [name for name in files if not (ROOT / name).is_file()] == []
-
-
-def test_every_test_function_that_gpu_runs_takes_no_arguments():
-    """bench.gpu calls these functions without pytest, so no fixture can be filled in."""
-    tests = gpu.gpu_tests()
-    assert {test.__module__ for test in tests} == {"tests.kernels.test_gpu", "tests.kernels.test_gpu_storage"}
-    assert [test.__name__ for test in tests if inspect.signature(test).parameters] == []
-
-
-def test_gpu_without_a_gpu_says_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench.gpu"])
-    with pytest.raises(SystemExit, match="sees no GPU"):
-        gpu.main()
-
-
 def test_step_measures_every_storage_combination(run, tmp_path):
     arguments = ("--dry-run", "--workloads", "cpu_30m", "--storage", "all", "--groups", "1")
     results = run(step, *arguments, json_to=tmp_path / "step.json")["results"]
@@ -185,7 +90,7 @@ def test_step_measures_every_storage_combination(run, tmp_path):
 
 
 def test_an_unknown_storage_is_an_error_that_names_the_known_ones():
-    done = _start("bench.step", "--dry-run", "--storage", "int3")
+    done = start("bench.step", "--dry-run", "--storage", "int3")
     assert done.returncode == 2
     assert "'int3' not in 'fp32', " in done.stderr
 

@@ -1,0 +1,184 @@
+"""The three commands for a machine with a GPU: what they start, what they report, and that one failure hides no other."""
+
+import inspect
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import gpu_bench, gpu_test, harness
+from bench.gpu_test import Job
+from lwadamw.state.combinations import COMBINATIONS
+from tests.bench.commands import ROOT
+
+LONG = 30  # lines that a table may have at most
+
+
+def _job(code, part="suite", **options):
+    return Job(part, options.pop("name", "a process"), [sys.executable, "-c", code], **options)
+
+
+@pytest.mark.usefixtures("short_text")
+def test_the_dry_run_of_gpu_bench_writes_the_same_parts_as_a_run_on_a_gpu(run, tmp_path):
+    lines = run(gpu_bench, "--dry-run", "--out", str(tmp_path), "--workloads", "one_huge")
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert record["errors"] == {}
+    assert record["left_out"] == []
+    assert [r["workload"] for r in record["step"]] == ["one_huge"]
+    assert ["fp32", *(r["storage"] for r in record["storage"])] == list(COMBINATIONS)
+    assert {"host", "memory", "train", "monitor"} <= record.keys()
+    assert [r["width"] for r in record["monitor"]] == [32]
+    assert "clip+norms vs usual" in "\n".join(lines)
+
+
+def test_the_largest_questions_of_gpu_bench_come_first_and_every_workload_once():
+    units = gpu_bench.units(torch.device("cpu"), [*gpu_bench.FIRST, *gpu_bench.LAST], dry=True)
+    parts = [unit.part for unit in units]
+    assert parts[:6] == ["step"] * 5 + ["storage"]
+    assert units[0].name.startswith("one_huge")
+    assert units[1].name.startswith("llama_1b")
+    assert parts.count("step") == len({unit.name for unit in units if unit.part == "step"}) == 7
+    assert set(parts) == set(gpu_bench.PARTS)
+
+
+def test_a_unit_that_fails_is_recorded_and_the_others_are_measured(monkeypatch, capsys, tmp_path):
+    def fails():
+        raise ArithmeticError("no such memory")
+
+    units = [
+        gpu_bench.Unit("step", "a", fails),
+        gpu_bench.Unit("step", "b", list),
+        gpu_bench.Unit("monitor", "monitor", lambda: [{"width": 3, "share": 0.5}]),
+    ]
+    monkeypatch.setattr(gpu_bench, "units", lambda *_: units)
+    monkeypatch.setattr(sys, "argv", ["bench.gpu_bench", "--dry-run", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu_bench.main()
+    record = json.loads((tmp_path / "dry_run.json").read_text())
+    assert record["errors"] == {"step: a": "ArithmeticError: no such memory"}
+    assert record["monitor"] == [{"width": 3, "share": 0.5}]
+    assert list(record["states"]) == ["before", "step: a", "step: b", "monitor"]
+    assert "width 3 50.00%" in capsys.readouterr().out
+
+
+def test_the_summary_of_all_units_has_at_most_thirty_lines():
+    row = {"ms": {"p50": 1.0}, "of_copy": 0.9, "vs_fused": 1.2}
+    step = {"workload": "llama_1b", "groups": 1, "tensors": 146, "rows": {"lwadamw": row}}
+    us = {name: {"p50": 1.0} for name in ("lwadamw", "torch fused", "torch fused, launched", "lwadamw, launched")}
+    record = {
+        "step": [step] * 10,
+        "storage": [{**step, "storage": name} for name in COMBINATIONS if name != "fp32"],
+        "host": {"columns": [{"groups": n, "us": us} for n in (1, 28, 500)]},
+        "memory": [{"workload": "llama_1b", "rows": {"lwadamw": {"within": True}}}] * 7,
+        "train": {"rows": {"lwadamw": {"tokens_per_second": {"p50": 1.0}}}},
+        "monitor": [{"width": 1, "share": 0.0}],
+        "errors": {"a": "b"},
+        "left_out": ["c"],
+    }
+    summary = gpu_bench.summary(record)
+    assert summary.count("\n") + 2 <= LONG  # and a line for the machine
+    for storage in record["storage"]:
+        assert f"{storage['storage']}: 1.000 ms" in summary
+
+
+def test_the_dry_run_of_gpu_test_starts_every_kind_of_process(monkeypatch, capsys, tmp_path):
+    arguments = ["--dry-run", "--out", str(tmp_path), "--files", "state/test_codes.py"]
+    monkeypatch.setattr(sys, "argv", ["bench.gpu_test", *arguments])
+    gpu_test.main()
+    (path,) = tmp_path.iterdir()
+    found = {job["part"]: job for job in json.loads(path.read_text())["jobs"]}
+    assert {part: job["outcome"] for part, job in found.items()} == dict.fromkeys(gpu_test.PARTS, "passed")
+    assert found["functions"]["last"] == f"{len(gpu_test.gpu_tests())} passed, 0 failed"
+    assert found["sanitizer"]["last"] == "1 storages stepped on cpu"
+    assert "suite: 1 passed of 1 processes" in capsys.readouterr().out
+
+
+def test_every_function_is_in_one_process_and_every_file_exists():
+    jobs = gpu_test.jobs(gpu_test.PARTS, gpu_test.SUITE, dry=False)
+    functions = [name for job in jobs if job.part == "functions" for name in job.command if "::" in name]
+    assert sorted(functions) == sorted(gpu_test.gpu_tests())
+    files = [argument for job in jobs for argument in job.command if argument.startswith("tests/")]
+    assert len(files) == len(gpu_test.SUITE)
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+    assert {job.name for job in jobs if job.part == "sanitizer"} == set(gpu_test.SANITIZERS)
+
+
+def test_every_test_function_that_gpu_test_runs_takes_no_arguments():
+    """bench.gpu_test calls these functions without pytest, so no fixture can be filled in."""
+    tests = gpu_test.gpu_tests()
+    assert {test.__module__ for test in tests.values()} == {"tests.kernels.test_gpu", "tests.kernels.test_gpu_storage"}
+    assert [name for name, test in tests.items() if inspect.signature(test).parameters] == []
+
+
+def test_a_function_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    def fails():
+        raise ValueError("3 is not 4\nand more")
+
+    monkeypatch.setattr(gpu_test, "gpu_tests", lambda: {"a.py::one": fails, "a.py::two": lambda: None})
+    assert gpu_test.run_functions(["a.py::one", "a.py::two"], dry=False) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "FAILED a.py::one - ValueError: 3 is not 4"
+    assert lines[1].startswith("passed a.py::two")
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "failures"),
+    [
+        ("print('2 passed')", "passed", []),
+        ("import os; os._exit(3)", "FAILED", [("a process", "nothing was printed")]),
+        ("print('FAILED t.py::x - E: 1\\n1 failed'); exit(1)", "FAILED", [("t.py::x", "E: 1")]),
+        (
+            "import time; print('FAILED t.py::x - E: 1', flush=True); time.sleep(60)",
+            "not finished",
+            [("t.py::x", "E: 1")],
+        ),
+    ],
+)
+def test_a_process_is_reported_whether_it_ends_crashes_or_hangs(code, outcome, failures):
+    job = _job(code).run(time.monotonic() + (3 if outcome == "not finished" else 60))
+    assert (job.outcome, job.failures) == (outcome, failures)
+
+
+def test_processes_that_cannot_run_say_why():
+    late = _job("print(1)").run(time.monotonic() - 1)
+    missing = _job("print(1)", last="pytest is not installed").run(time.monotonic() + 60)
+    assert [(job.outcome, job.last) for job in (late, missing)] == [
+        ("not run", "no time left"),
+        ("not run", "pytest is not installed"),
+    ]
+    assert gpu_test.table([late, missing]) == "suite: 2 not run of 2 processes: no time left; pytest is not installed"
+
+
+def test_the_table_of_gpu_test_names_failures_of_every_part_in_at_most_thirty_lines():
+    jobs = [
+        _job("", part, outcome="FAILED", failures=[(f"{part} {i}", "E") for i in range(30)]) for part in gpu_test.PARTS
+    ]
+    table = gpu_test.table(jobs)
+    assert table.count("\n") + 2 <= LONG
+    assert "and 70 more" in table
+    assert all(f"{part}: 1 FAILED of 1 processes" in table for part in gpu_test.PARTS)
+
+
+def test_processes_keep_the_python_path_of_carried_wheels(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/carried/wheels")
+    job = _job("import os; print(os.environ['PYTHONPATH'])").run(time.monotonic() + 60)
+    assert job.last == ".:/carried/wheels"
+
+
+@pytest.mark.parametrize("module", [gpu_bench, gpu_test])
+def test_gpu_commands_without_a_gpu_say_so(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [module.__name__])
+    with pytest.raises(SystemExit, match="sees no GPU"):
+        module.main()
+
+
+def test_the_state_of_a_gpu_is_read_by_name(monkeypatch):
+    monkeypatch.setattr(harness, "output", lambda *_: "1980 MHz, 1980 MHz, 3201 MHz, 3201 MHz, 120 W, 700 W, 40, 0x4")
+    state = harness.gpu_state(torch.device("cuda", 0))
+    assert (state["clocks.sm"], state["power.limit"]) == ("1980 MHz", "700 W")
+    assert state["clocks_event_reasons.active"] == "0x4"
+    assert harness.gpu_state(torch.device("cpu")) == {}
