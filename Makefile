@@ -74,6 +74,7 @@ bench: .venv/.installed
 	$(BIN)/python -m bench.step --device cpu --json bench/results/cpu_step.json
 	$(BIN)/python -m bench.memory --device cpu --json bench/results/memory.json
 	$(BIN)/python -m bench.scale --json bench/results/scale.json
+	$(BIN)/python -m bench.predict --json bench/results/predictions.json
 	$(BIN)/python -m bench.train --device cpu --json bench/results/train_cpu.json
 	$(BIN)/python -m bench.monitor --device cpu --json bench/results/monitor_cpu.json
 	$(BIN)/python -m bench.report

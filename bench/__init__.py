@@ -6,6 +6,7 @@ python -m bench.codegen     Which code does the compiler make from the kernels?
 python -m bench.memory      How much memory does a step need in addition to parameters, gradients and state?
 python -m bench.train       How many tokens per second does a small LLaMA train at?
 python -m bench.monitor     Which share of the training time does lwadamw.Monitor take?
+python -m bench.predict     How long should a step take on six devices, by bytes, instructions and waves?
 python -m bench.tune        Which launch constants of the kernels are fastest?
 python -m bench.scale       What does one process of a 405B model's run pay for each step?
 python -m bench.gpu_bench   Runs all of these except codegen, scale and tune on a machine with a GPU.

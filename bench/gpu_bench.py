@@ -15,6 +15,7 @@ the others still run. When the time is over, no further unit starts.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import traceback
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import harness, host, memory, monitor, peers, step, train
+from bench import harness, host, memory, monitor, peers, predict, step, train
 from bench.harness import log
 from bench.workloads import WORKLOADS
 from lwadamw.state.combinations import COMBINATIONS
@@ -202,6 +203,7 @@ def main() -> None:
     path = arguments.out / f"{name}.json"
     record: dict[str, Any] = {"command": harness.command_line("bench.gpu_bench"), "machine": described}
     record |= {"errors": {}, "left_out": [], "states": {"before": harness.gpu_state(device)}}
+    record["reports"] = json.loads(predict.CODE.read_text())["reports"]  # what bench.predict compares the times with
     for unit in units(device, arguments.workloads, dry):
         if unit.part not in arguments.only:
             continue

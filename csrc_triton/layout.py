@@ -26,10 +26,9 @@ WARPS = {"cuda": THREADS // 32, "hip": THREADS // 64}
 # Elements per iteration of the aligned path of the gradient norm. This kernel reads one array only, so it can keep more
 # elements of it in flight.
 GRAD_BLOCK = 2 * BLOCK
-# A chunk has MIN_CHUNK to MAX_CHUNK elements. It has as many as leave at least TARGET_CHUNKS chunks in total.
+# A chunk has MIN_CHUNK to MAX_CHUNK elements, and between these limits the square root of the number of all elements.
 MIN_CHUNK = GRAD_BLOCK
 MAX_CHUNK = 16 * BLOCK
-TARGET_CHUNKS = 2048
 # One int64 holds the first element and the number of elements of a chunk: first << COUNT_BITS | number.
 COUNT_BITS = 20
 # The update takes a gradient element beyond a limit as the limit. A second moment that is fp16 sets the smallest limit, a first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,9 +24,12 @@ class Chunks(NamedTuple):
 def chunk_length(elements: int) -> int:
     """Return how many elements a full chunk has in a plan.
 
-    Long chunks cost fewer table look-ups per element. A plan with few elements gets short chunks, because too few long
-    chunks would leave parts of the device without work. The length depends only on the number of elements. So moving
-    parameters between groups cannot change the order in which anything is summed.
+    A program needs several dependent loads before its first block, so short chunks cost time. The last programs of a launch run
+    alone, so long chunks cost time too. The first cost falls with the length and the second grows with the length divided by
+    the number of elements, so the best length grows with the square root of the number of elements (see bench.predict).
+
+    The length depends only on the number of elements. So moving parameters between groups cannot change the order in which
+    anything is summed.
 
     Args:
         elements: number of elements of all rows of the plan.
@@ -33,7 +37,7 @@ def chunk_length(elements: int) -> int:
     Returns:
         A multiple of MIN_CHUNK, from MIN_CHUNK to MAX_CHUNK elements.
     """
-    length = elements // (layout.TARGET_CHUNKS * layout.MIN_CHUNK) * layout.MIN_CHUNK
+    length = math.isqrt(elements) // layout.MIN_CHUNK * layout.MIN_CHUNK
     return int(min(max(length, layout.MIN_CHUNK), layout.MAX_CHUNK))
 
 

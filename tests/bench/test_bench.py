@@ -16,7 +16,20 @@ from tests.bench.commands import start
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-COMMANDS = ("step", "host", "codegen", "memory", "scale", "train", "monitor", "gpu_test", "gpu_bench", "tune", "report")
+COMMANDS = (
+    "step",
+    "host",
+    "codegen",
+    "memory",
+    "scale",
+    "train",
+    "monitor",
+    "gpu_test",
+    "gpu_bench",
+    "predict",
+    "tune",
+    "report",
+)
 # These peers take part in a few storage combinations only. In all others they are left out without a reason.
 OF_FEW_STORAGES = {peers.PEERS[key][0] for key in ("fused_mixed", "fused_copies", "flashoptim")}
 IN_GIT = harness.output("git", "rev-parse", "HEAD") is not None

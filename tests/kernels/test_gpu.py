@@ -1,6 +1,6 @@
 """Tests that need a GPU: streams, synchronisation, races, graphs, more than 2^31 elements, compiled arithmetic.
 
-Every test is a plain function without fixtures, so that `make gpu` can run it without pytest.
+Every test is a plain function without fixtures, so that `make gpu-test` can run it without pytest.
 """
 
 from __future__ import annotations

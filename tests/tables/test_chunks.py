@@ -58,11 +58,10 @@ def test_first_elements_beyond_2_to_the_31_are_kept():
     assert count.sum() == elements
 
 
-def test_chunks_fill_the_device_or_are_as_long_as_they_get():
-    """A chunk has whole blocks. There are at most TARGET_CHUNKS chunks, unless the chunks already have the longest length."""
-    for elements in (0, 1, 10**5, 10**6, 3 * 10**7, 10**9, 2**33):
+def test_a_chunk_has_whole_blocks_and_about_as_many_elements_as_there_are_chunks():
+    for elements in (0, 1, 10**5, 10**6, 3 * 10**7, 10**8, 10**9, 2**33):
         length = chunks.chunk_length(elements)
         assert length % layout.MIN_CHUNK == 0
         assert layout.MIN_CHUNK <= length <= layout.MAX_CHUNK < 2**layout.COUNT_BITS
-        assert length == layout.MIN_CHUNK or elements / length >= layout.TARGET_CHUNKS
-        assert length == layout.MAX_CHUNK or elements / (length + layout.MIN_CHUNK) <= layout.TARGET_CHUNKS
+        assert length == layout.MIN_CHUNK or elements / length >= length
+        assert length == layout.MAX_CHUNK or elements / (length + layout.MIN_CHUNK) <= length + layout.MIN_CHUNK
