@@ -40,7 +40,8 @@ def test_norms_equal_float64_of_the_weights(options, backend, device):
         norms = optimizer.norms()
         weight, update, grad, angle = _norms_of(before, params, grads)
         np.testing.assert_allclose(norms.weight, weight, rtol=1e-5)
-        np.testing.assert_allclose(norms.update, update, rtol=1e-5, atol=1e-7)
+        # The weights have rounded the update to their own digits, in torch's loop over operators more than once.
+        assert (np.abs(norms.update - update) <= 1e-5 * update + 1e-7 + 2**-22 * weight).all()
         np.testing.assert_allclose(norms.grad, grad, rtol=1e-5)
         # If an update only changes the length, as that of a scalar, fp32 sums do not resolve smaller angles.
         floor = 1e-3 * update / np.maximum(weight, 1e-30)
