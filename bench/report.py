@@ -170,8 +170,8 @@ def from_cpu(results: Path) -> Report:
     ]  # fmt: skip
     lead = (
         "**The speed of these kernels on a GPU has not been measured yet.** `make gpu-bench` measures it. The table shows\n"
-        "what was measured without a GPU: the host time of step() with stubbed launches, and the time of a step on the CPU. The\n"
-        "values are medians. The number in brackets says how many times faster than torch fused the row is."
+        "what was measured without a GPU: the host time of step() with stubbed launches, and the time of a step on the CPU.\n"
+        "The values are medians. The number in brackets says how many times faster than torch fused the row is."
     )
     under = [conditions(on_host, host_title, host_path), conditions(step, "Step on the CPU", step_path)]
     return Report(lead, ["", *labels], rows, under, panels)
