@@ -1,12 +1,13 @@
 """Compares launch constants of csrc_triton/layout.py. Each candidate is the package with some constants replaced.
 
-    python -m bench.tune                              # all candidates, on LLaMA 1B and GPT-2 124M
-    python -m bench.tune --workloads one_huge --only "block 2048,tail 512"
-    python -m bench.tune --storage "bf16, remainder, 8-bit moments" --only "4 programs of random ones"
+    make gpu-tune                                     # or: python -m bench.tune
+    python -m bench.tune --workloads one_huge --only "block 2048" "tail 512"
+    python -m bench.tune --storages "bf16, remainder, 8-bit moments" --only "2 stages"
 
-All candidates step the same tensors in one process, in turn. A candidate replaces the constants if it is faster on every
-workload, by more than its spread from p20 to p80. The other candidates are written to LOG.md. Whether a candidate spills
-registers, and how many programs fit, is a question for `bench.codegen`.
+All candidates of a workload and a storage step the same tensors in one process, in turn. A candidate wins if it is faster on
+every workload of a storage, by more than the spread from p20 to p80 of its ratio to the present constants. The winner is
+printed as the lines of layout.py to paste, with its gain. The other candidates are written to LOG.md. Whether a candidate
+spills registers, and how many programs fit, is a question for `bench.codegen`. No workload starts after --minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,19 +29,24 @@ from bench.step import make_copy
 from bench.workloads import WORKLOADS, make_params
 from lwadamw.state.combinations import COMBINATIONS
 
+AS_IT_IS = "as it is"
 # Key: the name of a candidate. Value: the constants that it replaces.
 CANDIDATES: dict[str, dict[str, object]] = {
-    "as it is": {},
+    AS_IT_IS: {},
+    "2 stages": {"STAGES": 2},
+    "3 stages": {"STAGES": 3},
+    "1 stage of 8-bit moments": {"CODED_STAGES": 1},
+    "3 stages of 8-bit moments": {"CODED_STAGES": 3},
+    "tail 512": {"TAIL": 512},
     "block 512": {"BLOCK": 512},
     "block 2048": {"BLOCK": 2048},
-    "block 512, 4 warps": {"BLOCK": 512, "THREADS": 128},
-    "block 2048, 16 warps": {"BLOCK": 2048, "THREADS": 512, "TAIL": 512},
-    "tail 512": {"TAIL": 512},
+    "block 512 and 4 warps": {"BLOCK": 512, "THREADS": 128},
+    "block 2048 and 16 warps": {"BLOCK": 2048, "THREADS": 512, "TAIL": 512},
     "4 programs of twice the block": {"DOUBLE_REGISTERS": 64},
-    "4 programs of random ones": {"RANDOM_REGISTERS": 64},
+    "3 programs of random ones": {"RANDOM_REGISTERS": 80},
     "gradient block 4096": {"GRAD_BLOCK": 4096},
     "gradient block 8192": {"GRAD_BLOCK": 8192},
-    "chunks up to 4096": {"MAX_CHUNK": 4096},
+    "chunks up to 8192": {"MAX_CHUNK": 8192},
     "chunks up to 65536": {"MAX_CHUNK": 65536},
     "chunks from 4096": {"MIN_CHUNK": 4096},
     "loads .cg": {"LOAD_CACHE": ".cg"},
@@ -47,6 +54,10 @@ CANDIDATES: dict[str, dict[str, object]] = {
     "stores evict first": {"STORE_EVICTION": "evict_first"},
     "all evict first": {"LOAD_EVICTION": "evict_first", "STORE_EVICTION": "evict_first"},
 }
+# Chunks count on small models, bytes in flight on large ones.
+WORKLOADS_TO_TUNE = ("llama_1b", "gpt2_124m", "cpu_30m")
+STORAGES_TO_TUNE = ("fp32", "bf16, remainder, bf16 moments", "bf16, stochastic, 8-bit moments")
+MINUTES = 8.5
 _numbers = itertools.count()
 
 
@@ -110,12 +121,49 @@ def measure(
     for name, contestant in entered.items():
         quantiles = harness.quantiles(times[name])
         reference = f"{first}, clipping" if name.endswith(", clipping") else first
+        ratios = [r / t for r, t in zip(times[reference], times[name], strict=True)]
         rows[name] = {
             "ms": {key: value * 1e3 for key, value in quantiles.items()},
             "of_copy": workload.elements * contestant.bytes_per_element / quantiles["p50"] / bandwidth,
-            "vs_first": harness.ratio(times, name, reference),
+            "vs_first": harness.quantiles(ratios),
         }
-    return {"workload": str(workload), "storage": storage, "copy_gb_s": bandwidth / 1e9, "rows": rows}
+    return {"workload": workload.name, "storage": storage, "copy_gb_s": bandwidth / 1e9, "rows": rows}
+
+
+def winners(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the best candidate of each storage that is certainly faster than the constants as they are.
+
+    Args:
+        results: what `measure` returned, for one or more workloads of each storage.
+
+    Returns:
+        By storage: the name of the candidate and its gain on each workload, as quantiles of the ratio. A storage without a
+        winner is left out.
+    """
+    out = {}
+    for storage in dict.fromkeys(result["storage"] for result in results):
+        own = {r["workload"]: r["rows"] for r in results if r["storage"] == storage}
+        names = [n for n in next(iter(own.values())) if n in CANDIDATES and n != AS_IT_IS]
+        gains = {name: {w: rows[name]["vs_first"] for w, rows in own.items()} for name in names}
+        certain = {name: g for name, g in gains.items() if all(ratio["p20"] > 1 for ratio in g.values())}
+        if certain:
+            best = max(certain, key=lambda name: min(ratio["p50"] for ratio in certain[name].values()))
+            out[storage] = best, certain[best]
+    return out
+
+
+def advice(results: Sequence[Mapping[str, Any]]) -> str:
+    """The lines of layout.py to paste for each storage, with the gain, or the statement that nothing is certainly faster."""
+    won, lines = winners(results), []
+    for storage in dict.fromkeys(result["storage"] for result in results):
+        if storage not in won:
+            lines.append(f"{storage}: no candidate is certainly faster on every workload. Change nothing.")
+            continue
+        name, gain = won[storage]
+        told = ", ".join(f"{w} {r['p50']:.3f}x ({r['p20']:.3f} to {r['p80']:.3f})" for w, r in gain.items())
+        lines.append(f"{storage}: {name}, {told}")
+        lines += [f"    {constant} = {value!r}" for constant, value in CANDIDATES[name].items()]
+    return "\n".join(lines)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -125,35 +173,37 @@ def table(result: Mapping[str, Any]) -> str:
             name,
             *[f"{row['ms'][p]:.4f}" for p in ("p20", "p50", "p80")],
             f"{row['of_copy']:.1%}",
-            f"{row['vs_first']:.3f}x",
+            f"{row['vs_first']['p50']:.3f}x",
         ]
         for name, row in sorted(result["rows"].items(), key=lambda item: item[1]["ms"]["p50"])
     ]
-    return harness.table([result["workload"], "ms p20", "p50", "p80", "of copy", "vs as it is"], rows)
+    title = f"{result['workload']}, {result['storage']}"
+    return harness.table([title, "ms p20", "p50", "p80", "of copy", "vs as it is"], rows)
 
 
 def main() -> None:
-    """Measure, print the tables and write the JSON file."""
+    """Measure, print the tables and what to paste, and write the JSON file after each table."""
     parser = harness.parser_for(__doc__)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["llama_1b", "gpt2_124m"])
-    parser.add_argument("--storage", choices=COMBINATIONS, default="fp32", metavar="NAME", help="see bench.step")
-    parser.add_argument("--only", help="names of candidates, separated by commas; default: all")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS_TO_TUNE)
+    parser.add_argument("--storages", nargs="+", choices=COMBINATIONS, default=STORAGES_TO_TUNE, metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, metavar="NAME", help="candidates; default: all")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="no workload starts later than this")
     arguments = parser.parse_args()
-    device = harness.choose_device(arguments.device)
-    wanted = ["as it is", *arguments.only.split(",")] if arguments.only else list(CANDIDATES)
-    unknown = set(wanted) - set(CANDIDATES)
-    if unknown:
-        parser.error(f"--only: {', '.join(sorted(unknown))} not in {', '.join(CANDIDATES)}")
-    packages = {name: variant(CANDIDATES[name]) for name in dict.fromkeys(wanted)}
-    results = []
-    for name in arguments.workloads:
-        rounds = 2 if arguments.dry_run else arguments.rounds
-        options = {"dry": arguments.dry_run, "rounds": rounds, "storage": arguments.storage}
-        results.append(measure(name, packages, device, **options))
+    device, begin = harness.choose_device(arguments.device), time.monotonic()
+    packages = {name: variant(CANDIDATES[name]) for name in dict.fromkeys([AS_IT_IS, *(arguments.only or CANDIDATES)])}
+    rounds = 2 if arguments.dry_run else arguments.rounds
+    results: list[dict[str, Any]] = []
+    for storage, name in itertools.product(arguments.storages, arguments.workloads):
+        if time.monotonic() - begin > 60 * arguments.minutes:
+            harness.log(f"no time left for {name}, {storage}")
+            continue
+        results.append(measure(name, packages, device, dry=arguments.dry_run, rounds=rounds, storage=storage))
         print(f"\n{table(results[-1])}", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        harness.write_json(arguments.json, {"results": results})
+    print(f"\n{advice(results)}")
     harness.finish(arguments.json, "bench.tune", device, {"results": results})
 
 

@@ -1,6 +1,5 @@
 """The benchmark commands run on a machine without a GPU, print a table and write a complete record."""
 
-import importlib
 import runpy
 import sys
 import warnings
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, host, memory, peers, step, train, tune
+from bench import harness, host, memory, peers, step, train
 from lwadamw.state.combinations import COMBINATIONS
 from lwadamw.state.storage import CODES
 from tests.bench.commands import start
@@ -106,14 +105,3 @@ def test_an_unknown_storage_is_an_error_that_names_the_known_ones():
     done = start("bench.step", "--dry-run", "--storage", "int3")
     assert done.returncode == 2
     assert "'int3' not in 'fp32', " in done.stderr
-
-
-def test_tune_replaces_constants_of_the_layout(run, tmp_path):
-    record = run(tune, "--dry-run", "--workloads", "one_huge", "--only", "block 2048", json_to=tmp_path / "tune.json")
-    assert set(record["results"][0]["rows"]) == {
-        "as it is", "as it is, clipping", "block 2048", "block 2048, clipping",
-    }  # fmt: skip
-    package = tune.variant({"BLOCK": 2048}).__name__
-    assert importlib.import_module(f"{package}.kernels.layout").BLOCK == 2048
-    with pytest.raises(ValueError, match="defines no constant BLOK"):
-        tune.variant({"BLOK": 2048})

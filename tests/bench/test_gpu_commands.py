@@ -1,5 +1,6 @@
 """The three commands for a machine with a GPU: what they start, what they report, and that one failure hides no other."""
 
+import importlib
 import inspect
 import json
 import sys
@@ -8,8 +9,9 @@ import time
 import pytest
 import torch
 
-from bench import gpu_bench, gpu_test, harness
+from bench import gpu_bench, gpu_test, harness, tune
 from bench.gpu_test import Job
+from lwadamw.kernels import layout
 from lwadamw.state.combinations import COMBINATIONS
 from tests.bench.commands import ROOT
 
@@ -182,3 +184,41 @@ def test_the_state_of_a_gpu_is_read_by_name(monkeypatch):
     assert (state["clocks.sm"], state["power.limit"]) == ("1980 MHz", "700 W")
     assert state["clocks_event_reasons.active"] == "0x4"
     assert harness.gpu_state(torch.device("cpu")) == {}
+
+
+def test_tune_replaces_constants_of_the_layout(run, tmp_path):
+    arguments = ("--dry-run", "--workloads", "one_huge", "--storages", "fp32", "--only", "block 2048")
+    record = run(tune, *arguments, json_to=tmp_path / "tune.json")
+    assert set(record["results"][0]["rows"]) == {
+        "as it is", "as it is, clipping", "block 2048", "block 2048, clipping",
+    }  # fmt: skip
+    package = tune.variant({"BLOCK": 2048}).__name__
+    assert importlib.import_module(f"{package}.kernels.layout").BLOCK == 2048
+    with pytest.raises(ValueError, match="defines no constant BLOK"):
+        tune.variant({"BLOK": 2048})
+
+
+def test_every_candidate_of_tune_changes_constants_that_exist():
+    for name, constants in tune.CANDIDATES.items():
+        assert "," not in name
+        for constant, value in constants.items():
+            assert getattr(layout, constant) != value, name
+            assert type(getattr(layout, constant)) is type(value), name
+
+
+def _ratios(low, middle, high):
+    return {"vs_first": {"p20": low, "p50": middle, "p80": high}, "ms": {}}
+
+
+def test_tune_prints_the_lines_to_paste_of_a_candidate_that_is_faster_everywhere():
+    rows = [
+        {"as it is": _ratios(1, 1, 1), "tail 512": _ratios(1.01, 1.03, 1.04), "block 2048": _ratios(1.1, 1.2, 1.3)},
+        {"as it is": _ratios(1, 1, 1), "tail 512": _ratios(1.02, 1.05, 1.06), "block 2048": _ratios(0.99, 1.2, 1.3)},
+    ]
+    results = [{"storage": "fp32", "workload": w, "rows": r} for w, r in zip(("a", "b"), rows, strict=True)]
+    results.append({"storage": "bf16", "workload": "a", "rows": {"as it is": _ratios(1, 1, 1)}})
+    assert tune.advice(results).splitlines() == [
+        "fp32: tail 512, a 1.030x (1.010 to 1.040), b 1.050x (1.020 to 1.060)",
+        "    TAIL = 512",
+        "bf16: no candidate is certainly faster on every workload. Change nothing.",
+    ]
