@@ -4,12 +4,13 @@
 # make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it then
 # make test-engines   runs the tests inside real training frameworks, on CPU; CI runs it last
 # make check  runs lint and types
+# make docs   builds the documentation site in build/site; a warning is an error; CI runs it after make test
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
 # make gpu-test   runs the tests that need a GPU; needs only python3, torch, triton and numpy, and pytest for some
 # make gpu-bench  runs the benchmarks on a GPU; make gpu-tune compares launch constants. Each of the three takes less than 9 minutes.
 # make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
 #             Runs that exist already are not repeated.
-# All targets but test-zoo, test-engines, gpu-... and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
+# All targets but test-zoo, test-engines, docs, gpu-... and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
 
 PYTHON ?= python3
 OUT ?= bench/results
@@ -17,7 +18,7 @@ JOBS ?= auto
 BIN := .venv/bin
 ENGINES := .venv-engines
 
-.PHONY: demo test test-matrix test-zoo test-engines check bench study gpu-test gpu-bench gpu-tune clean
+.PHONY: demo test test-matrix test-zoo test-engines check docs bench study gpu-test gpu-bench gpu-tune clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -68,6 +69,15 @@ test-engines: $(ENGINES)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not slow"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.16.1 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not slow"
 
+# The pages are made from the sources as text, so this environment needs no torch.
+.venv-docs/.installed: constraints.txt Makefile
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json
 	$(BIN)/python -m bench.host --device cpu --json bench/results/host.json
@@ -105,4 +115,4 @@ gpu-tune:
 	$(PYTHON) -m bench.tune --device cuda --json $(OUT)/tune.json
 
 clean:
-	rm -rf .venv .venv-zoo .venv-engines build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-zoo .venv-engines .venv-docs build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

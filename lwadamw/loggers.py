@@ -49,7 +49,7 @@ class TensorBoardLogger:
         writer: a `SummaryWriter`, or another object with `add_scalar`.
         prefix: text in front of every name.
 
-    Example:
+    Examples:
         monitor.on_reading.append(TensorBoardLogger(SummaryWriter()))
     """
 
@@ -75,7 +75,7 @@ class WandbLogger:
         run: what `wandb.init()` returns, or another object with `log`.
         prefix: text in front of every name.
 
-    Example:
+    Examples:
         monitor.on_reading.append(WandbLogger(wandb.init()))
     """
 
@@ -102,7 +102,7 @@ class LightningHooks:
         monitor: the monitor whose readings are logged.
         prefix: text in front of every name.
 
-    Example:
+    Examples:
         class LogReadings(lwadamw.loggers.LightningHooks, lightning.pytorch.Callback): ...
         trainer = Trainer(callbacks=[LogReadings(monitor)])
     """

@@ -32,7 +32,7 @@ def exponential_warmup(t: float, m: float, steps: float) -> float:
         m: width ratio.
         steps: length of the warm-up in steps.
 
-    Example:
+    Examples:
         >>> [exponential_warmup(t, 4, 10) for t in (0, 5, 10, 20)]
         [0.25, 0.5, 1.0, 1.0]
     """
@@ -52,7 +52,7 @@ def equilibrium_warmup(t: float, m: float, lr: float, weight_decay: float, rms: 
         weight_decay: effective weight decay, not 0.
         rms: root mean square of the weights before the first step.
 
-    Example:
+    Examples:
         >>> round(equilibrium_warmup(0, 4, 0.01, 0.1, 0.3), 6), round(equilibrium_warmup(10**5, 4, 0.01, 0.1, 0.3), 6)
         (0.25, 1.0)
     """
@@ -174,7 +174,7 @@ class ExponentialWidthWarmup(WidthWarmup):
         TypeError: the optimizer is not an `lwadamw.AdamW`.
         ValueError: m or steps is not positive, m has not one number per group, or no group has one of the roles.
 
-    Example:
+    Examples:
         >>> import lwadamw
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
         >>> groups = lwadamw.param_groups(model, base_width=16, width=64, rule="standard", roles={"*": "matrix"})

@@ -116,7 +116,7 @@ def conditions(rows: Sequence[Mapping[str, str]]) -> str:
     Args:
         rows: lines of the file by column. The columns of `CONDITIONS` that exist are used.
 
-    Example:
+    Examples:
         >>> conditions([{"steps": "600", "seed": "0"}, {"steps": "600", "seed": "1"}])
         '600 steps, 2 seeds'
     """

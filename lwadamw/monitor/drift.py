@@ -49,7 +49,7 @@ class DriftWatch:
     Raises:
         ValueError: the file is not a profile, or the tolerance is not above 1.
 
-    Example:
+    Examples:
         >>> from lwadamw.monitor.profile import SegmentProfile
         >>> segment = SegmentProfile("w", "matrix", 1.0, lr=1e-3, weight_decay=0.1)
         >>> watch = DriftWatch(Profile((segment,), steps=100))

@@ -85,7 +85,7 @@ class Monitor:
             and there is no model; or there is a probe, but spectrum_every=0.
         RuntimeError: the optimizer was built with norms=False, or a probe is given and parameters are split over processes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(4, 4)
         >>> optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)

@@ -59,7 +59,7 @@ class Probe:
         ValueError: max_rows is not positive, or the model has no weight that can be measured.
         RuntimeError: a weight is split over processes: a part of a matrix has no gain.
 
-    Example:
+    Examples:
         >>> from lwadamw import AdamW
         >>> model = nn.Linear(4, 4, bias=False)
         >>> optimizer = AdamW(model.parameters())

@@ -12,7 +12,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[
         rows: the cells of each row. All rows have the same number of cells.
         right: indices of the columns that are aligned on the right. The others are aligned on the left.
 
-    Example:
+    Examples:
         >>> aligned([["a", "1"], ["bc", "23"]], right=[1])
         ['a    1', 'bc  23']
     """

@@ -55,7 +55,7 @@ def scale_shape(p: Tensor) -> tuple[int, ...]:
     Args:
         p: the parameter, no DTensor.
 
-    Example:
+    Examples:
         >>> scale_shape(torch.empty(32, 256)), scale_shape(torch.empty(50, 100))
         ((32, 2), (40,))
     """
@@ -74,7 +74,7 @@ def whole_scale_shape(p: Tensor) -> tuple[int, ...]:
     Args:
         p: the parameter.
 
-    Example:
+    Examples:
         >>> whole_scale_shape(torch.empty(32, 256)), whole_scale_shape(torch.empty(128, 70))
         ((32, 2), (2, 35))
     """
@@ -133,7 +133,7 @@ def cut(p: Tensor) -> str | None:
     Returns:
         A part of a sentence whose subject is the parameter. None if every shard consists of whole blocks, on every process.
 
-    Example:
+    Examples:
         >>> print(cut(torch.empty(64, 70)))
         None
     """

@@ -35,7 +35,7 @@ class Combination(NamedTuple):
     def storage(self) -> Storage:
         """The storage of a large parameter.
 
-        Example:
+        Examples:
             >>> COMBINATIONS["bf16, kahan"].storage.companion
             torch.bfloat16
         """

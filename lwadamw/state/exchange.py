@@ -96,7 +96,7 @@ class StateExchange(torch.optim.AdamW):
         Raises:
             ValueError: a group has decay="corrected" or "huber", which torch.optim.AdamW does not have.
 
-        Example:
+        Examples:
             >>> import lwadamw
             >>> p = torch.nn.Parameter(torch.ones(3))
             >>> ours = lwadamw.AdamW([{"params": [p], "width_lr_mult": 0.25}], lr=0.1)
@@ -115,7 +115,7 @@ class StateExchange(torch.optim.AdamW):
         `master_weights=torch.float32` and `master_weights="remainder"`. If a group no longer asks for master weights, they
         are dropped, and the parameters stay the rounded weights that they are.
 
-        Example:
+        Examples:
             >>> import lwadamw
             >>> optimizer = lwadamw.AdamW([torch.nn.Parameter(torch.ones(64, 128))])
             >>> for group in optimizer.param_groups:

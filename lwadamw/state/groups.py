@@ -48,7 +48,7 @@ def effective(group: Mapping[str, Any]) -> Effective:
     Raises:
         ValueError: the group's decay law is unknown, or needs a peak_lr that is not a positive number.
 
-    Example:
+    Examples:
         >>> effective({"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8, "width_lr_mult": 0.25, "width_wd_mult": 2.0})
         Effective(lr=0.00025, weight_decay=0.2, eps=1e-08)
     """

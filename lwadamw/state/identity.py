@@ -31,7 +31,7 @@ def same(these: object, those: object) -> bool:
         these: a list or tuple of numbers, strings, tensors, and lists or tuples of these.
         those: what `these` is compared with.
 
-    Example:
+    Examples:
         >>> import torch
         >>> a, b = torch.zeros(1), torch.zeros(1)
         >>> same([a, (0.9, 3)], [a, (0.9, 3)]), same([a], [b]), same([0.0], [a])
@@ -50,7 +50,7 @@ def snapshot(values: Iterable[Any]) -> list[Any]:
     Args:
         values: numbers, strings, tensors, and lists, tuples or dicts of these.
 
-    Example:
+    Examples:
         >>> betas = [0.9, 0.99]
         >>> seen = snapshot([1e-3, betas])
         >>> betas[1] = 0.5

@@ -45,7 +45,7 @@ class Key(Generic[T]):
         Args:
             group: one of an optimizer's `param_groups`, or any mapping with such keys.
 
-        Example:
+        Examples:
             >>> ROUNDING.of({"rounding": "kahan"}), ROUNDING.of({})
             ('kahan', 'nearest')
         """
@@ -105,7 +105,7 @@ ALL: Final[tuple[Key[Any], ...]] = (*WIDTH, WIDTH_WARMUP, ROLE, RULE, SEGMENTS, 
 def named(keys: tuple[Key[Any], ...]) -> tuple[str, ...]:
     """Return the names of the given keys, in the same order.
 
-    Example:
+    Examples:
         >>> named(WIDTH)
         ('width_lr_mult', 'width_wd_mult', 'width_eps_mult')
     """
@@ -121,7 +121,7 @@ def given(keys: tuple[Key[Any], ...], values: Mapping[str, Any]) -> dict[str, An
         keys: the keys to look for.
         values: values by key name. Keys that are missing here, and entries that are not among `keys`, are left out.
 
-    Example:
+    Examples:
         >>> given(STORAGE, {"rounding": "kahan", "rounding_seed": 0, "lr": 0.1})
         {'rounding': 'kahan'}
     """

@@ -29,7 +29,7 @@ def names_of(group: Mapping[str, Any], index: int) -> list[str]:
         group: one of an optimizer's `param_groups`.
         index: the position of the group in `param_groups`.
 
-    Example:
+    Examples:
         >>> names_of({"params": ["p", "q"]}, 2)
         ['2.0', '2.1']
         >>> names_of({"params": ["p"], "param_names": ["w"]}, 2)
@@ -51,7 +51,7 @@ def layer_type(name: str) -> str:
     Args:
         name: the name of a parameter, or of a segment of it.
 
-    Example:
+    Examples:
         >>> layer_type("layers.11.w1.weight"), layer_type("layers.11.qkv.weight[0]")
         ('layers.*.w1.weight', 'layers.*.qkv.weight[0]')
     """

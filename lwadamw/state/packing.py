@@ -84,7 +84,7 @@ def join_remainder(upper: Tensor, lower: Tensor) -> Tensor:
         upper: bfloat16 of any shape.
         lower: int16 of the same shape.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([3.14159265, -0.0])
         >>> bool((join_remainder(*split_remainder(weight)) == weight).all())
         True
@@ -107,7 +107,7 @@ def join_compensation(near: Tensor, lost: Tensor) -> Tensor:
     Returns:
         float32 of the same shape.
 
-    Example:
+    Examples:
         >>> lost = torch.tensor([0.25, 0.25], dtype=torch.bfloat16)
         >>> join_compensation(torch.tensor([100.0, 0.0], dtype=torch.bfloat16), lost)
         tensor([100.2500,   0.0000])

@@ -86,7 +86,7 @@ def place_flat_shard(
         TypeError: the tensor is a DTensor, which knows its place.
         ValueError: the block is not one of the whole, the piece does not fit into it, or the tensor is not contiguous.
 
-    Example:
+    Examples:
         >>> import torch
         >>> piece = torch.nn.Parameter(torch.zeros(6))
         >>> place_flat_shard(piece, (4, 5), 8)

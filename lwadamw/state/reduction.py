@@ -50,7 +50,7 @@ def reduce_sums(
         RuntimeError: another process did not make the call, or parameters are shards of FullyShardedDataParallel and
             `shard_group` does not tell their group.
 
-    Example:
+    Examples:
         >>> import torch
         >>> names, whole = reduce_sums(torch.ones(1, 4), ["w"], {"w": torch.zeros(3)})
         >>> names, whole.tolist()

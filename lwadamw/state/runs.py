@@ -85,7 +85,7 @@ def runs(
         coordinate: which of the parts of each cut the process holds.
         held: shape of what the process holds.
 
-    Example:
+    Examples:
         >>> runs((3, 8), (Cut(1, 2, 1),), (1,), (3, 4))
         (4, 4, 8)
     """

@@ -85,7 +85,7 @@ class Norms:
         Returns:
             The values by `{prefix}{statistic}/{name}`. Values that are not known (NaN) are left out.
 
-        Example:
+        Examples:
             >>> Norms.from_sums(["w"], [[4.0, 0.0, 9.0, 0.0]]).as_dict("norm/")
             {'norm/weight/w': 2.0, 'norm/update/w': 0.0, 'norm/grad/w': 3.0, 'norm/angle/w': 0.0}
         """

@@ -127,7 +127,7 @@ class AdamW(StateExchange):
         RuntimeError: raised by `step()` before it writes anything: backend="triton" cannot update some parameter, a
             gradient is sparse, or state does not fit its parameter.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 4)
         >>> optimizer = AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
         >>> model(torch.ones(2, 4)).sum().backward()

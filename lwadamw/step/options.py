@@ -33,7 +33,7 @@ class Options:
     Raises:
         ValueError: `backend` or `nonfinite` is not one of the values above.
 
-    Example:
+    Examples:
         >>> Options(backend="torch").norms
         True
     """

@@ -53,7 +53,7 @@ def cut_segments(rows: Sequence[Sequence[int]], length: int) -> Chunks:
     Returns:
         The three tables of chunks.
 
-    Example:
+    Examples:
         >>> chunks = cut_segments([[5], [0, 2]], length=4)
         >>> chunks.chunk_row.tolist(), chunks.segment_chunk.tolist()
         ([0, 0, 1], [0, 2, 2, 3])

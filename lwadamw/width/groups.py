@@ -119,7 +119,7 @@ def param_groups(
         TypeError: `base_width` or `rule` has a wrong type.
         RuntimeError: parameters are flattened or partitioned shards.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64, bias=False))
         >>> for group in param_groups(model, base_width=16):
         ...     print(group["role"], group["width_lr_mult"], group["width_wd_mult"])

@@ -42,7 +42,7 @@ def matches(pattern: str, name: str) -> bool:
         pattern: as for `matcher`.
         name: the full name of a parameter.
 
-    Example:
+    Examples:
         >>> matches("*.wq.weight", "layers.0.wq.weight"), matches("re:w[qk]", "layers.0.wk.weight")
         (True, True)
     """
@@ -73,7 +73,7 @@ def separating(labels: Mapping[tuple[str, ...], Hashable], unlisted: Collection[
     Returns:
         Patterns and the label of the parameters that each of them matches.
 
-    Example:
+    Examples:
         >>> separating({("0.fc.weight",): 4, ("1.fc.weight",): 4, ("0.fc1.weight",): 1}, unlisted=[1])
         {'*.fc.weight': 4}
     """

@@ -31,7 +31,7 @@ def rebind(groups: Iterable[Mapping[str, Any]], model: nn.Module) -> Groups:
         ValueError: the groups have no names, a parameter of the groups is missing in the model or has another shape there, the
             model has a parameter that is new, or two parameters of the groups have become one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lwadamw import param_groups
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))

@@ -28,7 +28,7 @@ def register_role(module: type[nn.Module] | str, roles: Mapping[str, RoleSpec]) 
         TypeError: `module` is neither a subclass of torch.nn.Module nor a name.
         ValueError: a role is none of those.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lwadamw import Matrix
         >>> class Experts(torch.nn.Module): ...

@@ -49,7 +49,7 @@ class Scale:
     Raises:
         ValueError: an exponent is infinite or NaN.
 
-    Example:
+    Examples:
         >>> Scale(lr=-1.0, wd=0.5).at(4.0)
         Multipliers(lr=0.25, wd=2.0, eps=1.0)
     """
@@ -80,7 +80,7 @@ class Scale:
         Raises:
             ValueError: the text has another form, or an exponent is not finite.
 
-        Example:
+        Examples:
             >>> Scale.parse("lr=-0.75,wd=0.75")
             Scale(lr=-0.75, wd=0.75, eps=0.0)
         """
@@ -128,7 +128,7 @@ class Rule:
         holds: what the rule keeps constant across widths, in words.
         source: the paper that the exponents are from.
 
-    Example:
+    Examples:
         >>> Rule("mine", matrix=Scale(lr=-1.0, wd=0.25))["matrix"].wd
         0.25
     """

@@ -92,7 +92,7 @@ class SteadyState:
         weight_decay: effective weight decay.
         beta1: decay rate of the first moment.
 
-    Example:
+    Examples:
         >>> steady = SteadyState(lr=1e-3, weight_decay=0.1, beta1=0.9)
         >>> round(steady.tau), round(steady.weight_rms, 4), round(steady.relative_update, 5)
         (10000, 0.0707, 0.00324)

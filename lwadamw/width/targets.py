@@ -135,7 +135,7 @@ class Target:
         ValueError: the width is not positive, the rule gives matrices no weight decay and so no steady state, or an effective
             value is out of the range of a float.
 
-    Example:
+    Examples:
         >>> from lwadamw import RULES
         >>> target = Target(RULES["fan2025"], Base(256, lr=3e-3, weight_decay=0.1), width=4096)
         >>> target.m, target.values("matrix").weight_decay, target.top_ratio

@@ -57,7 +57,7 @@ def use(**options: Any) -> Swap:
         ValueError: `max_grad_norm`, or decay="huber".
         TypeError: another option that is Megatron's to decide.
 
-    Example:
+    Examples:
         >>> from lwadamw.engines import megatron
         >>> megatron.use(max_grad_norm=1.0)  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):

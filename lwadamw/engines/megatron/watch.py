@@ -84,7 +84,7 @@ def attach(optimizer: Any, model_chunks: Sequence[nn.Module]) -> Watch:
     Raises:
         TypeError: `optimizer` is no optimizer of Megatron, or its inner optimizer is not `lwadamw.AdamW`.
 
-    Example:
+    Examples:
         >>> from lwadamw.engines import megatron
         >>> megatron.attach(None, [])
         Traceback (most recent call last):
