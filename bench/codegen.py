@@ -133,14 +133,18 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def block_bytes(ttir: str) -> tuple[float, float]:
-    """Bytes that one iteration of the first loop of a kernel loads and stores as blocks: (loaded, stored)."""
+def block_bytes(ttir: str, block: int) -> tuple[float, float]:
+    """Bytes that one iteration of the first loop of a kernel loads and stores as blocks: (loaded, stored).
+
+    Every thread accesses the scale of its own elements. Several threads share a scale, which counts once.
+    """
     found = re.search(r"^( *)(?:%\S+ = )?scf\.for .*?^\1\}", ttir, re.MULTILINE | re.DOTALL)
     moved = {"load": 0.0, "store": 0.0}
     if found:
         pattern = r"\btt\.(load|store) .*: tensor<(\d+)x!tt\.ptr<[a-z]+(\d+)>"
         for operation, elements, bits in re.findall(pattern, found.group()):
-            moved[operation] += int(elements) * int(bits) / 8
+            different = block // layout.QUANT if int(elements) == layout.THREADS else int(elements)
+            moved[operation] += different * int(bits) / 8
     return moved["load"], moved["store"]
 
 
@@ -183,7 +187,7 @@ def amdgcn_loop(asm: str) -> list[str]:
 
 def access_width(instruction: str) -> int:
     """Bytes per thread of an instruction that accesses global memory. Any other instruction gives 0."""
-    nvidia = re.search(r"\b(?:LDG|STG)\.E(\S*)", instruction)
+    nvidia = re.search(r"\b(?:LDG|STG|LDGSTS)\.E(\S*)", instruction)
     if nvidia:
         bits = re.search(r"\.[US]?(8|16|64|128|256)\b", nvidia.group(1))
         return int(bits.group(1)) // 8 if bits else 4
@@ -192,8 +196,12 @@ def access_width(instruction: str) -> int:
 
 
 def loaded_early(loop: Sequence[str]) -> float:
-    """Fraction of the bytes of a SASS loop whose loads are issued before the loop first uses a loaded register."""
-    early = total = 0
+    """Fraction of the bytes of a SASS loop whose loads are issued before the loop first uses a loaded register.
+
+    Copies to shared memory are for a later iteration, so they are early wherever they stand.
+    """
+    copies = sum(access_width(instruction) for instruction in loop if "LDGSTS" in instruction)
+    early = total = copies
     waiting: set[int] = set()
     waited = False
     for instruction in loop:
@@ -245,7 +253,7 @@ def report(variant: Variant, target: str) -> Report:
         )
     if variant.block:
         loop = amdgcn_loop(asm) if on_amd else sass_loop(asm)
-        loaded, stored = block_bytes(compiled.asm["ttir"])
+        loaded, stored = block_bytes(compiled.asm["ttir"], variant.block)
         widths = Counter(filter(None, map(access_width, loop)))
         # The compiler may have unrolled the loop, so one iteration may update several blocks. Every thread accesses scales,
         # so the accesses here are more than the bytes that are moved: the quotient is rounded down.

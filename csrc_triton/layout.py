@@ -13,10 +13,15 @@ import triton.language as tl
 # array each. Variants without an fp32 array take twice as many. A thread holds the same elements of every array, so no
 # value passes through shared memory.
 BLOCK = 1024
-# Limits on the registers per thread, so that three programs fit on a multiprocessor. The first limit is for variants with
-# twice the BLOCK, the second for variants that draw random bits.
+# Limits on the registers per thread. The first is for variants with twice the BLOCK, so that three programs fit on a
+# multiprocessor. The second is for variants that draw random bits, so that four programs fit.
 DOUBLE_REGISTERS = 80
-RANDOM_REGISTERS = 72
+RANDOM_REGISTERS = 64
+# Stages of the aligned loop: with n stages, the loads of the next n - 1 blocks are on their way to shared memory while a block
+# is computed. The second number is for 8-bit moments: with one stage, the compiler loads the weights of these variants late,
+# because it has no registers for them.
+STAGES = 1
+CODED_STAGES = 2
 # Elements per iteration of the masked path, which takes the last elements of a chunk and unaligned tensors. The masked
 # path has an address and a mask for each element. With more elements, it would set the register count of the whole kernel.
 TAIL = 256
@@ -88,6 +93,8 @@ PLAIN, MASTER, REMAINDER, KAHAN, STOCHASTIC = range(5)
 QUANT = 128
 # Elements that share one draw of 128 random bits. Each element gets 16 of them.
 DRAW = 8
+# Elements that share one hash of 32 random bits, which rounds 8-bit moments. Each element gets 16 of them.
+HASH_DRAW = 2
 # Rounds of Philox 4x32. Seven rounds pass BigCrush (Salmon et al. 2011, table 2).
 PHILOX_ROUNDS = 7
 # Rows of the rounding table, int64[ROUNDING, n_rows]. The last three say where the local elements are in the whole parameter.
@@ -128,6 +135,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 # The same numbers for device code, which reads globals only if they are constexpr.
 K_INTERPRETED = tl.constexpr(INTERPRETED)
 K_THREADS = tl.constexpr(THREADS)
+K_STAGES = tl.constexpr(STAGES)
+K_CODED_STAGES = tl.constexpr(CODED_STAGES)
 K_GRAD_BLOCK = tl.constexpr(GRAD_BLOCK)
 K_TAIL = tl.constexpr(TAIL)
 K_GRAD_LIMIT_FP16_SQ = tl.constexpr(GRAD_LIMIT_FP16_SQ)
@@ -174,6 +183,7 @@ K_KAHAN = tl.constexpr(KAHAN)
 K_STOCHASTIC = tl.constexpr(STOCHASTIC)
 K_QUANT = tl.constexpr(QUANT)
 K_DRAW = tl.constexpr(DRAW)
+K_HASH_DRAW = tl.constexpr(HASH_DRAW)
 K_PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 K_ROUNDING_SEED = tl.constexpr(ROUNDING_SEED)
 K_ROUNDING_STREAM = tl.constexpr(ROUNDING_STREAM)
