@@ -57,7 +57,7 @@ SUPPORTED = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
 POINTERS = {
     **dict.fromkeys(("chunk_row", "row_group", "segment_chunk", "row_chunk"), "*i32"),
     **dict.fromkeys(("chunk_span", "addresses", "gradients", "rounding", "words", "skipped"), "*i64"),
-    **dict.fromkeys(("coefficients", "partials", "steps", "grad_norm", "absolutes"), "*fp32"),
+    **dict.fromkeys(("coefficients", "partials", "norms", "steps", "grad_norm", "absolutes"), "*fp32"),
     **dict.fromkeys(("total", "totals", "sums", "row_factor"), "*fp64"),
 }
 

@@ -49,6 +49,8 @@ NORM_UNIT = 2.0**-8
 ROWS = 128
 # Partial sums that a reduction reads per iteration.
 PARTIALS = 1024
+# Norms of chunks that the sum for clipping reads per iteration. A multiple of PARTIALS.
+TOTAL_BLOCK = 8192
 
 # Cache hints of the aligned path. Loads: "", ".ca", ".cg". Stores: "", ".wb", ".cg", ".cs", ".wt". Eviction: "",
 # "evict_first", "evict_last". All are empty until a measurement asks for one.
@@ -74,9 +76,7 @@ COEFFICIENTS = 7
 (
     WEIGHT_STATISTIC,  # sum of squares of the weight after the step
     UPDATE_STATISTIC,  # sum of squares of the update
-    # Sum of squares of the gradient. Before the update runs, this column holds the norm of the unclipped gradient times
-    # NORM_UNIT, from which the global norm is made. The update overwrites it with the sum for the clipped gradient.
-    GRAD_STATISTIC,
+    GRAD_STATISTIC,  # sum of squares of the clipped gradient
     DOT_STATISTIC,  # scalar product of the weight before the step and the update
 ) = range(4)
 STATISTICS = 4
@@ -147,6 +147,7 @@ K_COUNT_BITS = tl.constexpr(COUNT_BITS)
 K_COUNT_MASK = tl.constexpr((1 << COUNT_BITS) - 1)
 K_ROWS = tl.constexpr(ROWS)
 K_PARTIALS = tl.constexpr(PARTIALS)
+K_TOTAL_BLOCK = tl.constexpr(TOTAL_BLOCK)
 K_ONE_MINUS_BETA1 = tl.constexpr(ONE_MINUS_BETA1)
 K_ONE_MINUS_BETA2 = tl.constexpr(ONE_MINUS_BETA2)
 K_DECAY_PER_STEP = tl.constexpr(DECAY_PER_STEP)

@@ -19,22 +19,16 @@ import triton
 import triton.language as tl
 
 from .layout import K_QUANT, K_THREADS
-from .storage import load, load_raw, pointer_to, store, store_raw
+from .storage import largest_of, load, load_raw, pointer_to, store, store_raw
 
 TINY = tl.constexpr(2.0**-90)
-# y + FLOOR is 2^23 + k for the nearest integer k of y - 0.5. So the lower bits hold k, and subtracting FLOOR gives k + 0.5. This
-# needs y >= 0.25, so a shift is added to the fourth power of y, and to the threshold that it is compared with.
+# y + FLOOR is 2^23 + k for the nearest integer k of y - 0.5. So the lower bits hold k, and subtracting FLOOR gives k + 0.5.
+# This needs y >= 0.25, so a shift is added to the fourth power of y, and to the threshold that it is compared with.
 FLOOR = tl.constexpr(8388607.5)
 SHIFT = tl.constexpr(0.00390625)  # 0.25^4
 SHIFT_SQ = tl.constexpr(1.001)  # y > 1, so the code is never 0
 # Keeps the largest value of a block at or below the largest code, whatever rsqrt loses.
 BELOW = tl.constexpr(1.0 - 2.0**-20)
-
-
-@triton.jit
-def largest_of(a, b):
-    """The larger of two numbers >= 0; NaN if one of the two is NaN."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
