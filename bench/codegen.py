@@ -91,6 +91,8 @@ class Report:
     instructions: float | None = None  # of the aligned loop, per element
     bytes_in_flight: float | None = None  # of the aligned loop, per multiprocessor
     programs: int | None = None  # per multiprocessor
+    # Of total_kernel, per loop: instructions of a thread per TOTAL_BLOCK norms, its accesses, the fraction that is loaded early
+    loops: list[dict[str, Any]] = field(default_factory=list)
 
 
 def update_variant(
@@ -161,15 +163,16 @@ def _cuobjdump(cubin: bytes) -> str:
         os.unlink(f.name)
 
 
-def sass_loop(sass: str) -> list[str]:
-    """Instructions of the first loop in SASS. The loop ends at the first branch that jumps backwards."""
+def sass_loops(sass: str) -> list[list[str]]:
+    """Instructions of the loops in SASS. A loop ends at a branch that jumps backwards."""
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/ +([A-Z@][^;]*);", sass)
     places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    loops = []
     for i, (_, text) in enumerate(lines):
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if branch and places.get(int(branch.group(1), 16), i) < i:
-            return [text for _, text in lines[places[int(branch.group(1), 16)] : i + 1]]
-    return []
+            loops.append([text for _, text in lines[places[int(branch.group(1), 16)] : i + 1]])
+    return loops
 
 
 def amdgcn_loop(asm: str) -> list[str]:
@@ -251,8 +254,17 @@ def report(variant: Variant, target: str) -> Report:
             all_threads // layout.THREADS,
             all_shared // (compiled.metadata.shared + RESERVED),
         )
+    if variant.kernel is kernels.total_kernel and not on_amd:
+        out.loops = [
+            {
+                "instructions": len(loop),
+                "widths": dict(Counter(filter(None, map(access_width, loop)))),
+                "early": loaded_early(loop),
+            }
+            for loop in sass_loops(asm)
+        ]
     if variant.block:
-        loop = amdgcn_loop(asm) if on_amd else sass_loop(asm)
+        loop = amdgcn_loop(asm) if on_amd else next(iter(sass_loops(asm)), [])
         loaded, stored = block_bytes(compiled.asm["ttir"], variant.block)
         widths = Counter(filter(None, map(access_width, loop)))
         # The compiler may have unrolled the loop, so one iteration may update several blocks. Every thread accesses scales,

@@ -95,9 +95,9 @@ def hash_key(seed, stream, step):
 def hash_bits(begin, first, run, stride, key, STRIDED: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr):
     """Random bits of the elements [begin, begin + SIZE) of this shard, int32[SIZE], from 0 to 2^16 - 1.
 
-    With more than one element per thread, `begin`, `first`, `run` and `stride` have to be even.
+    With 4 or 8 elements per thread, `begin`, `first`, `run` and `stride` have to be even.
     """
-    if EACH == 1:
+    if EACH < 4:
         index = whole_index(begin + tl.arange(0, SIZE), first, run, stride, STRIDED)
         words = mixed((index // 2).to(tl.uint32) * 0x9E3779B1 + key)
         return (tl.where(index % 2 == 0, words, words >> 16) & 0xFFFF).to(tl.int32)
