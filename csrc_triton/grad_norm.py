@@ -22,6 +22,7 @@ from .layout import (
     K_PARTIALS,
     K_TAIL,
     K_TOTAL_BLOCK,
+    K_TOTAL_STAGES,
 )
 from .storage import element_address, largest_of, load, pointer_to
 
@@ -87,12 +88,12 @@ def total_kernel(
     ROWS: tl.constexpr = K_TOTAL_BLOCK // K_PARTIALS
     places = norms + tl.arange(0, ROWS)[:, None] * K_PARTIALS + tl.arange(0, K_PARTIALS)[None, :]
     largest = tl.zeros([K_PARTIALS], tl.float32)
-    for i in range(n_blocks):
+    for i in tl.range(n_blocks, num_stages=K_TOTAL_STAGES):
         largest = largest_of(largest, tl.reduce(tl.load(places + i * K_TOTAL_BLOCK), 0, largest_of))
     # Without the sign bit, the bits of floats have the same order as integers. NaN is above inf.
     top = tl.max(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     units = tl.zeros([K_PARTIALS], tl.int64)
-    for i in range(n_blocks):
+    for i in tl.range(n_blocks, num_stages=K_TOTAL_STAGES):
         bits = tl.load(places + i * K_TOTAL_BLOCK).to(tl.uint32, bitcast=True)
         # With the significand s, an integer of 24 bits, `square` is s^2 2^15. Shifting it right keeps the bits above the unit.
         exponent = (bits >> 23).to(tl.int32)

@@ -51,6 +51,8 @@ ROWS = 128
 PARTIALS = 1024
 # Norms of chunks that the sum for clipping reads per iteration. A multiple of PARTIALS.
 TOTAL_BLOCK = 8192
+# Stages of its loops, see STAGES.
+TOTAL_STAGES = 2
 
 # Cache hints of the aligned path. Loads: "", ".ca", ".cg". Stores: "", ".wb", ".cg", ".cs", ".wt". Eviction: "",
 # "evict_first", "evict_last". All are empty until a measurement asks for one.
@@ -148,6 +150,7 @@ K_COUNT_MASK = tl.constexpr((1 << COUNT_BITS) - 1)
 K_ROWS = tl.constexpr(ROWS)
 K_PARTIALS = tl.constexpr(PARTIALS)
 K_TOTAL_BLOCK = tl.constexpr(TOTAL_BLOCK)
+K_TOTAL_STAGES = tl.constexpr(TOTAL_STAGES)
 K_ONE_MINUS_BETA1 = tl.constexpr(ONE_MINUS_BETA1)
 K_ONE_MINUS_BETA2 = tl.constexpr(ONE_MINUS_BETA2)
 K_DECAY_PER_STEP = tl.constexpr(DECAY_PER_STEP)
