@@ -104,14 +104,18 @@ def test_bytes_in_flight_fill_the_memory_system(reports):
 
 def test_instructions_per_element_stay_below_their_limits(reports):
     """Instructions limit variants with 8-bit moments on an H200, and not bytes. float32 has the time of 220."""
-    limits = {"fp32": 55.5, "fp32, 8-bit moments": 100, "bf16, remainder, 8-bit moments": 104}
-    limits["bf16, stochastic, 8-bit moments"] = 104
-    found = {name: [] for name in limits}
-    for r, _, amsgrad in _updates(reports):
-        if r["target"] in NVIDIA and r["combination"] in limits and not amsgrad and r["constants"]["HUBER"] == "False":
-            found[r["combination"]].append(r["instructions"])
-    assert all(found.values())
-    assert {name: max(counts) for name, counts in found.items() if max(counts) > limits[name]} == {}
+    limits = {(target, "fp32"): 57 if target == "sm_100" else 54 for target in NVIDIA}
+    limits |= {
+        (COMPLETE, f"{weight}, 8-bit moments"): 104 for weight in ("fp32", "bf16, remainder", "bf16, stochastic")
+    }
+    limits |= {(target, "bf16, stochastic, 8-bit moments"): 104 for target in NVIDIA}
+    found = {
+        (r["target"], r["variant"]): r["instructions"]
+        for r, *_ in _updates(reports)
+        if (r["target"], r["variant"]) in limits
+    }
+    assert found.keys() == limits.keys()
+    assert {key: count for key, count in found.items() if count > limits[key]} == {}
 
 
 def test_the_sum_of_the_norms_waits_for_memory_twice_per_block(reports):

@@ -30,8 +30,8 @@ def _codes(power, squared, device):
 def test_the_mean_of_a_code_is_exact(squared, device):
     """Of m for fourth powers, and of v for fourth powers of which the codes hold the squares, as a share of a code's width.
 
-    16 bits give a share of 1.5e-5, and so many digits are lost in powers of the largest codes. Below code 10, the threshold of v
-    is less exact: such a v is less than 1e-11 of the largest of its block.
+    16 bits give a share of 1.5e-5. float32 loses as much in powers of the largest codes. Below code 10, the threshold of v is
+    less exact: such a v is less than 1e-11 of the largest of its block.
     """
     k = torch.tensor([0, 1, 2, 10, 32, 63, 100, 126, *[180, 254] * squared]).double()
     place = torch.tensor([0.001, 0.3, 0.5, 0.77, 0.999]).double()
