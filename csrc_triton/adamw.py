@@ -76,6 +76,7 @@ from .layout import (
 from .moments import dither, load_moment, store_moment
 from .stochastic import hash_bits, hash_key, random_bits
 from .storage import element_address, load, pointer_to, store
+from .sums import add_products
 from .weights import load_weight, store_weight
 
 
@@ -90,43 +91,6 @@ def limit_gradient(b_raw, factor, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexp
         LIMIT: tl.constexpr = K_GRAD_LIMIT
     # Zero times inf or NaN is NaN. A finite element whose product with the factor overflows adds 0 here.
     return tl.fma(b_raw, factor * 0.0, tl.clamp(b_raw * factor, -LIMIT, LIMIT))
-
-
-@triton.jit
-def add_products_of_two(total, b_a, b_b, N: tl.constexpr):
-    """Add the products of two blocks, [N, 2], to sums, [N]."""
-    a_0, a_1 = tl.split(tl.reshape(b_a, [N, 2]))
-    b_0, b_1 = tl.split(tl.reshape(b_b, [N, 2]))
-    return tl.fma(a_1, b_1, tl.fma(a_0, b_0, total))
-
-
-@triton.jit
-def add_products_of_four(total, b_a, b_b, N: tl.constexpr):
-    """Add the products of two blocks, [N, 4], to sums, [N]."""
-    a_0, a_1 = tl.split(tl.reshape(b_a, [2 * N, 2]))
-    b_0, b_1 = tl.split(tl.reshape(b_b, [2 * N, 2]))
-    return add_products_of_two(add_products_of_two(total, a_0, b_0, N), a_1, b_1, N)
-
-
-@triton.jit
-def add_products(total, b_a, b_b, EACH: tl.constexpr):
-    """Add the products of two blocks, [K_THREADS * EACH], to a sum of each thread, [K_THREADS].
-
-    One fused multiply-add takes each product. A sum over an axis would take two instructions. Triton 3.2 has no functions that
-    call themselves.
-    """
-    if EACH == 8:
-        a_0, a_1 = tl.split(tl.reshape(b_a, [4 * K_THREADS, 2]))
-        b_0, b_1 = tl.split(tl.reshape(b_b, [4 * K_THREADS, 2]))
-        total = add_products_of_four(add_products_of_four(total, a_0, b_0, K_THREADS), a_1, b_1, K_THREADS)
-    elif EACH == 4:
-        total = add_products_of_four(total, b_a, b_b, K_THREADS)
-    elif EACH == 2:
-        total = add_products_of_two(total, b_a, b_b, K_THREADS)
-    else:
-        tl.static_assert(EACH == 1)
-        total = tl.fma(b_a, b_b, total)
-    return total
 
 
 @triton.jit
