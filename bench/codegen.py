@@ -57,7 +57,7 @@ SUPPORTED = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
 POINTERS = {
     **dict.fromkeys(("chunk_row", "row_group", "segment_chunk", "row_chunk"), "*i32"),
     **dict.fromkeys(("chunk_span", "addresses", "gradients", "rounding", "words", "skipped"), "*i64"),
-    **dict.fromkeys(("coefficients", "partials", "steps", "grad_norm", "absolutes"), "*fp32"),
+    **dict.fromkeys(("coefficients", "partials", "norms", "steps", "grad_norm", "absolutes"), "*fp32"),
     **dict.fromkeys(("total", "totals", "sums", "row_factor"), "*fp64"),
 }
 
@@ -91,6 +91,8 @@ class Report:
     instructions: float | None = None  # of the aligned loop, per element
     bytes_in_flight: float | None = None  # of the aligned loop, per multiprocessor
     programs: int | None = None  # per multiprocessor
+    # Of total_kernel, per loop: instructions of a thread per TOTAL_BLOCK norms, its accesses, the fraction that is loaded early
+    loops: list[dict[str, Any]] = field(default_factory=list)
 
 
 def update_variant(
@@ -133,14 +135,18 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def block_bytes(ttir: str) -> tuple[float, float]:
-    """Bytes that one iteration of the first loop of a kernel loads and stores as blocks: (loaded, stored)."""
+def block_bytes(ttir: str, block: int) -> tuple[float, float]:
+    """Bytes that one iteration of the first loop of a kernel loads and stores as blocks: (loaded, stored).
+
+    Every thread accesses the scale of its own elements. Several threads share a scale, which counts once.
+    """
     found = re.search(r"^( *)(?:%\S+ = )?scf\.for .*?^\1\}", ttir, re.MULTILINE | re.DOTALL)
     moved = {"load": 0.0, "store": 0.0}
     if found:
         pattern = r"\btt\.(load|store) .*: tensor<(\d+)x!tt\.ptr<[a-z]+(\d+)>"
         for operation, elements, bits in re.findall(pattern, found.group()):
-            moved[operation] += int(elements) * int(bits) / 8
+            different = block // layout.QUANT if int(elements) == layout.THREADS else int(elements)
+            moved[operation] += different * int(bits) / 8
     return moved["load"], moved["store"]
 
 
@@ -157,15 +163,16 @@ def _cuobjdump(cubin: bytes) -> str:
         os.unlink(f.name)
 
 
-def sass_loop(sass: str) -> list[str]:
-    """Instructions of the first loop in SASS. The loop ends at the first branch that jumps backwards."""
+def sass_loops(sass: str) -> list[list[str]]:
+    """Instructions of the loops in SASS. A loop ends at a branch that jumps backwards."""
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/ +([A-Z@][^;]*);", sass)
     places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    loops = []
     for i, (_, text) in enumerate(lines):
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if branch and places.get(int(branch.group(1), 16), i) < i:
-            return [text for _, text in lines[places[int(branch.group(1), 16)] : i + 1]]
-    return []
+            loops.append([text for _, text in lines[places[int(branch.group(1), 16)] : i + 1]])
+    return loops
 
 
 def amdgcn_loop(asm: str) -> list[str]:
@@ -183,7 +190,7 @@ def amdgcn_loop(asm: str) -> list[str]:
 
 def access_width(instruction: str) -> int:
     """Bytes per thread of an instruction that accesses global memory. Any other instruction gives 0."""
-    nvidia = re.search(r"\b(?:LDG|STG)\.E(\S*)", instruction)
+    nvidia = re.search(r"\b(?:LDG|STG|LDGSTS)\.E(\S*)", instruction)
     if nvidia:
         bits = re.search(r"\.[US]?(8|16|64|128|256)\b", nvidia.group(1))
         return int(bits.group(1)) // 8 if bits else 4
@@ -192,8 +199,12 @@ def access_width(instruction: str) -> int:
 
 
 def loaded_early(loop: Sequence[str]) -> float:
-    """Fraction of the bytes of a SASS loop whose loads are issued before the loop first uses a loaded register."""
-    early = total = 0
+    """Fraction of the bytes of a SASS loop whose loads are issued before the loop first uses a loaded register.
+
+    Copies to shared memory are for a later iteration, so they are early wherever they stand.
+    """
+    copies = sum(access_width(instruction) for instruction in loop if "LDGSTS" in instruction)
+    early = total = copies
     waiting: set[int] = set()
     waited = False
     for instruction in loop:
@@ -243,9 +254,18 @@ def report(variant: Variant, target: str) -> Report:
             all_threads // layout.THREADS,
             all_shared // (compiled.metadata.shared + RESERVED),
         )
+    if variant.kernel is kernels.total_kernel and not on_amd:
+        out.loops = [
+            {
+                "instructions": len(loop),
+                "widths": dict(Counter(filter(None, map(access_width, loop)))),
+                "early": loaded_early(loop),
+            }
+            for loop in sass_loops(asm)
+        ]
     if variant.block:
-        loop = amdgcn_loop(asm) if on_amd else sass_loop(asm)
-        loaded, stored = block_bytes(compiled.asm["ttir"])
+        loop = amdgcn_loop(asm) if on_amd else next(iter(sass_loops(asm)), [])
+        loaded, stored = block_bytes(compiled.asm["ttir"], variant.block)
         widths = Counter(filter(None, map(access_width, loop)))
         # The compiler may have unrolled the loop, so one iteration may update several blocks. Every thread accesses scales,
         # so the accesses here are more than the bytes that are moved: the quotient is rounded down.

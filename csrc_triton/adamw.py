@@ -39,6 +39,7 @@ import triton.language as tl
 from .huber import huber_step
 from .layout import (
     K_ACTIVE,
+    K_CODED_STAGES,
     K_COEFFICIENTS,
     K_COUNT_BITS,
     K_COUNT_MASK,
@@ -50,6 +51,7 @@ from .layout import (
     K_GRAD_LIMIT_FP16,
     K_GRAD_LIMIT_FP16_SQ,
     K_GRAD_STATISTIC,
+    K_HASH_DRAW,
     K_KAHAN,
     K_MASTER,
     K_ONE_MINUS_BETA1,
@@ -62,6 +64,7 @@ from .layout import (
     K_ROUNDING_STREAM,
     K_ROUNDING_STRIDE,
     K_SCALED_EPS,
+    K_STAGES,
     K_STATISTICS,
     K_STEP_SIZE,
     K_STOCHASTIC,
@@ -70,9 +73,10 @@ from .layout import (
     K_UPDATE_STATISTIC,
     K_WEIGHT_STATISTIC,
 )
-from .moments import load_moment, store_moment
+from .moments import dither, load_moment, store_moment
 from .stochastic import hash_bits, hash_key, random_bits
 from .storage import element_address, load, pointer_to, store
+from .sums import add_products
 from .weights import load_weight, store_weight
 
 
@@ -134,6 +138,8 @@ def update_blocks(
     without HUBER.
     """
     EACH: tl.constexpr = SIZE // K_THREADS
+    CODED: tl.constexpr = EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8
+    STAGES: tl.constexpr = 1 if MASKED else K_CODED_STAGES if CODED else K_STAGES
     g = pointer_to(g_address, GRAD, not MASKED)
     sum_w = tl.zeros([K_THREADS], tl.float32)
     sum_d = tl.zeros([K_THREADS], tl.float32)
@@ -142,13 +148,13 @@ def update_blocks(
     sum_abs = tl.zeros([K_THREADS], tl.float32)
     lanes = tl.arange(0, SIZE)
     x_end = tl.where(x_address != 0, end, 0)
-    for i in range(begin, end, SIZE):
+    for i in tl.range(begin, end, SIZE, num_stages=STAGES):
         offsets = i + lanes
         mask = offsets < end
         b_w = load_weight(p_address, c_address, offsets, mask, PARAM, WEIGHT, MASKED)
         b_g = limit_gradient(load(g, offsets, mask, MASKED), grad_factor, EXP_AVG, EXP_AVG_SQ)
-        b_m = load_moment(m_address, ms_address, i, offsets, mask, end, EXP_AVG, SIZE, MASKED)
-        b_v = load_moment(v_address, vs_address, i, offsets, mask, end, EXP_AVG_SQ, SIZE, MASKED)
+        b_m = load_moment(m_address, ms_address, i, offsets, mask, end, EXP_AVG, EACH, MASKED)
+        b_v = load_moment(v_address, vs_address, i, offsets, mask, end, EXP_AVG_SQ, EACH, MASKED)
         b_m = tl.fma(b_g, one_minus_beta1, tl.fma(b_m, -one_minus_beta1, b_m))
         b_v = tl.fma(b_g * b_g, one_minus_beta2, tl.fma(b_v, -one_minus_beta2, b_v))
         b_x = b_v
@@ -157,7 +163,7 @@ def update_blocks(
             x_mask = offsets < x_end
             b_x = tl.maximum(load(x, offsets, x_mask, True), b_v, propagate_nan=tl.PropagateNan.ALL)
             store(x, offsets, b_x, x_mask, True)
-        if EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8:
+        if CODED:
             # The codes lose the last bits anyway. This variant is bound by instructions, not by bytes.
             b_root = tl.sqrt(b_x)
             b_inverse = tl.rsqrt(b_root + scaled_eps)
@@ -174,11 +180,11 @@ def update_blocks(
         if WEIGHT == K_STOCHASTIC:
             random = random_bits(start + i, seed, stream, first, run, stride, step, STRIDED, SIZE, EACH)
         b_kept = store_weight(p_address, c_address, offsets, b_new, random, mask, PARAM, WEIGHT, MASKED)
-        bits = 0
-        if EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8:
-            bits = hash_bits(start + i, first, run, stride, key, STRIDED, SIZE)
-        store_moment(m_address, ms_address, i, offsets, b_m, b_m, bits, mask, end, EXP_AVG, SIZE, MASKED)
-        store_moment(v_address, vs_address, i, offsets, b_v, b_root, bits, mask, end, EXP_AVG_SQ, SIZE, MASKED)
+        u = 0
+        if CODED:
+            u = dither(hash_bits(start + i, first, run, stride, key, STRIDED, SIZE, EACH))
+        store_moment(m_address, ms_address, i, offsets, b_m, b_m, u, mask, end, EXP_AVG, EACH, MASKED)
+        store_moment(v_address, vs_address, i, offsets, b_v, b_root, u, mask, end, EXP_AVG_SQ, EACH, MASKED)
         if HUBER:
             b_abs = tl.abs(b_kept)
             if MASKED:
@@ -192,11 +198,11 @@ def update_blocks(
                 # Outside the mask every load gave 0, and 0 / (0 + eps) is NaN if eps is 0.
                 b_d = tl.where(mask, b_d, 0.0)
                 b_kept = tl.where(mask, b_kept, 0.0)
-            # Each thread first adds its own elements. So it keeps four sums, and not four values for each element.
-            sum_w += tl.sum(tl.reshape(b_kept * b_kept, [K_THREADS, EACH]), 1)
-            sum_d += tl.sum(tl.reshape(b_d * b_d, [K_THREADS, EACH]), 1)
-            sum_g += tl.sum(tl.reshape(b_g * b_g, [K_THREADS, EACH]), 1)
-            sum_wd += tl.sum(tl.reshape(b_w * b_d, [K_THREADS, EACH]), 1)
+            # Each thread adds its own elements. So it keeps four sums, and not four values for each element.
+            sum_w = add_products(sum_w, b_kept, b_kept, EACH)
+            sum_d = add_products(sum_d, b_d, b_d, EACH)
+            sum_g = add_products(sum_g, b_g, b_g, EACH)
+            sum_wd = add_products(sum_wd, b_w, b_d, EACH)
     return tl.sum(sum_w), tl.sum(sum_d), tl.sum(sum_g), tl.sum(sum_wd), tl.sum(sum_abs)
 
 
@@ -281,8 +287,9 @@ def adamw_kernel(
         if STRIDED:
             run = tl.load(word + K_ROUNDING_RUN * n_rows)
             stride = tl.load(word + K_ROUNDING_STRIDE * n_rows)
-        if WEIGHT == K_STOCHASTIC:
-            aligned = aligned & (((start | first | run | stride) & (K_DRAW - 1)) == 0)
+        # Words of random bits belong to several elements. The aligned loop draws each word once.
+        SHARED: tl.constexpr = K_DRAW if WEIGHT == K_STOCHASTIC else K_HASH_DRAW
+        aligned = aligned & (((start | first | run | stride) & (SHARED - 1)) == 0)
     full = tl.where(aligned, count // BLOCK * BLOCK, 0)
 
     w_1, d_1, g_1, wd_1, abs_1 = update_blocks(

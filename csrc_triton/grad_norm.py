@@ -7,7 +7,8 @@ The squares of a chunk are added in fp32. If their sum leaves the range of fp32,
 squares of scaled elements. A chunk of zeros is read again too; it then lies in a cache.
 
 The sum over chunks does not depend on their order, so regrouping parameters cannot change one bit of a clipped step. The
-squares of the fp32 norms become integers on a common power-of-two scale, and integer addition is exact.
+squares of the fp32 norms become integers on a common power-of-two scale, and integer addition is exact. One program reads all
+norms twice. Its time is that of waiting for memory, so it reads many norms at once.
 """
 
 import triton
@@ -17,13 +18,13 @@ from .layout import (
     K_COUNT_BITS,
     K_COUNT_MASK,
     K_GRAD_BLOCK,
-    K_GRAD_STATISTIC,
     K_NORM_UNIT,
     K_PARTIALS,
-    K_STATISTICS,
     K_TAIL,
+    K_TOTAL_BLOCK,
+    K_TOTAL_STAGES,
 )
-from .storage import element_address, load, pointer_to
+from .storage import element_address, largest_of, load, pointer_to
 
 # A sum of squares in fp32 is exact enough if it is above LEAST: what underflowed is then far below its last digit.
 LEAST = tl.constexpr(2.0**-100)
@@ -55,7 +56,7 @@ def grad_norm_kernel(
     chunk_row,  # int32[n_chunks]
     chunk_span,  # int64[n_chunks]  first element within the parameter << COUNT_BITS | number of elements
     gradients,  # int64[n_rows]  byte addresses; 0 for a parameter without a gradient
-    partials,  # float32[n_chunks, STATISTICS]  GRAD_STATISTIC is written: the norm of the unclipped gradient, times NORM_UNIT
+    norms,  # float32[n_blocks * TOTAL_BLOCK]  written at the chunk's index: the norm of the unclipped gradient, times NORM_UNIT
     GRAD: tl.constexpr,
 ):
     i_chunk = tl.program_id(0).to(tl.int64)
@@ -74,32 +75,33 @@ def grad_norm_kernel(
         total = square_blocks(g_address, 0, full, factor, GRAD, True, K_GRAD_BLOCK, False)
         total += square_blocks(g_address, full, count, factor, GRAD, True, K_TAIL, True)
         norm = tl.sqrt_rn(total) * tl.where(too_small != 0, K_NORM_UNIT / GROW, K_NORM_UNIT / SHRINK)
-    tl.store(partials + i_chunk * K_STATISTICS + K_GRAD_STATISTIC, norm)
+    tl.store(norms + i_chunk, norm)
 
 
 @triton.jit
 def total_kernel(
-    partials,  # float32[n_chunks, STATISTICS]
+    norms,  # float32[n_blocks * TOTAL_BLOCK]  norms of the chunks, then zeros
     total,  # float64[1]  written: the sum of the squared norms of all chunks; inf or NaN if a norm is
-    n_chunks,
-    BITS: tl.constexpr,  # bits of the integers; n_chunks << BITS fits into an int64
+    n_blocks,
+    BITS: tl.constexpr,  # bits of the integers, at most 52; n_chunks << BITS fits into an int64
 ):
-    lanes = tl.arange(0, K_PARTIALS).to(tl.int64)
-    norms = partials + K_GRAD_STATISTIC
+    ROWS: tl.constexpr = K_TOTAL_BLOCK // K_PARTIALS
+    places = norms + tl.arange(0, ROWS)[:, None] * K_PARTIALS + tl.arange(0, K_PARTIALS)[None, :]
     largest = tl.zeros([K_PARTIALS], tl.float32)
-    for i in range(0, n_chunks, K_PARTIALS):
-        b = tl.load(norms + (i + lanes) * K_STATISTICS, mask=i + lanes < n_chunks, other=0.0)
-        largest = tl.maximum(largest, b, propagate_nan=tl.PropagateNan.ALL)
+    for i in tl.range(n_blocks, num_stages=K_TOTAL_STAGES):
+        largest = largest_of(largest, tl.reduce(tl.load(places + i * K_TOTAL_BLOCK), 0, largest_of))
     # Without the sign bit, the bits of floats have the same order as integers. NaN is above inf.
     top = tl.max(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    exponent = (top >> 23) - 126
-    # The scale is 2^(BITS - 2 exponent), made from its bits. Every squared norm times the scale is below 2^BITS.
-    scale = ((BITS - 2 * exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
     units = tl.zeros([K_PARTIALS], tl.int64)
-    for i in range(0, n_chunks, K_PARTIALS):
-        b = tl.load(norms + (i + lanes) * K_STATISTICS, mask=i + lanes < n_chunks, other=0.0)
-        b = tl.where(top < 0x7F800000, b, 0.0)
-        b = b.to(tl.float64)
-        units += (b * b * scale).to(tl.int64)
-    result = tl.sum(units).to(tl.float64) / scale * (1.0 / (K_NORM_UNIT * K_NORM_UNIT))
+    for i in tl.range(n_blocks, num_stages=K_TOTAL_STAGES):
+        bits = tl.load(places + i * K_TOTAL_BLOCK).to(tl.uint32, bitcast=True)
+        # With the significand s, an integer of 24 bits, `square` is s^2 2^15. Shifting it right keeps the bits above the unit.
+        exponent = (bits >> 23).to(tl.int32)
+        significand = (bits << 8) | tl.where(exponent > 0, 0x80000000, 0).to(tl.uint32)
+        square = significand.to(tl.uint64) * (significand >> 1).to(tl.uint64)
+        shift = tl.minimum(63 - BITS + 2 * ((top >> 23) - tl.maximum(exponent, 1)), 63)
+        units += tl.sum((square >> shift.to(tl.uint64)).to(tl.int64), 0)
+    # The unit is 2^(2 exponent of the largest norm - BITS), so every squared norm is below 2^BITS units.
+    unit = ((2 * ((top >> 23) - 126) - BITS + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    result = tl.sum(units).to(tl.float64) * unit * (1.0 / (K_NORM_UNIT * K_NORM_UNIT))
     tl.store(total, tl.where(top < 0x7F800000, result, top.to(tl.float32, bitcast=True).to(tl.float64)))

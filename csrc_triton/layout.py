@@ -13,10 +13,15 @@ import triton.language as tl
 # array each. Variants without an fp32 array take twice as many. A thread holds the same elements of every array, so no
 # value passes through shared memory.
 BLOCK = 1024
-# Limits on the registers per thread, so that three programs fit on a multiprocessor. The first limit is for variants with
-# twice the BLOCK, the second for variants that draw random bits.
+# Limits on the registers per thread. The first is for variants with twice the BLOCK, so that three programs fit on a
+# multiprocessor. The second is for variants that draw random bits, so that four programs fit.
 DOUBLE_REGISTERS = 80
-RANDOM_REGISTERS = 72
+RANDOM_REGISTERS = 64
+# Stages of the aligned loop: with n stages, the loads of the next n - 1 blocks are on their way to shared memory while a block
+# is computed. The second number is for 8-bit moments: with one stage, the compiler loads the weights of these variants late,
+# because it has no registers for them.
+STAGES = 1
+CODED_STAGES = 2
 # Elements per iteration of the masked path, which takes the last elements of a chunk and unaligned tensors. The masked
 # path has an address and a mask for each element. With more elements, it would set the register count of the whole kernel.
 TAIL = 256
@@ -43,6 +48,10 @@ NORM_UNIT = 2.0**-8
 ROWS = 128
 # Partial sums that a reduction reads per iteration.
 PARTIALS = 1024
+# Norms of chunks that the sum for clipping reads per iteration. A multiple of PARTIALS.
+TOTAL_BLOCK = 8192
+# Stages of its loops, see STAGES.
+TOTAL_STAGES = 2
 
 # Cache hints of the aligned path. Loads: "", ".ca", ".cg". Stores: "", ".wb", ".cg", ".cs", ".wt". Eviction: "",
 # "evict_first", "evict_last". All are empty until a measurement asks for one.
@@ -68,9 +77,7 @@ COEFFICIENTS = 7
 (
     WEIGHT_STATISTIC,  # sum of squares of the weight after the step
     UPDATE_STATISTIC,  # sum of squares of the update
-    # Sum of squares of the gradient. Before the update runs, this column holds the norm of the unclipped gradient times
-    # NORM_UNIT, from which the global norm is made. The update overwrites it with the sum for the clipped gradient.
-    GRAD_STATISTIC,
+    GRAD_STATISTIC,  # sum of squares of the clipped gradient
     DOT_STATISTIC,  # scalar product of the weight before the step and the update
 ) = range(4)
 STATISTICS = 4
@@ -87,6 +94,8 @@ PLAIN, MASTER, REMAINDER, KAHAN, STOCHASTIC = range(5)
 QUANT = 128
 # Elements that share one draw of 128 random bits. Each element gets 16 of them.
 DRAW = 8
+# Elements that share one hash of 32 random bits, which rounds 8-bit moments. Each element gets 16 of them.
+HASH_DRAW = 2
 # Rounds of Philox 4x32. Seven rounds pass BigCrush (Salmon et al. 2011, table 2).
 PHILOX_ROUNDS = 7
 # Rows of the rounding table, int64[ROUNDING, n_rows]. The last three say where the local elements are in the whole parameter.
@@ -127,6 +136,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 # The same numbers for device code, which reads globals only if they are constexpr.
 K_INTERPRETED = tl.constexpr(INTERPRETED)
 K_THREADS = tl.constexpr(THREADS)
+K_STAGES = tl.constexpr(STAGES)
+K_CODED_STAGES = tl.constexpr(CODED_STAGES)
 K_GRAD_BLOCK = tl.constexpr(GRAD_BLOCK)
 K_TAIL = tl.constexpr(TAIL)
 K_GRAD_LIMIT_FP16_SQ = tl.constexpr(GRAD_LIMIT_FP16_SQ)
@@ -137,6 +148,8 @@ K_COUNT_BITS = tl.constexpr(COUNT_BITS)
 K_COUNT_MASK = tl.constexpr((1 << COUNT_BITS) - 1)
 K_ROWS = tl.constexpr(ROWS)
 K_PARTIALS = tl.constexpr(PARTIALS)
+K_TOTAL_BLOCK = tl.constexpr(TOTAL_BLOCK)
+K_TOTAL_STAGES = tl.constexpr(TOTAL_STAGES)
 K_ONE_MINUS_BETA1 = tl.constexpr(ONE_MINUS_BETA1)
 K_ONE_MINUS_BETA2 = tl.constexpr(ONE_MINUS_BETA2)
 K_DECAY_PER_STEP = tl.constexpr(DECAY_PER_STEP)
@@ -173,6 +186,7 @@ K_KAHAN = tl.constexpr(KAHAN)
 K_STOCHASTIC = tl.constexpr(STOCHASTIC)
 K_QUANT = tl.constexpr(QUANT)
 K_DRAW = tl.constexpr(DRAW)
+K_HASH_DRAW = tl.constexpr(HASH_DRAW)
 K_PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 K_ROUNDING_SEED = tl.constexpr(ROUNDING_SEED)
 K_ROUNDING_STREAM = tl.constexpr(ROUNDING_STREAM)

@@ -18,103 +18,134 @@ largest value, and m and sqrt(v) by at most 3.1 % and 1.6 % of it.
 import triton
 import triton.language as tl
 
-from .layout import K_QUANT
-from .storage import load, load_raw, pointer_to, store, store_raw
+from .layout import K_QUANT, K_THREADS
+from .storage import largest_of, load, load_raw, pointer_to, store, store_raw
 
 TINY = tl.constexpr(2.0**-90)
-# The sum of 1.5 2^23 and a small number has the nearest integer of that number in its lower bits, as two's complement.
-MAGIC = tl.constexpr(12582912.0)
+# y + FLOOR is 2^23 + k for the nearest integer k of y - 0.5. So the lower bits hold k, and subtracting FLOOR gives k + 0.5.
+# This needs y >= 0.25, so a shift is added to the fourth power of y, and to the threshold that it is compared with.
+FLOOR = tl.constexpr(8388607.5)
+SHIFT = tl.constexpr(0.00390625)  # 0.25^4
+SHIFT_SQ = tl.constexpr(1.001)  # y > 1, so the code is never 0
+# Keeps the largest value of a block at or below the largest code, whatever rsqrt loses.
+BELOW = tl.constexpr(1.0 - 2.0**-20)
 
 
 @triton.jit
-def spread(b_scale, SIZE: tl.constexpr):
-    """Repeat the value of each block of QUANT elements, [SIZE / QUANT], for each of its elements, [SIZE]."""
-    N: tl.constexpr = SIZE // K_QUANT
-    return tl.reshape(tl.broadcast_to(b_scale[:, None], [N, K_QUANT]), [SIZE])
+def of_threads(block, EACH: tl.constexpr):
+    """Repeat the value of each thread, [K_THREADS], for each of its elements, [K_THREADS * EACH]."""
+    return tl.reshape(tl.broadcast_to(block[:, None], [K_THREADS, EACH]), [K_THREADS * EACH])
 
 
 @triton.jit
-def scales_at(scale_address, begin, end, SIZE: tl.constexpr):
-    """Pointers to the scales of the elements [begin, begin + SIZE), and a mask of the blocks that begin before `end`."""
-    i_block = begin // K_QUANT + tl.arange(0, SIZE // K_QUANT)
-    return scale_address.to(tl.pointer_type(tl.float32)) + i_block, i_block * K_QUANT < end
+def scales_at(scale_address, begin, end, EACH: tl.constexpr):
+    """For each thread, a pointer to the scale of its elements, and whether they are before `end`.
+
+    Thread t has the elements [begin + t EACH, begin + (t + 1) EACH).
+    """
+    first = tl.arange(0, K_THREADS) * EACH
+    return scale_address.to(tl.pointer_type(tl.float32)) + begin // K_QUANT + first // K_QUANT, begin + first < end
 
 
 @triton.jit
 def load_moment(
-    address, scale_address, begin, offsets, mask, end, TYPE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr
+    address, scale_address, begin, offsets, mask, end, TYPE: tl.constexpr, EACH: tl.constexpr, MASKED: tl.constexpr
 ):
     """Load a block of exp_avg or exp_avg_sq as fp32. Elements outside the mask are 0."""
     block = load(pointer_to(address, TYPE, not MASKED), offsets, mask, MASKED)
     if TYPE == tl.int8 or TYPE == tl.uint8:
-        scales, there = scales_at(scale_address, begin, end, SIZE)
-        block = (block * tl.abs(block)) * (block * block) * spread(load_raw(scales, 0, there, MASKED), SIZE)
+        scales, there = scales_at(scale_address, begin, end, EACH)
+        scale = of_threads(load_raw(scales, 0, there, MASKED), EACH)
+        block *= tl.abs(block)
+        block = block * scale * tl.abs(block)
         if TYPE == tl.uint8:
             block *= block
     return block
 
 
 @triton.jit
-def round_code(power, random, LARGEST: tl.constexpr, SQUARED: tl.constexpr):
-    """Round `power` to the code k or k + 1 whose fourth powers enclose it. Returns the bits of MAGIC plus the code.
+def dither(bits):
+    """What rounds all codes of an element: a number from -0.5 + 2^-16 to 0.5, made of its 16 random bits."""
+    return (bits | 0x43000000).to(tl.float32, bitcast=True) - 128.4999847412109375
 
-    `random` has 16 random bits. The code is k + 1 with the probability that makes the mean of its fourth power equal to
-    `power`. If SQUARED, the mean of the square of its fourth power is equal to the square of `power`.
+
+@triton.jit
+def round_code(power, u, SQUARED: tl.constexpr):
+    """Round `power` to the code k or k + 1 whose fourth powers enclose it. Returns an integer whose lower 8 bits are the code.
+
+    The code is k + 1 with the probability that makes the mean of its fourth power equal to `power`. If SQUARED, the mean of
+    its eighth power is equal to the square of `power`, and the code is at least 1. `u` is the dither. With h = k + 0.5, the
+    code is k + 1 where `power` is above
+
+        h^4 + 4 u h^3 + 1.5 h^2 + u h + 1/16                     the mean of k^4 and (k+1)^4, plus u times their distance
+        h^4 + 4 u h^3 + (3.5 - 8 u^2) h^2 + (32 u^3 - 7 u) h - 0.5     if SQUARED: nearly the root of the same for eighth
+                                                                        powers
+
+    The root's error moves the probability by less than 1e-3 for k >= 10, and by less than 3e-5 for k >= 32.
     """
-    centred = (random << 7 | 0x3F800000).to(tl.float32, bitcast=True) - 1.4999924
-    lower = tl.minimum(tl.rsqrt(tl.rsqrt(tl.maximum(power, 1e-30))) - 0.5 + MAGIC, MAGIC + (LARGEST - 1.0))
-    # x is halfway between k and k + 1. `gap` is the distance of the fourth powers of k and k + 1, `mean` is their mean.
-    x = lower - MAGIC + 0.5
-    xx = x * x
-    gap = x * tl.fma(xx, 4.0, 1.0)
-    mean = tl.fma(xx, xx + 1.5, 0.0625)
     if SQUARED:
-        half = gap * 0.5
-        threshold = tl.fma(centred, 2.0 * gap * mean, tl.fma(half, half, mean * mean))
-        up = threshold < power * power
+        e_0: tl.constexpr = SHIFT_SQ - 0.5
+        uu = u * u
+        e_1 = u * tl.fma(uu, 32.0, -7.0)
+        e_2 = tl.fma(uu, -8.0, 3.5)
+        power += SHIFT_SQ
     else:
-        up = tl.fma(centred, gap, mean) < power
-    return lower.to(tl.int32, bitcast=True) + up.to(tl.int32)
+        e_0: tl.constexpr = SHIFT + 0.0625
+        e_1 = u
+        e_2: tl.constexpr = 1.5
+        power += SHIFT
+    lower = tl.rsqrt(tl.rsqrt(power)) + FLOOR
+    h = lower - FLOOR
+    threshold = tl.fma(tl.fma(tl.fma(tl.fma(u, 4.0, h), h, e_2), h, e_1), h, e_0)
+    up = (threshold - power).to(tl.uint32, bitcast=True) >> 31
+    return lower.to(tl.uint32, bitcast=True) + up
 
 
 @triton.jit
 def store_codes(
-    pointer, scale_address, begin, offsets, block, random, mask, end,
-    TYPE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
+    pointer, scale_address, begin, offsets, block, u, mask, end,
+    TYPE: tl.constexpr, EACH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    LARGEST: tl.constexpr = 127.0 if TYPE == tl.int8 else 255.0
-    # Without the sign bit, the bits of floats have the same order as integers, and NaN is above inf. So the maximum
-    # keeps both.
-    bits = tl.reshape(block.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [SIZE // K_QUANT, K_QUANT])
-    largest = tl.max(bits, 1).to(tl.float32, bitcast=True)
+    LARGEST: tl.constexpr = 127.0**4 if TYPE == tl.int8 else 255.0**4
+    QUOTA: tl.constexpr = K_QUANT // EACH
+    block_abs = tl.abs(block)
+    largest = tl.reduce(tl.reshape(block_abs, [K_THREADS, EACH]), 1, largest_of)
+    # Without the sign bit, the bits of floats have the same order as integers, and NaN is above inf. A warp has one
+    # instruction for the maximum of integers.
+    bits = tl.reshape(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [K_THREADS // QUOTA, QUOTA])
+    bits = tl.broadcast_to(tl.max(bits, 1)[:, None], [K_THREADS // QUOTA, QUOTA])
+    largest = tl.reshape(bits, [K_THREADS]).to(tl.float32, bitcast=True)
     zero = largest < TINY
-    scales, there = scales_at(scale_address, begin, end, SIZE)
-    store_raw(scales, 0, tl.where(zero, 0.0, largest * (1.0 / LARGEST**4)), there, MASKED)
+    scales, there = scales_at(scale_address, begin, end, EACH)
+    writes = tl.arange(0, K_THREADS) % QUOTA == 0
+    if MASKED:
+        writes = writes & there
+    tl.store(scales, tl.where(zero, 0.0, largest * (1.0 / LARGEST)), mask=writes)
     # The quotient and the roots in round_code are approximate. An error in them only moves a probability. rsqrt is one
     # instruction, and a quotient takes eight.
     inverse = tl.rsqrt(tl.where(zero, 1.0, largest))
-    power = tl.abs(block) * spread(tl.where(zero, 0.0, inverse * inverse * LARGEST**4), SIZE)
-    code = round_code(power, random & 0xFFFF, LARGEST, TYPE == tl.uint8) & 0xFF
+    inverse = tl.where(zero, 0.0, inverse * (LARGEST * BELOW) * inverse)
+    code = round_code(block_abs * of_threads(inverse, EACH), u, TYPE == tl.uint8)
     if TYPE == tl.int8:
-        code = tl.where(block < 0.0, -code, code)
-    else:
-        code = tl.maximum(code, 1)
+        sign = block.to(tl.int32, bitcast=True)
+        code = (code ^ (sign >> 31).to(tl.uint32)) + (sign.to(tl.uint32) >> 31)
     store_raw(pointer, offsets, code.to(TYPE), mask, MASKED)
 
 
 @triton.jit
 def store_moment(
-    address, scale_address, begin, offsets, block, root, random, mask, end,
-    TYPE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
+    address, scale_address, begin, offsets, block, root, u, mask, end,
+    TYPE: tl.constexpr, EACH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Write a block of exp_avg or exp_avg_sq. `root` is the square root of the block, which only exp_avg_sq uses.
 
-    `random` has 32 random bits for each element. exp_avg uses the lower half, exp_avg_sq the upper half.
+    `u` is the dither of each element, if the moment has codes. Both moments of an element share it: if both are rounded up,
+    their quotient changes least.
     """
     pointer = pointer_to(address, TYPE, not MASKED)
     if TYPE == tl.int8:
-        store_codes(pointer, scale_address, begin, offsets, block, random, mask, end, TYPE, SIZE, MASKED)
+        store_codes(pointer, scale_address, begin, offsets, block, u, mask, end, TYPE, EACH, MASKED)
     elif TYPE == tl.uint8:
-        store_codes(pointer, scale_address, begin, offsets, root, random >> 16, mask, end, TYPE, SIZE, MASKED)
+        store_codes(pointer, scale_address, begin, offsets, root, u, mask, end, TYPE, EACH, MASKED)
     else:
         store(pointer, offsets, block, mask, MASKED)

@@ -37,6 +37,12 @@ def element_address(address, index, TYPE: tl.constexpr):
 
 
 @triton.jit
+def largest_of(a, b):
+    """The larger of two floats; NaN if one of the two is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_raw(pointer, offsets, mask, MASKED: tl.constexpr):
     """Load a block of any type unchanged. Elements outside the mask are 0."""
     if MASKED:

@@ -49,7 +49,7 @@ def encode(values: Tensor, dtype: torch.dtype, random: Tensor | None = None) -> 
         low, high = lower**4, (lower + 1) ** 4
         if dtype == torch.uint8:
             low, high, power = low**2, high**2, power.double() ** 2
-        u = torch.nn.functional.pad((random.view(-1).double() + 0.5) / 2**16, (0, -len(x) % QUANT)).view(-1, QUANT)
+        u = torch.nn.functional.pad((random.view(-1).double() + 1) / 2**16, (0, -len(x) % QUANT)).view(-1, QUANT)
         codes = lower + (low + u * (high - low) < power)
     codes = torch.where(blocks < 0, -codes, codes) if dtype == torch.int8 else codes.clamp_(min=1)
     out = torch.empty_like(values, dtype=dtype)

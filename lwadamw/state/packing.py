@@ -50,8 +50,7 @@ def write_moment(state: Mapping[str, Any], key: str, values: Tensor, bits: Tenso
     """
     moment = local(state[key])
     if moment.dtype in CODES:
-        random = None if bits is None else bits & 0xFFFF if moment.dtype == torch.int8 else bits >> 16
-        codes, scales = encode(values, moment.dtype, random)
+        codes, scales = encode(values, moment.dtype, bits)
         moment.copy_(codes)
         local(state[SCALES[key]]).view(-1).copy_(scales)
     elif moment.dtype == torch.float16:

@@ -30,6 +30,7 @@ class Tables(NamedTuple):
     steps: Tensor  # float32[n_rows], steps taken by each row
     coefficients: Tensor  # float32[n_rows, COEFFICIENTS]
     partials: Tensor  # float32[n_chunks, STATISTICS]
+    norms: Tensor  # float32[n_blocks * TOTAL_BLOCK], the norm of each chunk's gradient, used by steps that clip
     thresholds: Thresholds | None  # only with huber decay
 
 
@@ -48,12 +49,13 @@ class Launches:
         static, self._n_rows = tables.static, len(tables.steps)
         self._squares = make_launch(
             kernels.grad_norm_kernel, static.n_chunks,
-            static.chunk_row, static.chunk_span, dynamic.gradients, tables.partials,
+            static.chunk_row, static.chunk_span, dynamic.gradients, tables.norms,
             GRAD=TRITON_TYPES[storage.grad],
         )  # fmt: skip
         self._total = make_launch(
-            kernels.total_kernel, 1, tables.partials, tables.total, static.n_chunks, BITS=total_bits(static.n_chunks)
-        )
+            kernels.total_kernel, 1, tables.norms, tables.total, len(tables.norms) // layout.TOTAL_BLOCK,
+            BITS=total_bits(static.n_chunks),
+        )  # fmt: skip
         # Indexed by whether the step clips, and by whether it measures norms.
         self._coefficients = [
             self._coefficients_launch(0, self._n_rows, clip, tables.skipped) for clip in (False, True)

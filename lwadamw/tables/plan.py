@@ -86,6 +86,9 @@ class Plan:
                 # The sums of a parameter stay NaN until its first step, because before this step no kernel has read its
                 # weight.
                 torch.full((static.n_chunks, layout.STATISTICS), float("nan"), dtype=torch.float32, device=device),
+                torch.zeros(
+                    -(-static.n_chunks // layout.TOTAL_BLOCK) * layout.TOTAL_BLOCK, dtype=torch.float32, device=device
+                ),
                 _make_thresholds(rows, static, coefficients, split) if huber else None,
             )
             self._constants = update_constants(storage, static.strided, amsgrad, huber)

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 
 from ..kernels import layout
-from ..state.storage import HALVES, Storage
+from ..state.storage import CODES, HALVES, Storage
 
 # Triton's name of each dtype that a kernel reads or writes.
 TRITON_TYPES: Final = {
@@ -41,7 +41,9 @@ def update_constants(storage: Storage, strided: bool, amsgrad: bool, huber: bool
     Returns:
         Constants by the name of the kernel's argument.
     """
-    halves = all(dtype in HALVES for dtype in storage[:4]) and storage.weight != "master"
+    short = all(dtype in HALVES or dtype in CODES for dtype in storage[:4]) and storage.weight != "master"
+    # The index of an element of a strided shard takes many registers.
+    short = short and not (strided and any(dtype in CODES for dtype in storage[:4]))
     return {
         "PARAM": TRITON_TYPES[storage.param],
         "GRAD": TRITON_TYPES[storage.grad],
@@ -51,7 +53,7 @@ def update_constants(storage: Storage, strided: bool, amsgrad: bool, huber: bool
         "STRIDED": strided,
         "AMSGRAD": amsgrad,
         "HUBER": huber,
-        "BLOCK": 2 * layout.BLOCK if halves and not amsgrad else layout.BLOCK,
+        "BLOCK": 2 * layout.BLOCK if short and not amsgrad else layout.BLOCK,
     }
 
 

@@ -28,7 +28,10 @@ def test_the_file_has_every_case(checkpoints):
     assert checkpoints.keys() == write.CASES.keys()
 
 
-@pytest.mark.parametrize("case", write.CASES)
+CODED = [case for case, options in write.CASES.items() if torch.int8 in options.values()]
+
+
+@pytest.mark.parametrize("case", [case for case in write.CASES if case not in CODED])
 def test_an_earlier_checkpoint_goes_on_bit_for_bit(case, checkpoints):
     """On the torch backend, which has written it."""
     saved = checkpoints[case]
@@ -38,6 +41,20 @@ def test_an_earlier_checkpoint_goes_on_bit_for_bit(case, checkpoints):
     assert weights.keys() == saved["model_later"].keys()
     for name, weight in weights.items():
         assert torch.equal(weight, saved["model_later"][name]), name
+        assert not torch.equal(weight, saved["model"][name]), name
+
+
+@pytest.mark.parametrize("case", CODED)
+def test_an_earlier_checkpoint_with_codes_goes_on_with_other_random_bits(case, checkpoints):
+    """Codes are read as before, and rounded by other random bits.
+
+    Three steps at lr 0.01 move the weights by about 0.03, and the rounding by a few percent of it.
+    """
+    saved = checkpoints[case]
+    model, optimizer = _resumed(saved, case)
+    write.take_steps(model, optimizer, seed=2)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, saved["model_later"][name], rtol=0.01, atol=2e-3)
         assert not torch.equal(weight, saved["model"][name]), name
 
 
