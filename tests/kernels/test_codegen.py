@@ -118,15 +118,15 @@ def test_instructions_per_element_stay_below_their_limits(reports):
     assert {key: count for key, count in found.items() if count > limits[key]} == {}
 
 
-def test_the_sum_of_the_norms_waits_for_memory_twice_per_block(reports):
-    """Per TOTAL_BLOCK norms: each of the two loops loads all of them before it uses the first one."""
+def test_the_sum_of_the_norms_loads_one_block_ahead(reports):
+    """Each of the two loops takes 16 bytes per access, and no load is for the block that is being added."""
     loads = layout.TOTAL_BLOCK * 4 // layout.THREADS // 16
     found = [r for r in reports if r["kernel"] == "total_kernel" and r["target"] in NVIDIA]
     assert len(found) == len(NVIDIA)
     for r in found:
         assert [loop["widths"] for loop in r["loops"]] == [{"16": loads}] * 2, r
         assert all(loop["early"] == 1 for loop in r["loops"]), r
-        assert sum(loop["instructions"] for loop in r["loops"]) <= 600, r
+        assert sum(loop["instructions"] for loop in r["loops"]) <= 640, r
 
 
 def test_access_widths_are_parsed_from_instructions():
