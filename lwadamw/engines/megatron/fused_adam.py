@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -120,27 +120,42 @@ class FusedAdam(AdamW):
     @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step as `AdamW.step` does, with the step counts that the groups have."""
-        groups = self.param_groups
-        if self._counts is None or [group.get("step") for group in groups] != self._counts:
-            self._counts = self._follow_counts()
-        loss = self._take_step(closure)
-        self._counts = [count + 1 for count in self._counts]
-        for group, count in zip(groups, self._counts, strict=True):
-            group["step"] = count
+        groups, shared = self.param_groups, self._state_was_shared
+        counts = [group.pop("step", None) for group in groups]  # so that the step sees the same groups as the last one
+        taken = 0
+        try:
+            if self._counts is None or counts != self._counts:
+                counts = self._follow_counts(counts)
+            loss = self._take_step(closure)
+            if closure is None:
+                self._state_was_shared = shared
+            taken = 1
+        finally:
+            for group, count in zip(groups, counts, strict=True):
+                if count is not None:
+                    group["step"] = count + taken
+        self._counts = [count + 1 for count in counts]
         return loss
 
     @torch.no_grad()
-    def _follow_counts(self) -> list[int]:
-        """Write the step count of each group to the state of its parameters. Return the counts."""
+    def _follow_counts(self, counts: Sequence[Any]) -> list[int]:
+        """Write the step count of each group to the state of its parameters.
+
+        Args:
+            counts: `group["step"]` of each group, or None.
+
+        Returns:
+            The step count of each group.
+        """
         state = self.__dict__["state"]
         self._state_was_shared = True  # so that the step sees a `step` that is added here
         found: list[int | None] = []
-        for group in self.param_groups:
+        for group, count in zip(self.param_groups, counts, strict=True):
             held = [state[p] for p in group["params"] if state.get(p)]
-            if "step" not in group:
+            if count is None:
                 found.append(max((int(one["step"]) for one in held if "step" in one), default=None))
                 continue
-            found.append(int(group["step"]))
+            found.append(int(count))
             for one in held:
                 if isinstance(one.get("step"), Tensor):
                     one["step"].fill_(found[-1])
@@ -153,6 +168,9 @@ class FusedAdam(AdamW):
         """Load a checkpoint, as in `AdamW`. The step counts of its groups, if there are any, overrule those of its state."""
         self._counts = None
         super().load_state_dict(state_dict)
+        if not self.__dict__["state"] and not self._optimizer_load_state_dict_post_hooks:
+            # Megatron loads nothing after it has replaced the parameters. Nobody has this new, empty state.
+            self._state_was_shared = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
