@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from ...state import keys
 from ...step.optimizer import AdamW
 
 _MASTER = "master_param"
+# A state of which nobody else has a reference.
+_ALONE: Final[dict[str, Any]] = {"state": {}}
 # What a user may set. Megatron's own configuration decides about everything else.
 OPTIONS = ("backend", "decay", "norms", "peak_lr")
 
@@ -120,7 +123,9 @@ class FusedAdam(AdamW):
     @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step as `AdamW.step` does, with the step counts that the groups have."""
-        groups, shared = self.param_groups, self._state_was_shared
+        groups = self.param_groups
+        # Megatron's wrappers read the empty state of a new optimizer, and do not keep it.
+        shared = self._state_was_shared = self._state_was_shared and not _is_empty_and_alone(self.__dict__)
         counts = [group.pop("step", None) for group in groups]  # so that the step sees the same groups as the last one
         taken = 0
         try:
@@ -168,9 +173,6 @@ class FusedAdam(AdamW):
         """Load a checkpoint, as in `AdamW`. The step counts of its groups, if there are any, overrule those of its state."""
         self._counts = None
         super().load_state_dict(state_dict)
-        if not self.__dict__["state"] and not self._optimizer_load_state_dict_post_hooks:
-            # Megatron loads nothing after it has replaced the parameters. Nobody has this new, empty state.
-            self._state_was_shared = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -207,6 +209,11 @@ class FusedAdam(AdamW):
         """Create the state of a parameter as its group asks. Arguments are those of `AdamW.initialize_state`."""
         self._counts = None
         super().initialize_state(p, store_param_remainders)
+
+
+def _is_empty_and_alone(attributes: dict[str, Any]) -> bool:
+    """Return whether the state in the attributes of an optimizer is empty, and nobody else has a reference to it."""
+    return not attributes["state"] and sys.getrefcount(attributes["state"]) == sys.getrefcount(_ALONE["state"])
 
 
 def _as_remainder(p: Tensor, values: Tensor) -> Tensor:

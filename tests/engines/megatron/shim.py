@@ -12,6 +12,7 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -101,6 +102,17 @@ def install() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """While this context is active, torch's functions do not pass through the shim. Megatron itself does not run here."""
+    assert _mode is not None
+    _mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _mode.__enter__()
 
 
 @contextlib.contextmanager
