@@ -8,8 +8,8 @@ before every step. The clock runs only while Megatron's wrapper calls `step()` o
 off meanwhile. Contestants take turns of five steps, in another order in every round.
 
 "torch, its choice" is torch.optim.AdamW as Megatron builds it when neither Transformer Engine nor apex is installed: it leaves
-`foreach` and `fused` open. For tensors on a CPU torch then takes its loop, and for tensors on a GPU "foreach". "fused" is torch's
-fused kernel. Kernels of the Triton backend are stubbed: all of its Python code runs, and nothing is launched.
+`foreach` and `fused` open. For tensors on a CPU torch then takes its loop, and for tensors on a GPU "foreach". Kernels of the
+Triton backend are stubbed: all of its Python code runs, and nothing is launched.
 
     x       median of "torch, its choice" / median of this row
 """

@@ -91,7 +91,7 @@ def test_groups_that_shared_a_bucket_part_when_their_values_do():
 
 def test_a_step_that_failed_does_not_leave_old_values_in_the_buckets():
     optimizer, params = _optimizer("fused")
-    _step(optimizer, 0)
+    _step(optimizer, 0, weight_decay=0.1)  # so that all groups share a bucket
     new = copy.deepcopy(optimizer)
     optimizer.param_groups[0]["lr"] = new.param_groups[0]["lr"] = 0.01
     params[0].grad = torch.zeros(4).to_sparse()
