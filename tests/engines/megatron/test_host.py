@@ -1,4 +1,4 @@
-"""Under Megatron's scheduler, only values of groups change: nothing is made anew after the third step, no moment is verified."""
+"""Under Megatron's scheduler only values of groups change: no plan is made after the third step, and no moment is verified."""
 
 from __future__ import annotations
 

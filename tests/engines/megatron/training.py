@@ -95,9 +95,24 @@ def optimizer_of(how: str, case: Case, **options: Any) -> Iterator[None]:
 
 
 def build(
-    case: Case, *, seed: int = 0, hidden: int = HIDDEN, layers: int = 2, overrides: Callable[..., Any] | None = None
+    case: Case,
+    *,
+    seed: int = 0,
+    hidden: int = HIDDEN,
+    layers: int = 2,
+    slim: bool = False,
+    overrides: Callable[..., Any] | None = None,
 ) -> Run:
-    """Build a model and its optimizer. Every process calls it."""
+    """Build a model and its optimizer. Every process calls it.
+
+    Args:
+        case: wrapper and layout.
+        seed: of the weights.
+        hidden: width.
+        layers: number of layers.
+        slim: no biases, so that Triton's interpreter has fewer tensors.
+        overrides: makes config overrides from the OptimizerConfig and the model chunks.
+    """
     from megatron.core import tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
@@ -110,9 +125,9 @@ def build(
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if case.half else torch.float32
-    experts: dict[str, Any] = {}
+    options: dict[str, Any] = {"add_bias_linear": False, "normalization": "RMSNorm"} if slim else {}
     if case.ep:
-        experts = {
+        options |= {
             "num_moe_experts": 4,
             "expert_model_parallel_size": case.ep,
             "moe_token_dispatcher_type": "allgather",
@@ -131,7 +146,7 @@ def build(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         gradient_accumulation_fusion=False,
-        **experts,
+        **options,
     )
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False) if case.ep else get_gpt_layer_local_spec()
     model: Any = GPTModel(config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False)
