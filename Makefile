@@ -64,8 +64,8 @@ $(ENGINES)/.installed: tests/engines/requirements.txt constraints.txt Makefile
 	touch $@
 
 test-engines: $(ENGINES)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not slow"
-	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.16.1 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not slow"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines -m engines
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.16.1 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not wide"
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json

@@ -7,6 +7,7 @@ this to the CPU.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -102,6 +103,7 @@ def install() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    gc.freeze()  # Megatron collects garbage whenever it saves
 
 
 @contextlib.contextmanager
