@@ -9,7 +9,8 @@ off meanwhile. Contestants take turns of five steps, in another order in every r
 
 "torch, its choice" is torch.optim.AdamW as Megatron builds it when neither Transformer Engine nor apex is installed: it leaves
 `foreach` and `fused` open. For tensors on a CPU torch then takes its loop, and for tensors on a GPU "foreach". Kernels of the
-Triton backend are stubbed: all of its Python code runs, and nothing is launched.
+Triton backend are stubbed: all of its Python code runs, and nothing is launched. "State read": somebody has read
+`optimizer.state`, as Megatron does when it saves a checkpoint. From then on every step verifies the moments.
 
     x       median of "torch, its choice" / median of this row
 """
@@ -41,6 +42,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "torch, fused": {"fused": True},
     "lwadamw, torch backend": {"backend": "torch"},
     "lwadamw, kernels stubbed": {"backend": "triton"},
+    "lwadamw, torch backend, state read": {"backend": "torch"},
+    "lwadamw, kernels stubbed, state read": {"backend": "triton"},
 }
 
 
@@ -56,7 +59,8 @@ class Contestant:
         options, ours = CONTESTANTS[name], name.startswith("lwadamw")
         self.times: list[float] = []
         self.taken = 0
-        self._stubs: Callable[[], Any] = stubbed_kernels if name.endswith("stubbed") else contextlib.nullcontext
+        self._reads = name.endswith("state read")
+        self._stubs: Callable[[], Any] = stubbed_kernels if "stubbed" in name else contextlib.nullcontext
         with training.optimizer_of("ours" if ours else "torch", case, **(options if ours else {})):
             self.run = training.build(case, layers=LAYERS)
         for inner in self.run.inner():
@@ -75,6 +79,9 @@ class Contestant:
 
     def take_turn(self) -> None:
         """Train for a few steps."""
+        if self._reads:
+            for inner in self.run.inner():
+                assert inner.state is not None
         with self._stubs():
             for _ in range(STEPS):
                 training.step(self.run, self.taken)
