@@ -77,6 +77,11 @@ def widened(cases: tuple[Case, ...]) -> tuple[Exchange, ...]:
 WIDE = {2: widened(TWO), 4: widened(FOUR)}
 
 
+def by_layout(exchanges: tuple[Exchange, ...]) -> list[int]:
+    """The indices of exchanges, with those of the same process groups beside each other."""
+    return sorted(range(len(exchanges)), key=lambda i: exchanges[i].case.layout)
+
+
 def overrides(config: Any, chunks: list[Any]) -> Any:
     from lwadamw.engines.megatron import config_overrides
 
@@ -97,9 +102,9 @@ def save_all(folder: str, exchanges: tuple[Exchange, ...]) -> None:
     """Train, save, train on and write the losses to a file, for every exchange. Then end as a machine that fails does."""
     import torch.distributed as dist
 
-    out = [_save(exchange, f"{folder}/{i}") for i, exchange in enumerate(exchanges)]
+    out = {i: _save(exchanges[i], f"{folder}/{i}") for i in by_layout(exchanges)}
     if dist.get_rank() == 0:
-        Path(folder, "losses.json").write_text(json.dumps(out))
+        Path(folder, "losses.json").write_text(json.dumps([out[i] for i in range(len(out))]))
     dist.barrier()
     for child in multiprocessing.active_children():  # those in which Megatron writes
         child.kill()
@@ -117,7 +122,8 @@ def _save(exchange: Exchange, folder: str) -> list[float]:
 
 def load_all(folder: str, exchanges: tuple[Exchange, ...]) -> list[tuple[list[float], list[Any]]]:
     """Build another model, load, and train on, for every exchange. Return losses, and the step counts in the groups."""
-    return [_load(exchange, f"{folder}/{i}") for i, exchange in enumerate(exchanges)]
+    out = {i: _load(exchanges[i], f"{folder}/{i}") for i in by_layout(exchanges)}
+    return [out[i] for i in range(len(out))]
 
 
 def _load(exchange: Exchange, folder: str) -> tuple[list[float], list[Any]]:

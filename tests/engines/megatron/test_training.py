@@ -32,7 +32,7 @@ CORE = (
 def train_all(cases: tuple[Case, ...]) -> dict[tuple[Case, str], dict[str, Any]]:
     """In each process: train every case with the reference, and with each of our backends."""
     out = {}
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.layout):
         with training.layout(case):
             out[case, "reference"] = _train(case, "stand-in" if case.aware else "torch")
             for backend in BACKENDS:

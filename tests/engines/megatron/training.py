@@ -36,6 +36,11 @@ class Case:
         return f"{self.wrapper}, tp {self.tp}" + (f", ep {self.ep}" if self.ep else "")
 
     @property
+    def layout(self) -> tuple[int, int]:
+        """Sizes of tensor and expert parallelism."""
+        return self.tp, max(1, self.ep)
+
+    @property
     def sharded(self) -> bool:
         return not self.wrapper.startswith(("fp32", "bf16"))
 
@@ -68,19 +73,30 @@ class Run:
         return {type(o).__name__ for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer])}
 
 
+_layout: tuple[int, int] | None = None  # of the process groups that this process has
+
+
 @contextlib.contextmanager
 def layout(case: Case) -> Iterator[None]:
-    """Megatron's process groups for a case."""
+    """Megatron's process groups for a case. They stay for a next case of the same layout, since each of them has threads."""
+    global _layout
     shim.install()
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=case.tp, expert_model_parallel_size=max(1, case.ep)
-    )
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
+    if _layout != case.layout:
+        _leave_layout()
+        tp, ep = _layout = case.layout
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, expert_model_parallel_size=ep)
+    yield
+
+
+def _leave_layout() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()  # which leaves the groups themselves, and their threads
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager
