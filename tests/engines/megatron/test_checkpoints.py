@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -106,8 +105,7 @@ def save_all(folder: str, exchanges: tuple[Exchange, ...]) -> None:
     if dist.get_rank() == 0:
         Path(folder, "losses.json").write_text(json.dumps([out[i] for i in range(len(out))]))
     dist.barrier()
-    for child in multiprocessing.active_children():  # those in which Megatron writes
-        child.kill()
+    checkpoints.stop_writers()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
