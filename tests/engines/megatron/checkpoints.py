@@ -26,7 +26,7 @@ def save(run: Run, case: Case, folder: str, sharding: str = "dp_reshardable") ->
     """
     from megatron.core import dist_checkpointing
 
-    # Megatron writes from processes of its own. The process that pytest has started may not have any, and they would outlive it.
+    # Megatron writes from processes of its own. A process of pytest may not have any, and they would outlive it.
     multiprocessing.current_process()._config["daemon"] = False
     multiprocessing.util.Finalize(None, stop_writers, exitpriority=100)
     if dist.get_rank() == 0:
