@@ -10,23 +10,13 @@ import pytest
 from tests.sharded.processes import run
 
 from . import training
-from .cases import FOUR, TWO, WRAPPERS
+from .cases import CORE, FOUR, TWO, WRAPPERS
 from .training import Case
 
 pytestmark = pytest.mark.engines
 
 STEPS = 20
 BACKENDS = ("torch", "triton")
-# Each wrapper once, with biases.
-CORE = (
-    Case("fp32", tp=2),
-    Case("bf16"),
-    Case("distributed fp32", tp=2),
-    Case("distributed bf16"),
-    Case("aware"),
-    Case("aware remainder", tp=2),
-    Case("distributed fp32", ep=2),
-)
 
 
 def train_all(cases: tuple[Case, ...]) -> dict[tuple[Case, str], dict[str, Any]]:
@@ -84,7 +74,7 @@ def test_losses_over_two_processes_are_those_of_torch_in_the_same_engine(case, b
     check(trained(2, TWO), case, backend)
 
 
-@pytest.mark.wide
+@pytest.mark.four
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", FOUR, ids=str)
 def test_losses_over_four_processes_are_those_of_torch_in_the_same_engine(case, backend):

@@ -24,7 +24,7 @@ class Case:
             precision-aware: "aware" with float32 master weights, "aware remainder" with remainders and bfloat16 moments.
         tp: number of tensor-parallel processes.
         ep: number of expert-parallel processes; 0 for a dense model.
-        slim: the model has no biases, so that Triton's interpreter has fewer tensors.
+        slim: the model has no biases and no position embeddings, so that Triton's interpreter has fewer tensors.
     """
 
     wrapper: str
@@ -167,7 +167,8 @@ def build(
         **options,
     )
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False) if case.ep else get_gpt_layer_local_spec()
-    model: Any = GPTModel(config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False)
+    positions: dict[str, Any] = {"position_embedding_type": "none"} if case.slim else {}
+    model: Any = GPTModel(config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False, **positions)
     if case.half:
         model = Float16Module(config, model)
     # Small buckets, so that shards begin and end inside parameters.
