@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +21,16 @@ pytestmark = pytest.mark.engines
 
 CASES = (Case("fp32"), Case("bf16"), Case("distributed fp32"), Case("distributed bf16"), Case("aware remainder"))
 STEPS = 6
+ROOT = Path(__file__).parents[3]
+CONTESTANTS = (
+    "torch, its choice",
+    "torch, foreach",
+    "torch, fused",
+    "lwadamw, torch backend",
+    "lwadamw, kernels stubbed",
+    "lwadamw, torch backend, state read",
+    "lwadamw, kernels stubbed, state read",
+)
 
 
 def counted(owner: Any, name: str, kind: str, counts: Counter[str]) -> Any:
@@ -82,3 +95,11 @@ def test_nothing_is_made_anew_after_the_third_step_and_no_moment_is_verified(cas
     assert found[0]["buckets" if backend == "torch" else "group tables"] >= 1
     assert found[2:] == [found[2]] * (STEPS - 2)
     assert found[-1]["moments verified"] == 0
+
+
+def test_the_benchmark_of_the_host_time_runs():
+    command = [sys.executable, "-m", "bench.megatron", "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows[2:] == list(CONTESTANTS)
