@@ -9,14 +9,17 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..state import decay, keys
 from ..state.arrivals import arrived
 from ..state.checks import check_gradient
 from ..state.draws import rounding_row
+from ..state.geometry import Geometry
 from ..state.groups import effective
-from ..state.members import Member, any_gradient, gradient_of, gradients_of
+from ..state.identity import same
+from ..state.members import Member, any_gradient, gradient_of, gradients_of, is_fake, local
 from ..state.storage import storage_of
 from . import torch_fused_cpu as fused_cpu
 from .torch_paths import Path, check_group, leaves_open, path_of
@@ -68,11 +71,14 @@ class Bucket:
         packed: torch's implementations cannot update these parameters as they are stored. See packed_step.py.
         huber_decay: decay of one step, lr times weight_decay, of a group with decay="huber". None: another decay law; the
             decay is part of torch's update.
+        groups: the indices of the groups that the parameters belong to.
         entries: the parameters.
         grads: gradients of this step, one per entry. Empty after the step, so that no gradient is kept alive.
         factor: what the last step multiplied the gradients by, one element. None: 1.
         skipped: not zero if the last step changed nothing.
         split: id() of each parameter of which other processes hold other parts, among those with huber decay.
+        looked: geometry of the gradients of a packed bucket when it was filled. None: the bucket has to be filled at every
+            step.
     """
 
     options: dict[str, Any]
@@ -80,11 +86,13 @@ class Bucket:
     implicit_fused: bool
     packed: bool
     huber_decay: float | Tensor | None
+    groups: list[int] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     factor: Tensor | None = None
     skipped: Tensor | bool = False
     split: Container[int] = ()
+    looked: Geometry | None = None
 
     @property
     def fused(self) -> bool:
@@ -174,8 +182,13 @@ def fill_buckets(
         bucket = by_group.get(place)
         if bucket is None:
             bucket = by_group[place] = _bucket_for(group, attribute, path, p.device.type == "cpu", buckets)
+            bucket.groups.append(m.group_index)
         bucket.entries.append(entry)
         bucket.grads.append(grad)
+    for bucket in buckets.values():
+        if bucket.packed and fused_cpu.takes_numbers(bucket.options):
+            plain = all(local(g) is g and g.layout == torch.strided and not is_fake(g) for g in bucket.grads)
+            bucket.looked = Geometry(bucket.grads) if plain else None
     return list(buckets.values()), without_gradient
 
 
@@ -183,27 +196,56 @@ def _bucket_for(
     group: Mapping[str, Any], attribute: str, path: Path, on_cpu: bool, buckets: dict[tuple[Any, ...], Bucket]
 ) -> Bucket:
     """Return the bucket whose values agree with those of a group. Create it if there is none."""
-    used, huber_decay = effective(group), None
-    if decay.is_huber(group):
-        huber_decay, used = used.lr * used.weight_decay, used._replace(weight_decay=0.0)
+    numbers, huber_decay = _numbers_of(group)
     flags = {flag: group[flag] for flag in _FLAGS}
     if path == "loop":
         flags |= {"fused": False, "foreach": False}
     if on_cpu:
         flags["capturable"] = False  # nothing captures a CPU, and torch's loop would refuse
-    numbers = (*used, *group["betas"])
-    if leaves_open(group):
-        # torch would compute 1 - lr * weight_decay in the 16 bits of a tensor.
-        numbers = tuple(v.float() if isinstance(v, Tensor) and v.dtype.itemsize < 4 else v for v in numbers)
     values = (*numbers, *flags.values())
     new = Bucket(dict(zip(_ARGUMENTS, values, strict=True)), attribute, path == "fused", path == "packed", huber_decay)
     return buckets.setdefault((attribute, path, huber_decay, *values), new)
 
 
-def refill_buckets(buckets: Sequence[Bucket], without_gradient: Mapping[str, Sequence[Tensor]]) -> bool:
-    """Give the buckets of the last step the gradients of this step, if torch's fused CPU kernel can take all of them again.
+def _numbers_of(group: Mapping[str, Any]) -> tuple[tuple[float | Tensor, ...], float | Tensor | None]:
+    """Return the first five of `_ARGUMENTS`, and `Bucket.huber_decay`."""
+    used, huber_decay = effective(group), None
+    if decay.is_huber(group):
+        huber_decay, used = used.lr * used.weight_decay, used._replace(weight_decay=0.0)
+    numbers = (*used, *group["betas"])
+    if leaves_open(group):
+        # torch would compute 1 - lr * weight_decay in the 16 bits of a tensor.
+        numbers = tuple(v.float() if isinstance(v, Tensor) and v.dtype.itemsize < 4 else v for v in numbers)
+    return numbers, huber_decay
 
-    This is the fast path of a step in which nothing has changed but the gradients.
+
+def follow_values(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Give the buckets of the last step the learning rates and weight decays that their groups have now.
+
+    Args:
+        buckets: the buckets of the last step, from `fill_buckets`.
+        groups: the optimizer's parameter groups. Only numbers have changed since.
+
+    Returns:
+        False if the groups of a bucket do not agree any more, so that the buckets have to be filled again.
+
+    Raises:
+        ValueError: as in `effective`.
+    """
+    for bucket in buckets:
+        first, *others = [_numbers_of(groups[i]) for i in bucket.groups]
+        if not all(same(other, first) for other in others):
+            return False
+        numbers, bucket.huber_decay = first
+        bucket.options |= zip(_ARGUMENTS, numbers, strict=False)
+    return True
+
+
+def refill_buckets(buckets: Sequence[Bucket], without_gradient: Mapping[str, Sequence[Tensor]]) -> bool:
+    """Give the buckets of the last step the gradients of this step, if each parameter certainly keeps its path.
+
+    This is the fast path of a step in which nothing has changed but gradients and numbers. It serves torch's fused CPU kernel
+    and packed parameters.
 
     Args:
         buckets: the buckets of the last step, from `fill_buckets`.
@@ -212,18 +254,26 @@ def refill_buckets(buckets: Sequence[Bucket], without_gradient: Mapping[str, Seq
     Returns:
         False if the buckets have to be filled again. Nothing has been changed then.
     """
-    if not all(bucket.implicit_fused for bucket in buckets) or any_gradient(without_gradient):
+    if not all(bucket.implicit_fused or bucket.looked is not None for bucket in buckets):
+        return False
+    if any_gradient(without_gradient):
         return False
     grads: list[list[Any]] = []
     for bucket in buckets:
         params = bucket.params()
         grads.append(gradients_of(params, bucket.attribute))
         try:
-            moved = list(map(Tensor.data_ptr, params)) != [entry.address for entry in bucket.entries]
-            if moved or not all(map(fused_cpu.is_plain, params, grads[-1])):
+            if bucket.looked is not None:
+                moved = not bucket.looked.holds(grads[-1])
+            else:
+                moved = list(map(Tensor.data_ptr, params)) != [entry.address for entry in bucket.entries]
+            if moved or (bucket.implicit_fused and not all(map(fused_cpu.is_plain, params, grads[-1]))):
                 return False
         except (AttributeError, RuntimeError):
             return False  # a gradient is missing or sparse
     for bucket, new in zip(buckets, grads, strict=True):
         bucket.grads, bucket.skipped = new, False
+        if bucket.packed:
+            for entry in bucket.entries:
+                entry.sums = entry.absolute = None
     return True

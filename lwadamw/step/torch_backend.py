@@ -7,7 +7,6 @@ they are stored.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,14 +17,14 @@ from torch.optim.adamw import adamw
 
 from ..state import creation, decay, keys
 from ..state.checks import capturing, check_state
-from ..state.identity import same, snapshot
 from ..state.members import Member, local, wrap_like
 from ..state.shards import Shards, Split
 from ..state.storage import MOMENTS
 from ..state.whole_thresholds import WholeThresholds
 from . import torch_fused_cpu as fused_cpu
-from .buckets import Bucket, Entry, Needs, fill_buckets, follow_threshold, refill_buckets
+from .buckets import Bucket, Entry, Needs, fill_buckets, follow_threshold, follow_values, refill_buckets
 from .packed_step import step_packed
+from .seen_groups import SeenGroups
 from .torch_norms import HalfNorms, resting_sums, sums_of
 
 
@@ -44,10 +43,7 @@ class TorchBackend:
         self.buckets: list[Bucket] = []
         self._entries: dict[int, Entry] = {}  # by the parameter's order
         self._without_gradient: dict[str, list[Tensor]] = {}  # by the attribute that would hold the gradient
-        # Every object in every group at the last step, with copies of lists and dicts.
-        self._group_referents: list[Any] = []
-        self._naming: list[Any] = []  # names and segments of every group at the last step
-        self._current: list[Any] | None = None  # every object in every group now, if `fits` has collected them already
+        self._seen = SeenGroups()
 
     def fits(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether the members that the last step had still have the names and segments that their groups give them.
@@ -55,8 +51,7 @@ class TorchBackend:
         Args:
             groups: the optimizer's parameter groups.
         """
-        self._current = gc.get_referents(*groups)
-        return same(self._current, self._group_referents) or same(_naming_of(groups), self._naming)
+        return self._seen.names_hold(groups)
 
     def prepare(self, members: Iterable[Member], groups: Sequence[dict[str, Any]], state: Any, fresh: bool) -> bool:
         """Collect the parameters and gradients of this step, and create missing state.
@@ -76,16 +71,17 @@ class TorchBackend:
                 Nothing has been written then.
             TypeError: a hyperparameter is neither a number nor a tensor of one element.
         """
-        referents, self._current = self._current or gc.get_referents(*groups), None
-        unchanged = fresh and same(referents, self._group_referents)
-        if unchanged and refill_buckets(self.buckets, self._without_gradient):
+        change = self._seen.change(groups) if fresh else "other"
+        usable = change == "none" or (change == "values" and follow_values(self.buckets, groups))
+        if usable and refill_buckets(self.buckets, self._without_gradient):
+            self._seen.accept()
             return False
         if not fresh:
             self._entries = {}
         self.buckets, self._without_gradient = fill_buckets(members, groups, state, self._entries)
         for bucket in self.buckets:
             bucket.split = self._thresholds.counts
-        self._group_referents, self._naming = snapshot(referents), snapshot(_naming_of(groups))
+        self._seen.remember(groups)
         return self._complete_state()
 
     def _complete_state(self) -> bool:
@@ -223,11 +219,6 @@ def _norm(grad: Tensor) -> Tensor:
         return largest.float()
     exact: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
     return exact
-
-
-def _naming_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
-    """Return what the groups say about the names and segments of their parameters."""
-    return [(group.get("param_names"), group.get(keys.SEGMENTS.name)) for group in groups]
 
 
 def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: bool, threshold: Tensor | None) -> None:

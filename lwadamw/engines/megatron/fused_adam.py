@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from ...state import keys
 from ...step.optimizer import AdamW
 
 _MASTER = "master_param"
+# A state of which nobody else has a reference.
+_ALONE: Final[dict[str, Any]] = {"state": {}}
 # What a user may set. Megatron's own configuration decides about everything else.
 OPTIONS = ("backend", "decay", "norms", "peak_lr")
 
@@ -121,26 +124,43 @@ class FusedAdam(AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step as `AdamW.step` does, with the step counts that the groups have."""
         groups = self.param_groups
-        if self._counts is None or [group.get("step") for group in groups] != self._counts:
-            self._counts = self._follow_counts()
-        loss = self._take_step(closure)
-        self._counts = [count + 1 for count in self._counts]
-        for group, count in zip(groups, self._counts, strict=True):
-            group["step"] = count
+        # Megatron's wrappers read the empty state of a new optimizer, and do not keep it.
+        shared = self._state_was_shared = self._state_was_shared and not _is_empty_and_alone(self.__dict__)
+        counts = [group.pop("step", None) for group in groups]  # so that the step sees the same groups as the last one
+        taken = 0
+        try:
+            if self._counts is None or counts != self._counts:
+                counts = self._follow_counts(counts)
+            loss = self._take_step(closure)
+            if closure is None:
+                self._state_was_shared = shared
+            taken = 1
+        finally:
+            for group, count in zip(groups, counts, strict=True):
+                if count is not None:
+                    group["step"] = count + taken
+        self._counts = [count + 1 for count in counts]
         return loss
 
     @torch.no_grad()
-    def _follow_counts(self) -> list[int]:
-        """Write the step count of each group to the state of its parameters. Return the counts."""
+    def _follow_counts(self, counts: Sequence[Any]) -> list[int]:
+        """Write the step count of each group to the state of its parameters.
+
+        Args:
+            counts: `group["step"]` of each group, or None.
+
+        Returns:
+            The step count of each group.
+        """
         state = self.__dict__["state"]
         self._state_was_shared = True  # so that the step sees a `step` that is added here
         found: list[int | None] = []
-        for group in self.param_groups:
+        for group, count in zip(self.param_groups, counts, strict=True):
             held = [state[p] for p in group["params"] if state.get(p)]
-            if "step" not in group:
+            if count is None:
                 found.append(max((int(one["step"]) for one in held if "step" in one), default=None))
                 continue
-            found.append(int(group["step"]))
+            found.append(int(count))
             for one in held:
                 if isinstance(one.get("step"), Tensor):
                     one["step"].fill_(found[-1])
@@ -189,6 +209,11 @@ class FusedAdam(AdamW):
         """Create the state of a parameter as its group asks. Arguments are those of `AdamW.initialize_state`."""
         self._counts = None
         super().initialize_state(p, store_param_remainders)
+
+
+def _is_empty_and_alone(attributes: dict[str, Any]) -> bool:
+    """Return whether the state in the attributes of an optimizer is empty, and nobody else has a reference to it."""
+    return not attributes["state"] and sys.getrefcount(attributes["state"]) == sys.getrefcount(_ALONE["state"])
 
 
 def _as_remainder(p: Tensor, values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 from pathlib import Path
@@ -25,14 +26,21 @@ def save(run: Run, case: Case, folder: str, sharding: str = "dp_reshardable") ->
     """
     from megatron.core import dist_checkpointing
 
-    # Megatron writes from processes of its own, and the one that pytest has started may not have any.
+    # Megatron writes from processes of its own. A process of pytest may not have any, and they would outlive it.
     multiprocessing.current_process()._config["daemon"] = False
+    multiprocessing.util.Finalize(None, stop_writers, exitpriority=100)
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder)
     dist.barrier()
     dist_checkpointing.save(_state(run, case, sharding, loading=False), folder)
     dist.barrier()
+
+
+def stop_writers() -> None:
+    """End the processes from which Megatron writes."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def load(run: Run, case: Case, folder: str, sharding: str = "dp_reshardable") -> None:

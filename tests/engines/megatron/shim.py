@@ -7,11 +7,13 @@ this to the CPU.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -101,6 +103,18 @@ def install() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    gc.freeze()  # Megatron collects garbage whenever it saves
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """While this context is active, torch's functions do not pass through the shim. Megatron itself does not run here."""
+    assert _mode is not None
+    _mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _mode.__enter__()
 
 
 @contextlib.contextmanager

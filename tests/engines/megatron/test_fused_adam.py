@@ -83,6 +83,37 @@ def test_a_checkpoint_of_torch_gives_the_groups_its_count():
     assert [group["step"] for group in ours.param_groups] == [6, 6, 6]
 
 
+def test_a_step_that_fails_leaves_the_counts_in_the_groups():
+    params = _params()
+    optimizer = FusedAdam(_groups(params))
+    _take(optimizer, params, range(2))
+    params[0].grad = torch.zeros(65).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert [group["step"] for group in optimizer.param_groups] == [2, 2, 2]
+    _take(optimizer, params, range(1))
+    assert {int(s["step"]) for s in optimizer.state.values()} == {g["step"] for g in optimizer.param_groups} == {3}
+
+
+def test_moments_are_verified_as_soon_as_somebody_has_the_state(backend):
+    params = _params()
+    optimizer = FusedAdam(_groups(params), backend=backend)
+    assert not optimizer.state  # as Megatron's wrappers look at it
+    _take(optimizer, params, range(2))
+    assert not optimizer._state_was_shared
+    kept = FusedAdam(_groups(_params()), backend=backend)
+    held = kept.state  # still empty, and it stays with us
+    _take(kept, [p for g in kept.param_groups for p in g["params"]], range(2))
+    for state in held.values():
+        state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+    for state in optimizer.state.values():
+        state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+    for one in (optimizer, kept):
+        _take(one, [p for group in one.param_groups for p in group["params"]], range(2, 3))
+        for p, state in one.state.items():
+            torch.testing.assert_close(state["exp_avg"], 0.1 * p.grad)
+
+
 @pytest.mark.parametrize("remainders", [True, False])
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_state_goes_to_a_stand_in_for_transformer_engine_and_back(ours_first, remainders):

@@ -24,14 +24,21 @@ class Case:
             precision-aware: "aware" with float32 master weights, "aware remainder" with remainders and bfloat16 moments.
         tp: number of tensor-parallel processes.
         ep: number of expert-parallel processes; 0 for a dense model.
+        slim: the model has no biases and no position embeddings, so that Triton's interpreter has fewer tensors.
     """
 
     wrapper: str
     tp: int = 1
     ep: int = 0
+    slim: bool = False
 
     def __str__(self) -> str:
         return f"{self.wrapper}, tp {self.tp}" + (f", ep {self.ep}" if self.ep else "")
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """Sizes of tensor and expert parallelism."""
+        return self.tp, max(1, self.ep)
 
     @property
     def sharded(self) -> bool:
@@ -66,19 +73,30 @@ class Run:
         return {type(o).__name__ for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer])}
 
 
+_layout: tuple[int, int] | None = None  # of the process groups that this process has
+
+
 @contextlib.contextmanager
 def layout(case: Case) -> Iterator[None]:
-    """Megatron's process groups for a case."""
+    """Megatron's process groups for a case. They stay for a next case of the same layout, since each of them has threads."""
+    global _layout
     shim.install()
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=case.tp, expert_model_parallel_size=max(1, case.ep)
-    )
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
+    if _layout != case.layout:
+        _leave_layout()
+        tp, ep = _layout = case.layout
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, expert_model_parallel_size=ep)
+    yield
+
+
+def _leave_layout() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()  # which leaves the groups themselves, and their threads
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager
@@ -95,9 +113,22 @@ def optimizer_of(how: str, case: Case, **options: Any) -> Iterator[None]:
 
 
 def build(
-    case: Case, *, seed: int = 0, hidden: int = HIDDEN, layers: int = 2, overrides: Callable[..., Any] | None = None
+    case: Case,
+    *,
+    seed: int = 0,
+    hidden: int = HIDDEN,
+    layers: int = 2,
+    overrides: Callable[..., Any] | None = None,
 ) -> Run:
-    """Build a model and its optimizer. Every process calls it."""
+    """Build a model and its optimizer. Every process calls it.
+
+    Args:
+        case: wrapper and layout.
+        seed: of the weights.
+        hidden: width.
+        layers: number of layers.
+        overrides: makes config overrides from the OptimizerConfig and the model chunks.
+    """
     from megatron.core import tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
@@ -110,13 +141,15 @@ def build(
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if case.half else torch.float32
-    experts: dict[str, Any] = {}
+    options: dict[str, Any] = {"add_bias_linear": False, "normalization": "RMSNorm"} if case.slim else {}
     if case.ep:
-        experts = {
+        options |= {
             "num_moe_experts": 4,
             "expert_model_parallel_size": case.ep,
             "moe_token_dispatcher_type": "allgather",
-            "moe_router_topk": 2,
+            # In bfloat16 every token goes to all experts. With a choice of two, torch's own losses move by up to 4e-3 where one
+            # bit of its float32 weights is changed, because a router turns it into the choice of another expert.
+            "moe_router_topk": 4 if case.half else 2,
             "add_bias_linear": False,
         }
     config = TransformerConfig(
@@ -131,10 +164,11 @@ def build(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         gradient_accumulation_fusion=False,
-        **experts,
+        **options,
     )
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False) if case.ep else get_gpt_layer_local_spec()
-    model: Any = GPTModel(config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False)
+    positions: dict[str, Any] = {"position_embedding_type": "none"} if case.slim else {}
+    model: Any = GPTModel(config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False, **positions)
     if case.half:
         model = Float16Module(config, model)
     # Small buckets, so that shards begin and end inside parameters.
