@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .members import local
+from .names import give_name
 
 _ATTRIBUTE = "_lwadamw_place"
 
@@ -63,7 +64,12 @@ class Place(NamedTuple):
 
 
 def place_flat_shard(
-    p: Tensor, whole_shape: Sequence[int], first: int, *, block: Sequence[tuple[int, int]] | None = None
+    p: Tensor,
+    whole_shape: Sequence[int],
+    first: int,
+    *,
+    block: Sequence[tuple[int, int]] | None = None,
+    name: str | None = None,
 ) -> None:
     """Tell where a flat shard lies in its whole parameter.
 
@@ -72,15 +78,18 @@ def place_flat_shard(
     stochastic rounding and 8-bit moments draw the random bits that the whole parameter would draw, however it is cut.
     Without a place, a plain tensor counts as a whole parameter.
 
-    The place does not say which processes hold the other pieces: `AdamW(shard_group=...)` says it. The place is kept in the
-    tensor. Copies of a parameter do not have it.
+    The place does not say which processes hold the other pieces: `AdamW(shard_group=...)` says it, or
+    `AdamW.set_shard_group`. Both are needed for singular values of the whole parameter. Place and name are kept in the tensor.
+    Copies of a parameter do not have them.
 
     Args:
-        p: the piece, a plain tensor with its elements in memory order. It may be empty.
+        p: the piece, a plain tensor with its elements in memory order, of any shape. It may be empty.
         whole_shape: shape of the whole parameter.
         first: index of the first element of the piece in the flattened whole, or in the flattened block.
         block: begin and end for each dimension, if the piece was cut from a block of the whole, as tensor parallelism
             leaves one on every process. None: from the whole.
+        name: name of the whole parameter, the same on every process. It counts if the optimizer was given no names. None: the
+            piece keeps the name that it has.
 
     Raises:
         TypeError: the tensor is a DTensor, which knows its place.
@@ -110,6 +119,8 @@ def place_flat_shard(
             f"{'' if block is None else f', block={limits}'}. Give the index of its first element there."
         )
     setattr(p, _ATTRIBUTE, Place(whole, limits, int(first), p.numel()))
+    if name is not None:
+        give_name(p, name)
 
 
 def place_of(p: Tensor, name: str = "") -> Place | None:
