@@ -100,22 +100,22 @@ def place_flat_shard(
         >>> piece = torch.nn.Parameter(torch.zeros(6))
         >>> place_flat_shard(piece, (4, 5), 8)
     """
-    name = f"place_flat_shard: the tensor {tuple(p.shape)}"
+    what = f"place_flat_shard: the tensor {tuple(p.shape)}"
     if local(p) is not p:
-        raise TypeError(f"{name} is a DTensor, which knows its place. Leave the call out.")
+        raise TypeError(f"{what} is a DTensor, which knows its place. Leave the call out.")
     if not p.is_contiguous():
-        raise ValueError(f"{name} is not contiguous. Give the piece as one run of memory: tensor.flatten().")
+        raise ValueError(f"{what} is not contiguous. Give the piece as one run of memory: tensor.flatten().")
     whole = tuple(map(int, whole_shape))
     limits = tuple((0, size) for size in whole) if block is None else tuple((int(a), int(b)) for a, b in block)
     if len(limits) != len(whole) or any(not 0 <= a <= b <= n for (a, b), n in zip(limits, whole, strict=True)):
         raise ValueError(
-            f"{name} is a piece of block={limits}, which is no block of {whole}. Give (begin, end) for each of the "
+            f"{what} is a piece of block={limits}, which is no block of {whole}. Give (begin, end) for each of the "
             f"{len(whole)} dimensions."
         )
     size = math.prod(b - a for a, b in limits)
     if first < 0 or first + p.numel() > size:
         raise ValueError(
-            f"{name} with first={first} ends behind the {size} elements that it was cut from: whole_shape={whole}"
+            f"{what} with first={first} ends behind the {size} elements that it was cut from: whole_shape={whole}"
             f"{'' if block is None else f', block={limits}'}. Give the index of its first element there."
         )
     setattr(p, _ATTRIBUTE, Place(whole, limits, int(first), p.numel()))
