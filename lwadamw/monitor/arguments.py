@@ -68,8 +68,8 @@ def steps_of(optimizer: Measured) -> int:
 def writes(optimizer: Measured) -> bool:
     """Return whether this process is the one to write, of all that hold parts of the same parameters.
 
-    It is the first one along every dimension of every device mesh, and the first one of every process group of `shard_group` and
-    of `Joined.alike`.
+    It is the first one along every dimension of every device mesh, and the first one of every process group of `shard_group`
+    and of `Joined.alike`.
 
     Args:
         optimizer: the optimizer.
@@ -101,7 +101,9 @@ def probe_of(probe: Any, optimizer: Measured, model: nn.Module | None, spectrum_
     if hasattr(probe, "before_step") and hasattr(probe, "after_step"):
         return probe
     if not isinstance(optimizer, AdamW):
-        raise TypeError("Monitor: a probe needs the weights of one lwadamw.AdamW. Leave `probe` out for several optimizers.")
+        raise TypeError(
+            "Monitor: a probe needs the weights of one lwadamw.AdamW. Leave `probe` out for several optimizers."
+        )
     if model is None:
         raise ValueError("Monitor: a probe batch needs the model it is for. Give model=..., or a Probe.")
     from .probe import Probe

@@ -104,12 +104,23 @@ class Joined:
         return max(optimizer.steps_taken() for optimizer in self.optimizers)
 
     def norms(self) -> Norms:
-        """Return the norms of the last step of all optimizers, as `AdamW.norms` does."""
+        """Return the norms of the last step of all optimizers, as `AdamW.norms` does.
+
+        Raises:
+            RuntimeError: as in `AdamW.norms`, or a parameter has a name that is not in the order.
+        """
         found = [optimizer.norms() for optimizer in self.optimizers]
         names = [name for norms in found for name in norms.names]
         columns = (
-            np.concatenate([getattr(norms, column) for norms in found]) for column in ("weight", "update", "grad", "angle")
+            np.concatenate([getattr(norms, column) for norms in found])
+            for column in ("weight", "update", "grad", "angle")
         )
+        strange = [name for name in names if name not in self._position]
+        if strange:
+            raise RuntimeError(
+                f"{strange[0]!r} is no name of the model, so a tensor of the optimizer has been replaced since its name was "
+                "told. Tell the names again: watch = lwadamw.engines.megatron.attach(optimizer, model_chunks)."
+            )
         order = sorted(range(len(names)), key=lambda i: self._position[names[i]])
         return Norms(tuple(names[i] for i in order), *(column[order] for column in columns))
 

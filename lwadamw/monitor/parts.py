@@ -167,7 +167,9 @@ def top_singular_values_of_parts(parts: Sequence[Part], start: Sequence[Tensor |
 
 def _bundles(parts: Sequence[Part]) -> Iterator[list[int]]:
     """Yield the indices of matrices to iterate together: split alike, and not too large. All processes get the same ones."""
-    for split, blocks in sorted({(p.split, p.corner is not None) for p in parts}, key=lambda kind: (kind[0].label, kind[1])):
+    for split, blocks in sorted(
+        {(p.split, p.corner is not None) for p in parts}, key=lambda kind: (kind[0].label, kind[1])
+    ):
         bundle: list[int] = []
         size = 0
         for i in (i for i, p in enumerate(parts) if (p.split, p.corner is not None) == (split, blocks)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
@@ -70,9 +69,7 @@ def _compare(tensor_parallel: int, backend: str, folder: str) -> None:
     data, tensor = _groups(tensor_parallel)
     torch.manual_seed(0)
     wholes = {name: torch.randn(shape) for name, (shape, _) in SHAPES.items()}
-    layout = {
-        name: (shape, _block(shape, dim, tensor.rank(), tensor.size())) for name, (shape, dim) in SHAPES.items()
-    }
+    layout = {name: (shape, _block(shape, dim, tensor.rank(), tensor.size())) for name, (shape, dim) in SHAPES.items()}
 
     def as_buffer(values: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.cat([_cut(values[name], block).flatten() for name, (_, block) in layout.items()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -51,6 +52,9 @@ class FusedAdam(AdamW):
 
     # What `use` was called with.
     preset: ClassVar[Mapping[str, Any]] = {}
+
+    # All optimizers of this process that were constructed and still exist.
+    alive: ClassVar[weakref.WeakSet[FusedAdam]] = weakref.WeakSet()
 
     # The ints that the last step wrote into the groups. None: somebody may have changed groups or state since.
     _counts: list[int] | None = None
@@ -108,6 +112,7 @@ class FusedAdam(AdamW):
             grad_attribute="decoupled_grad" if use_decoupled_grad else "grad",
             **options,
         )
+        self.alive.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `AdamW`. If its decay law needs a `peak_lr`, the peak is the group's `max_lr`."""
