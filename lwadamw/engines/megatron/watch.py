@@ -128,11 +128,12 @@ def attach(optimizer: Any, model_chunks: Sequence[nn.Module]) -> Watch:
 def _checked_wrappers(optimizer: Any) -> list[Any]:
     wrappers = inner_wrappers(optimizer)
     for wrapper in wrappers:
-        kind = wrapper if not hasattr(wrapper, "optimizer") else wrapper.optimizer
-        if kind is wrapper or not isinstance(kind, AdamW):
+        inner = getattr(wrapper, "optimizer", None)
+        if not isinstance(inner, AdamW):
+            is_inner = isinstance(inner, torch.optim.Optimizer)
+            kind = f"torch's {type(inner).__name__}" if is_inner else type(wrapper).__name__
             raise TypeError(
-                f"attach: the optimizer is {type(kind).__name__}. Give what get_megatron_optimizer returned, after "
-                "megatron.use()."
+                f"attach: the optimizer is {kind}. Give what get_megatron_optimizer returned, after megatron.use()."
             )
     return wrappers
 

@@ -15,7 +15,6 @@ from .training import Case
 
 pytestmark = pytest.mark.engines
 
-BACKENDS = ("torch", "triton")
 TWO = (
     Case("fp32", tp=2),
     Case("fp32"),
@@ -36,22 +35,27 @@ FOUR = (
     Case("distributed bf16", tp=2),
     Case("aware remainder", tp=2),
 )
+# On the torch backend every case, on the Triton backend one case of each wrapper.
+ON_TRITON = (TWO[0], TWO[2], TWO[4], TWO[7], TWO[8], TWO[10])
 WRAPPERS = tuple(dict.fromkeys(case.wrapper for case in TWO))
+MONITORED = (TWO[0], TWO[3], TWO[4], TWO[5], TWO[7], TWO[8], TWO[9])
 COLUMNS = ("weight", "update", "grad", "angle")
 SPECTRA = ("top", "second", "bulk")
 STEPS = 12
 
 
-def work(cases: tuple[Case, ...], backends: tuple[str, ...], monitored: tuple[Case, ...]) -> dict[Any, Any]:
+def work(cases: tuple[Case, ...], on_triton: tuple[Case, ...], monitored: tuple[Case, ...]) -> dict[Any, Any]:
     """In each process: what the watch has of every case, and what follows from all that it is wrong to do."""
     out: dict[Any, Any] = {}
-    for case in cases:
-        for backend in backends:
+    for some, backend in ((cases, "torch"), (on_triton, "triton")):
+        for case in some:
             with training.layout(case), training.optimizer_of("ours", case, backend=backend):
                 out["norms", case, backend] = _measure(case)
     for case in monitored:
         with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
             out["monitor", case] = _watch(case)
+    if len(cases) == len(TWO):
+        out["errors"] = _errors()
     return out
 
 
@@ -105,12 +109,69 @@ def _watch(case: Case) -> dict[str, Any]:
     }
 
 
+def _errors() -> dict[str, str]:
+    """Wrong uses by name, and the error of each."""
+    import torch
+    import torch.distributed as dist
+
+    from lwadamw.engines.megatron import attach, config_overrides
+
+    out: dict[str, str] = {}
+
+    def note(name: str, call: Any, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            out[name] = f"{type(error).__name__}: {error}"
+
+    case = Case("distributed bf16")
+    with training.layout(case):
+        with training.optimizer_of("torch", case):
+            theirs = training.build(case, layers=1)
+        with training.optimizer_of("ours", case, backend="torch"):
+            made, other = training.build(case, layers=1), training.build(case, layers=1)
+
+            def unused(config: Any, chunks: list[Any]) -> None:
+                config_overrides(config, chunks, base_width=8)
+
+            without = training.build(case, layers=1, overrides=unused)
+        with training.optimizer_of("ours", case, norms=False):
+            blind = training.build(case, layers=1)
+        (wrapper,) = made.optimizer.chained_optimizers
+        note("no optimizer yet", attach, None, [made.model])
+        note("its config", attach, wrapper.config, [made.model])
+        note("no list", attach, made.optimizer, made.model)
+        note("torch's", attach, theirs.optimizer, [theirs.model])
+        # Only one process makes these two mistakes.
+        note("another model", attach, made.optimizer, [(other if dist.get_rank() else made).model])
+        more = [torch.nn.Linear(3, 2)] if dist.get_rank() else []
+        note("another chunk", attach, made.optimizer, [made.model, *more])
+        note("unused overrides", attach, without.optimizer, [without.model])
+        note("overrides too late", config_overrides, wrapper.config, [made.model], 8)
+        note("no norms", attach(blind.optimizer, [blind.model]).norms)
+        note("no monitor", attach(blind.optimizer, [blind.model]).monitor)
+    case = Case("bf16", tp=2)
+    with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
+        made = training.build(case, layers=1)
+        watch = attach(made.optimizer, [made.model])
+        (wrapper,) = getattr(made.optimizer, "chained_optimizers", [made.optimizer])
+        replacement = wrapper.fp32_from_float16_groups[0][-1].clone()
+        wrapper.fp32_from_float16_groups[0][-1] = wrapper.optimizer.param_groups[0]["params"][-1] = replacement
+        training.step(made, 0)
+        note("replaced", watch.norms)
+        watch = attach(made.optimizer, [made.model])
+        training.step(made, 1)
+        note("attached again", watch.norms)
+    return out
+
+
 @functools.cache
 def worked(world: int) -> list[dict[Any, Any]]:
     if world == 1:
         return run(1, work, (), (), tuple(map(Case, WRAPPERS)), seconds=500)
-    dense = tuple(case for case in (TWO if world == 2 else FOUR) if not case.ep)
-    return run(world, work, TWO if world == 2 else FOUR, BACKENDS if world == 2 else ("torch",), dense, seconds=500)
+    if world == 2:
+        return run(2, work, TWO, ON_TRITON, MONITORED, seconds=500)
+    return run(4, work, FOUR, (), FOUR[1:], seconds=500)
 
 
 def check_norms(world: int, case: Case, backend: str) -> None:
@@ -143,10 +204,11 @@ def check_readings(world: int, case: Case) -> None:
         for key in ("step", "names", "roles", "verdicts", "shapes"):
             assert result[key] == expected[key]
         np.testing.assert_array_equal(result["m"], expected["m"])
+        # The gradient of the keys' bias is 0 but for rounding, which Adam blows up: its steps depend on the layout.
+        alike = [i for i, name in enumerate(expected["names"]) if not name.endswith("linear_qkv.bias")]
+        loose = 5e-2 if case.half else 1e-3
         for column, values in expected["columns"].items():
-            # Gradients of another layout differ in their last bits, and Adam divides by what may be almost 0.
-            loose = 5e-2 if case.half else 1e-3
-            np.testing.assert_allclose(result["columns"][column], values, rtol=loose, atol=1e-7, err_msg=column)
+            np.testing.assert_allclose(result["columns"][column][alike], values[alike], rtol=loose, err_msg=column)
         assert {name: values.tobytes() for name, values in result["columns"].items()} == {
             name: values.tobytes() for name, values in results[0]["columns"].items()
         }
@@ -154,8 +216,9 @@ def check_readings(world: int, case: Case) -> None:
     assert [result["writes"] for result in results] == [True] + [False] * (world - 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", TWO, ids=str)
+@pytest.mark.parametrize(
+    ("case", "backend"), [*((case, "torch") for case in TWO), *((case, "triton") for case in ON_TRITON)], ids=str
+)
 def test_norms_over_two_processes_are_those_of_the_gathered_parameters(case, backend):
     check_norms(2, case, backend)
 
@@ -165,11 +228,32 @@ def test_norms_over_four_processes_are_those_of_the_gathered_parameters(case):
     check_norms(4, case, "torch")
 
 
-@pytest.mark.parametrize("case", [case for case in TWO if not case.ep], ids=str)
+@pytest.mark.parametrize("case", MONITORED, ids=str)
 def test_readings_over_two_processes_are_those_of_one(case):
     check_readings(2, case)
 
 
-@pytest.mark.parametrize("case", FOUR, ids=str)
+@pytest.mark.parametrize("case", FOUR[1:], ids=str)
 def test_readings_over_four_processes_are_those_of_one(case):
     check_readings(4, case)
+
+
+def test_wrong_uses_have_the_same_error_on_every_process():
+    first, second = (result["errors"] for result in worked(2))
+    assert first == second
+    told = "Give what get_megatron_optimizer returned, after megatron.use()."
+    assert first["no optimizer yet"] == f"TypeError: attach: the optimizer is NoneType. {told}"
+    assert first["its config"].startswith("TypeError: attach: the optimizer is ")
+    assert first["its config"].endswith(f"OptimizerConfig. {told}")
+    assert first["torch's"] == f"TypeError: attach: the optimizer is torch's AdamW. {told}"
+    assert "TypeError: attach: model_chunks is not a list of models. Give" in first["no list"]
+    assert (
+        "ValueError: attach: the optimizer updates 17 parameters that are not in model_chunks" in first["another model"]
+    )
+    assert "model_chunks has 'chunk 1: weight' (2, 3), which the optimizer does not update" in first["another chunk"]
+    assert "config_overrides was called for this model, and the groups" in first["unused overrides"]
+    assert "Call config_overrides before get_megatron_optimizer" in first["overrides too late"]
+    assert "built with norms=False" in first["no norms"]
+    assert "built with norms=False" in first["no monitor"]
+    assert "has been replaced since its name was told" in first["replaced"]
+    assert "attached again" not in first
