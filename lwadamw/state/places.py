@@ -118,7 +118,8 @@ def place_flat_shard(
             f"{what} with first={first} ends behind the {size} elements that it was cut from: whole_shape={whole}"
             f"{'' if block is None else f', block={limits}'}. Give the index of its first element there."
         )
-    setattr(p, _ATTRIBUTE, Place(whole, limits, int(first), p.numel()))
+    # A plain tuple, so that torch.load(weights_only=True) accepts a parameter that was saved with its attributes.
+    setattr(p, _ATTRIBUTE, tuple(Place(whole, limits, int(first), p.numel())))
     if name is not None:
         give_name(p, name)
 
@@ -133,7 +134,8 @@ def place_of(p: Tensor, name: str = "") -> Place | None:
     Raises:
         RuntimeError: the parameter has another number of elements now.
     """
-    place: Place | None = getattr(p, _ATTRIBUTE, None)
+    told = getattr(p, _ATTRIBUTE, None)
+    place = None if told is None else Place(*told)
     if place is not None and place.numel != p.numel():
         raise RuntimeError(
             f"{name!r} {tuple(p.shape)} was placed as {place.numel} elements of {place.whole}, and has {p.numel()} now. Tell "

@@ -134,6 +134,11 @@ class FusedAdam(AdamW):
             group["step"] = count
         return loss
 
+    def steps_taken(self) -> int:
+        """Return the number of steps, as in `AdamW`. After a checkpoint was loaded, only the groups may know it."""
+        counts = [int(group["step"]) for group in self.param_groups if "step" in group]
+        return max(counts) if counts else super().steps_taken()
+
     @torch.no_grad()
     def _follow_counts(self) -> list[int]:
         """Write the step count of each group to the state of its parameters. Return the counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,14 @@ ON_TRITON = (TWO[0], TWO[2], TWO[4], TWO[7], TWO[8], TWO[10])
 WRAPPERS = tuple(dict.fromkeys(case.wrapper for case in TWO))
 MONITORED = (TWO[0], TWO[3], TWO[4], TWO[5], TWO[7], TWO[8], TWO[9])
 COLUMNS = ("weight", "update", "grad", "angle")
+RESUMED = (TWO[0], TWO[7])
 SPECTRA = ("top", "second", "bulk")
 STEPS = 12
 
 
-def work(cases: tuple[Case, ...], on_triton: tuple[Case, ...], monitored: tuple[Case, ...]) -> dict[Any, Any]:
+def work(
+    cases: tuple[Case, ...], on_triton: tuple[Case, ...], monitored: tuple[Case, ...], folder: str
+) -> dict[Any, Any]:
     """In each process: what the watch has of every case, and what follows from all that it is wrong to do."""
     out: dict[Any, Any] = {}
     for some, backend in ((cases, "torch"), (on_triton, "triton")):
@@ -56,6 +60,9 @@ def work(cases: tuple[Case, ...], on_triton: tuple[Case, ...], monitored: tuple[
             out["monitor", case] = _watch(case)
     if len(cases) == len(TWO):
         out["errors"] = _errors()
+        for i, case in enumerate(RESUMED):
+            with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
+                out["resumed", case] = _resume(case, f"{folder}/{i}")
     return out
 
 
@@ -80,8 +87,6 @@ def _measure(case: Case) -> dict[str, Any]:
 
 def _watch(case: Case) -> dict[str, Any]:
     """The last reading of a run in which matrices forget their initial weights in two or three steps, and its verdicts."""
-    import tempfile
-
     from lwadamw.engines.megatron import attach, config_overrides
     from lwadamw.monitor import profile_file
 
@@ -165,13 +170,38 @@ def _errors() -> dict[str, str]:
     return out
 
 
+def _resume(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last readings of a run, and of a run that went on from its checkpoint with another model, optimizer and monitor."""
+    from lwadamw.engines.megatron import attach
+
+    from . import checkpoints
+
+    def monitored(made: Any) -> Any:
+        return attach(made.optimizer, [made.model]).monitor(every=2, spectrum_every=0)
+
+    made = training.build(case, layers=1)
+    monitor = monitored(made)
+    training.train(made, range(3))
+    checkpoints.save(made, case, folder)
+    state = monitor.state_dict()
+    training.train(made, range(3, 6))
+    again = training.build(case, seed=5, layers=1)
+    checkpoints.load(again, case, folder)
+    resumed = monitored(again)
+    resumed.load_state_dict(state)
+    training.train(again, range(3, 6))
+    return tuple({"step": m.latest.step, **m.as_dict(), **m.verdicts} for m in (monitor, resumed))
+
+
 @functools.cache
 def worked(world: int) -> list[dict[Any, Any]]:
-    if world == 1:
-        return run(1, work, (), (), tuple(map(Case, WRAPPERS)), seconds=500)
-    if world == 2:
-        return run(2, work, TWO, ON_TRITON, MONITORED, seconds=500)
-    return run(4, work, FOUR, (), FOUR[1:], seconds=500)
+    chosen: dict[int, Any] = {
+        1: ((), (), tuple(map(Case, WRAPPERS))),
+        2: (TWO, ON_TRITON, MONITORED),
+        4: (FOUR, (), FOUR[1:]),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        return run(world, work, *chosen[world], folder, seconds=500)
 
 
 def check_norms(world: int, case: Case, backend: str) -> None:
@@ -236,6 +266,14 @@ def test_readings_over_two_processes_are_those_of_one(case):
 @pytest.mark.parametrize("case", FOUR[1:], ids=str)
 def test_readings_over_four_processes_are_those_of_one(case):
     check_readings(4, case)
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=str)
+def test_a_monitor_goes_on_after_a_resume(case):
+    for result in worked(2):
+        went_on, resumed = result["resumed", case]
+        assert went_on["step"] == 6
+        assert resumed == went_on
 
 
 def test_wrong_uses_have_the_same_error_on_every_process():
