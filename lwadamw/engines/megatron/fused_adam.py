@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch._compile import _disable_dynamo
 
 from ...state import keys
 from ...step.optimizer import AdamW
+from .alive import ALIVE
 
 _MASTER = "master_param"
 # What a user may set. Megatron's own configuration decides about everything else.
@@ -52,9 +52,6 @@ class FusedAdam(AdamW):
 
     # What `use` was called with.
     preset: ClassVar[Mapping[str, Any]] = {}
-
-    # All optimizers of this process that were constructed and still exist.
-    alive: ClassVar[weakref.WeakSet[FusedAdam]] = weakref.WeakSet()
 
     # The ints that the last step wrote into the groups. None: somebody may have changed groups or state since.
     _counts: list[int] | None = None
@@ -112,7 +109,7 @@ class FusedAdam(AdamW):
             grad_attribute="decoupled_grad" if use_decoupled_grad else "grad",
             **options,
         )
-        self.alive.add(self)
+        ALIVE.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `AdamW`. If its decay law needs a `peak_lr`, the peak is the group's `max_lr`."""
@@ -133,11 +130,6 @@ class FusedAdam(AdamW):
         for group, count in zip(groups, self._counts, strict=True):
             group["step"] = count
         return loss
-
-    def steps_taken(self) -> int:
-        """Return the number of steps, as in `AdamW`. After a checkpoint was loaded, only the groups may know it."""
-        counts = [int(group["step"]) for group in self.param_groups if "step" in group]
-        return max(counts) if counts else super().steps_taken()
 
     @torch.no_grad()
     def _follow_counts(self) -> list[int]:
@@ -167,6 +159,11 @@ class FusedAdam(AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._counts = None
+
+    def steps_taken(self) -> int:
+        """Return the number of steps, as in `AdamW`. After a checkpoint was loaded, only the groups may know it."""
+        counts = [int(group["step"]) for group in self.param_groups if "step" in group]
+        return max(counts) if counts else super().steps_taken()
 
     def get_unscaled_state(self, p: Tensor, name: str) -> Tensor:
         """Return one state tensor of a parameter, as in `AdamW`. A remainder is returned as it is stored, in int16.

@@ -15,7 +15,7 @@ from ...width.patterns import matcher
 from ...width.rules import Rule, get_rule
 from ...width.specs import RoleSpec
 from .agreement import from_all
-from .fused_adam import FusedAdam
+from .alive import ALIVE
 
 _WRAPPERS: Final = (
     "DistributedDataParallel",
@@ -177,7 +177,7 @@ def _names(model: nn.Module) -> Iterator[str]:
 
 def _refuse_built(chunks: Iterable[nn.Module]) -> None:
     """Raise a ValueError if an optimizer has the parameters of a model, or copies or shards that Megatron has made of them."""
-    held = [p for made in list(FusedAdam.alive) for group in made.param_groups for p in group["params"]]
+    held = [p for made in list(ALIVE) for group in made.param_groups for p in group["params"]]
     tensors, memory = set(map(id, held)), {p.untyped_storage().data_ptr() for p in held} - {0}
     for chunk in chunks:
         for name, p in unwrapped(chunk).named_parameters():

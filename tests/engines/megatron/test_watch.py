@@ -52,10 +52,10 @@ def work(
     """In each process: what the watch has of every case, and what follows from all that it is wrong to do."""
     out: dict[Any, Any] = {}
     for some, backend in ((cases, "torch"), (on_triton, "triton")):
-        for case in some:
+        for case in sorted(some, key=_layout):
             with training.layout(case), training.optimizer_of("ours", case, backend=backend):
                 out["norms", case, backend] = _measure(case)
-    for case in monitored:
+    for case in sorted(monitored, key=_layout):
         with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
             out["monitor", case] = _watch(case)
     if len(cases) == len(TWO):
@@ -64,6 +64,11 @@ def work(
             with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
                 out["resumed", case] = _resume(case, f"{folder}/{i}")
     return out
+
+
+def _layout(case: Case) -> tuple[int, int]:
+    """Cases of one layout follow each other, so that process groups are made once."""
+    return case.tp, case.ep
 
 
 def _measure(case: Case) -> dict[str, Any]:
