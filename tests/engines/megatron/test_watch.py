@@ -38,7 +38,8 @@ FOUR = (
 )
 # On the torch backend every case, on the Triton backend one case of each wrapper.
 ON_TRITON = (TWO[0], TWO[2], TWO[4], TWO[7], TWO[8], TWO[10])
-WRAPPERS = tuple(dict.fromkeys(case.wrapper for case in TWO))
+# The wrappers of one process that others are compared with.
+WRAPPERS = ("fp32", "bf16", "distributed bf16", "aware", "aware remainder")
 MONITORED = (TWO[0], TWO[3], TWO[4], TWO[5], TWO[7], TWO[8], TWO[9])
 COLUMNS = ("weight", "update", "grad", "angle")
 RESUMED = (TWO[0], TWO[7])
@@ -229,11 +230,16 @@ def check_norms(world: int, case: Case, backend: str) -> None:
 
 
 def check_readings(world: int, case: Case) -> None:
-    expected = worked(1)[0]["monitor", Case(case.wrapper)]
+    expected = worked(1)[0]["monitor", Case(case.wrapper if case.half else "fp32")]
     results = [result["monitor", case] for result in worked(world)]
     assert "steady from step" in expected["verdicts"]["decoder.layers.0.mlp.linear_fc1.weight"]
     matrices = [i for i, role in enumerate(expected["roles"]) if role == "matrix"]
     assert len(matrices) == 4
+    assert (expected["m"][matrices] == training.HIDDEN / 8).all()
+    assert expected["shapes"]["decoder.layers.0.mlp.linear_fc2.weight"] == (
+        (training.HIDDEN, 4 * training.HIDDEN),
+        4 * training.HIDDEN,
+    )
     assert np.isfinite([expected["columns"][column][matrices] for column in SPECTRA]).all()
     for result in results:
         for key in ("step", "names", "roles", "verdicts", "shapes"):
