@@ -12,6 +12,7 @@ from ..state.arrays import Array
 from ..state.collectives import READING
 from ..state.telling import tell
 from ..step.optimizer import AdamW
+from .measured import Joined, Measured
 
 
 def check_number(name: str, value: object, least: int) -> None:
@@ -36,6 +37,10 @@ def check_optimizer(optimizer: object) -> None:
         TypeError: it is not an `lwadamw.AdamW`.
         RuntimeError: it was built with norms=False.
     """
+    if isinstance(optimizer, Joined):
+        for one in optimizer.optimizers:
+            check_optimizer(one)
+        return
     if not isinstance(optimizer, AdamW):
         raise TypeError(
             f"Monitor: a {type(optimizer).__module__}.{type(optimizer).__qualname__} does not measure its steps. Use "
@@ -46,7 +51,7 @@ def check_optimizer(optimizer: object) -> None:
         raise RuntimeError("Monitor: this AdamW was built with norms=False. Build it with norms=True.")
 
 
-def steps_of(optimizer: AdamW) -> int:
+def steps_of(optimizer: Measured) -> int:
     """Return the number of steps that an optimizer has taken, the same on every process that holds parts of its parameters.
 
     This is collective if the optimizer was built with `shard_group`, because a process may hold no parameter.
@@ -60,20 +65,23 @@ def steps_of(optimizer: AdamW) -> int:
     return steps
 
 
-def writes(optimizer: AdamW) -> bool:
+def writes(optimizer: Measured) -> bool:
     """Return whether this process is the one to write, of all that hold parts of the same parameters.
 
-    It is the first one along every dimension of every device mesh, and the first one of every process group of `shard_group`.
+    It is the first one along every dimension of every device mesh, and the first one of every process group of `shard_group`
+    and of `Joined.alike`.
 
     Args:
         optimizer: the optimizer.
     """
     meshes = {p.device_mesh for group in optimizer.param_groups for p in group["params"] if hasattr(p, "device_mesh")}
     coordinates = [place for mesh in meshes for place in mesh.get_coordinate() or ()]
-    return not any(coordinates) and all(g.rank() == 0 for split in optimizer.shards.declared for g in split.groups)
+    groups = [group for split in optimizer.shards.declared for group in split.groups]
+    groups += optimizer.alike if isinstance(optimizer, Joined) else []
+    return not any(coordinates) and all(group.rank() == 0 for group in groups)
 
 
-def probe_of(probe: Any, optimizer: AdamW, model: nn.Module | None, spectrum_every: int) -> Any:
+def probe_of(probe: Any, optimizer: Measured, model: nn.Module | None, spectrum_every: int) -> Any:
     """Return the probe, or make a probe from a batch.
 
     Args:
@@ -84,6 +92,7 @@ def probe_of(probe: Any, optimizer: AdamW, model: nn.Module | None, spectrum_eve
 
     Raises:
         ValueError: spectrum_every is 0, or `probe` is a batch and there is no model.
+        TypeError: `probe` is a batch, and there are several optimizers.
     """
     if not spectrum_every:
         raise ValueError(
@@ -91,6 +100,10 @@ def probe_of(probe: Any, optimizer: AdamW, model: nn.Module | None, spectrum_eve
         )
     if hasattr(probe, "before_step") and hasattr(probe, "after_step"):
         return probe
+    if not isinstance(optimizer, AdamW):
+        raise TypeError(
+            "Monitor: a probe needs the weights of one lwadamw.AdamW. Leave `probe` out for several optimizers."
+        )
     if model is None:
         raise ValueError("Monitor: a probe batch needs the model it is for. Give model=..., or a Probe.")
     from .probe import Probe

@@ -16,6 +16,7 @@ from ..step.optimizer import AdamW
 from ..width.steady_state import Elapsed
 from .arguments import check_number, check_optimizer, probe_columns, probe_of, steps_of, writes
 from .group_tracker import GroupTracker
+from .measured import Joined, Measured
 from .reading import Reading
 from .report import as_dict, medians_by_role, table
 from .segment_tracker import SegmentTracker
@@ -58,14 +59,15 @@ class Monitor:
     Hyperparameters that are tensors are read together with the norms. Until the next reading they count as constant. Steps
     that were skipped because of a non-finite gradient are found at the reading. They count as spread evenly since the last
     reading. If parameters are split over processes, a reading is collective: attach a monitor with the same arguments on every
-    process. All get the same values, and one of them writes: see `Reading.writes`. Singular values of a matrix that is split
-    both by rows and by columns are NaN, and so are those of plain tensors that are parts (`shard_group`).
+    process. All get the same values, and one of them writes: see `Reading.writes`. Singular values of a DTensor that is split
+    both by rows and by columns are NaN, and so are those of plain tensors that are parts (`shard_group`) whose place
+    `place_flat_shard` has not told.
 
     Replays of a CUDA graph call no hooks: call `after_step()` after each replay. Copies and pickles of the optimizer have no
     monitor.
 
     Args:
-        optimizer: an `lwadamw.AdamW` that was built with norms=True.
+        optimizer: an `lwadamw.AdamW` that was built with norms=True. For Megatron, `watch.monitor()` makes the monitor.
         model: the model of the probe. It is needed only if `probe` is a batch.
         every: steps from one reading to the next.
         spectrum_every: steps from one measurement of singular values to the next. The probe is asked at the same steps. 0
@@ -98,7 +100,7 @@ class Monitor:
 
     def __init__(
         self,
-        optimizer: AdamW,
+        optimizer: AdamW | Joined,
         model: nn.Module | None = None,
         every: int = 50,
         spectrum_every: int | None = None,
@@ -114,7 +116,7 @@ class Monitor:
             check_number("steps", steps, 1)
         check_number("history", history, 1)
         check_optimizer(optimizer)
-        self.optimizer = optimizer
+        self.optimizer: Measured = optimizer
         self.every, self.spectrum_every, self.steps = every, spectrum_every, steps
         self.probe = None if probe is None else probe_of(probe, optimizer, model, spectrum_every)
         self.readings: deque[Reading] = deque(maxlen=history)
@@ -275,6 +277,7 @@ class Monitor:
             hyper[:, 1],
             columns,
             writes(self.optimizer),
+            segments.shapes,
         )
         self.readings.append(reading)
         for call in self.on_reading:

@@ -62,7 +62,7 @@ def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, An
             "Monitor.save: the monitor has no reading yet. Save after at least one reading, or make `every` smaller."
         )
     groups: Sequence[dict[str, Any]] = monitor.optimizer.param_groups
-    shapes = _shapes(monitor.optimizer)
+    shapes = _shapes(monitor.optimizer, monitor.readings[-1])
     unknown: tuple[tuple[int, ...], int | None] = ((), None)
     group = next((g for g in groups if keys.ROLE.of(g) == "matrix"), groups[0])
     base = {key: float(group[key]) for key in ("lr", "weight_decay")}
@@ -87,12 +87,16 @@ def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, An
     return profile
 
 
-def _shapes(optimizer: Any) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """Return shape and fan_in of every parameter and of every segment, by name. A plain tensor that is a part has no shape."""
+def _shapes(optimizer: Any, reading: Reading) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """Return shape and fan_in of every parameter and of every segment, by name. A plain part without a place has no shape."""
     evidence = getattr(optimizer, "evidence", {})
     shards = getattr(optimizer, "shards", None)
     shapes: dict[str, tuple[tuple[int, ...], int | None]] = {}
+    for name, shape in reading.shapes.items():
+        shapes[name] = (shape, evidence[name].fan_in if name in evidence else None)
     for member in members_of(optimizer.param_groups):
+        if member.name in shapes:
+            continue
         is_part = shards is not None and local(member.param) is member.param and shards.split_of(member).groups
         shape = () if is_part else tuple(member.param.shape)
         fan_in = evidence[member.name].fan_in if member.name in evidence else None

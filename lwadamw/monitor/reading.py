@@ -22,6 +22,7 @@ class Reading:
         columns: statistic -> its value for every segment. `lwadamw.Monitor` describes the statistics.
         writes: whether this process is the one to log the reading. Where parameters are split over processes, all of them have
             the same reading.
+        shapes: shape of the whole parameter, by name, of parameters that are held in pieces whose place is known.
     """
 
     step: int
@@ -32,3 +33,4 @@ class Reading:
     weight_decay: Array
     columns: Mapping[str, Array] = field(default_factory=dict)
     writes: bool = True
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from ..state.arrays import Array
 from ..state.collectives import READING
 from ..state.identity import same
 from ..state.members import is_sharded, local, members_of
+from ..state.places import place_of
 from ..state.shards import Split
 from ..state.telling import tell
 from ..step.norms import Norms
-from ..step.optimizer import AdamW
 from ..width.steady_state import STEADY_TAUS, Elapsed, earliest_steady_step, relative_update_of, weight_rms_of
-from .parts import Part, part_of
+from .measured import Measured
+from .parts import Part, absent_part, matrix_shape, part_of, placed_part
 from .spectrum import matrix_view
 
 # A segment counts as steady while expected_rms and steady_rms differ by at most this share of steady_rms.
@@ -54,13 +55,29 @@ _SAVED: Final[Mapping[str, tuple[str, type[np.generic]]]] = {
 _FOUND_ANEW: Final = ("group", "decays")
 
 
-_Place = tuple[int, str, float, int]  # index of the group, role, width ratio, number of elements
+class _Found(NamedTuple):
+    """What is known about a segment.
+
+    Attributes:
+        group: index of its parameter group.
+        role: its role.
+        m: its width ratio, or NaN.
+        numel: its number of elements, those that this process holds until processes have told each other.
+        whole: shape of the whole parameter, if it is held in pieces whose place is known.
+        matrix: shape of the matrix that the pieces are cut from.
+    """
+
+    group: int
+    role: str
+    m: float
+    numel: int
+    whole: tuple[int, ...] = ()
+    matrix: tuple[int, int] | None = None
 
 
-def _joined(known: Sequence[_Place]) -> _Place:
-    """Return the place of a parameter of which several processes hold a part."""
-    group, role, m, _ = known[0]
-    return group, role, m, sum(size for *_, size in known)
+def _joined(known: Sequence[_Found]) -> _Found:
+    """Return what is known about a parameter of which several processes hold a part."""
+    return known[0]._replace(numel=sum(found.numel for found in known))
 
 
 class SegmentTracker:
@@ -79,13 +96,14 @@ class SegmentTracker:
         group: index of the parameter group of every segment, int64[len(names)].
         roles: role of every segment.
         m: width ratio of every segment, float64[len(names)]. It is NaN where the rule does not use a width ratio.
+        shapes: shapes of whole parameters that are held in pieces whose place is known, by name.
     """
 
-    def __init__(self, names: Sequence[str], optimizer: AdamW, earlier: SegmentTracker | None = None) -> None:
+    def __init__(self, names: Sequence[str], optimizer: Measured, earlier: SegmentTracker | None = None) -> None:
         self.names = tuple(names)
         self._params = [list(group["params"]) for group in optimizer.param_groups]
-        places: dict[str, _Place] = {}
-        split_places: dict[Split, dict[str, _Place]] = {split: {} for split in optimizer.shards.declared}
+        places: dict[str, _Found] = {}
+        split_places: dict[Split, dict[str, _Found]] = {split: {} for split in optimizer.shards.declared}
         members = list(members_of(optimizer.param_groups))
         for member in members:
             found = optimizer.evidence.get(member.name)
@@ -96,16 +114,24 @@ class SegmentTracker:
                 member.name: member.param.numel(),
                 **dict(zip(member.segment_names(), member.segments, strict=False)),
             }
-            own = {name: (member.group_index, role, m, size) for name, size in sizes.items()}
+            place = place_of(member.param, member.name)
+            own = {name: _Found(member.group_index, role, m, size) for name, size in sizes.items()}
+            if place is not None:
+                matrix = matrix_shape(place.whole, place.block, found.fan_in if found else None)
+                own[member.name] = own[member.name]._replace(whole=place.whole, matrix=matrix)
             split_places.get(optimizer.shards.split_of(member), places).update(own)
+        self._in_pieces: dict[str, tuple[tuple[int, int], Split]] = {}
         for split, known in split_places.items():
             nameless = any(optimizer.shards.is_nameless(m) for m in members if optimizer.shards.split_of(m) == split)
-            places |= tell(split, known, _joined, READING, nameless)
+            told = tell(split, known, _joined, READING, nameless)
+            self._in_pieces |= {name: (one.matrix, split) for name, one in told.items() if one.matrix is not None}
+            places |= told
         found_places = [places[name] for name in self.names]
-        self.group = np.array([place[0] for place in found_places], dtype=np.int64)
-        self.roles = tuple(str(place[1]) for place in found_places)
-        self.m = np.array([place[2] for place in found_places], dtype=np.float64)
-        self._root_numel = np.sqrt([place[3] for place in found_places])
+        self.group = np.array([place.group for place in found_places], dtype=np.int64)
+        self.roles = tuple(place.role for place in found_places)
+        self.m = np.array([place.m for place in found_places], dtype=np.float64)
+        self.shapes = {name: place.whole for name, place in zip(self.names, found_places, strict=True) if place.whole}
+        self._root_numel = np.sqrt([place.numel for place in found_places])
         self._reset()
         if earlier is not None:
             self._take_over(earlier)
@@ -141,7 +167,7 @@ class SegmentTracker:
                 They are read too.
         """
         tracker = cls.__new__(cls)
-        tracker.names, tracker._params = tuple(state["names"]), []
+        tracker.names, tracker._params, tracker.shapes = tuple(state["names"]), [], {}
         for key, (attribute, dtype) in _SAVED.items():
             values = state[key] if key in state else state[f"_{key}"]
             setattr(tracker, attribute, np.array(values, dtype=dtype))
@@ -158,7 +184,7 @@ class SegmentTracker:
             if key not in _FOUND_ANEW:
                 getattr(self, attribute)[new] = getattr(earlier, attribute)[old]
 
-    def is_stale(self, optimizer: AdamW) -> bool:
+    def is_stale(self, optimizer: Measured) -> bool:
         """Return whether parameters were added, removed or moved to another group since this tracker was made."""
         return not same([group["params"] for group in optimizer.param_groups], self._params)
 
@@ -240,23 +266,30 @@ class SegmentTracker:
             return "never in this run"
         return f"not before step {self._earliest[i]:.0f}"
 
-    def matrices(self, optimizer: AdamW) -> dict[str, Tensor | Part]:
+    def matrices(self, optimizer: Measured) -> dict[str, Tensor | Part]:
         """Return the segments that are matrices, by name, in the order of `names`. They are views of their parameters.
 
-        Of a DTensor that is split over processes, what this process holds. Matrices that are split by rows and by columns are
-        left out, and so are plain tensors that are parts.
+        Of a matrix that is split over processes, what this process holds. DTensors that are split by rows and by columns are
+        left out, and so are plain tensors that are parts and have no place.
         """
         out: dict[str, Tensor | Part] = {}
         wanted = {name for name, role in zip(self.names, self.roles, strict=True) if role != "vector"}
+        for name in wanted & self._in_pieces.keys():
+            out[name] = absent_part(*self._in_pieces[name])  # until this process turns out to hold something of it
         for member in members_of(optimizer.param_groups):
             found = optimizer.evidence.get(member.name)
             fan_in, whole = found.fan_in if found else None, local(member.param.detach())
-            split = optimizer.shards.split_of(member)
+            split, place = optimizer.shards.split_of(member), place_of(member.param, member.name)
             if split.groups:
-                part_is_known = is_sharded(member.param) and member.name in wanted
-                if part_is_known and (held := part_of(member.param, fan_in, split)) is not None:
+                if member.name not in wanted:
+                    continue
+                if is_sharded(member.param) and (held := part_of(member.param, fan_in, split)) is not None:
                     out[member.name] = held
+                elif place is not None and member.name in self._in_pieces:
+                    out[member.name] = placed_part(member.param, place, *self._in_pieces[member.name])
                 continue
+            if place is not None and place.numel == math.prod(place.whole):
+                whole = whole.reshape(place.whole)  # one process holds all of a flattened parameter
             per_row = math.prod(whole.shape[1:])
             parts = torch.split(whole, [size // per_row for size in member.segments]) if member.segments else [whole]
             for name, part in ((member.name, whole), *zip(member.segment_names(), parts, strict=True)):

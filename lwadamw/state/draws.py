@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import keys
 from .members import Member, local
-from .names import has_names
+from .names import is_named
 from .places import Place, place_of
 from .runs import ENDLESS_RUN, runs_of
 
@@ -26,13 +26,13 @@ def rounding_row(member: Member) -> tuple[int, int, int, int, int]:
 
     Returns:
         (seed, stream, first, run, stride). The seed is the group's `rounding_seed`. The stream is the CRC-32 of the
-        parameter's name, or 0 if the group has no names, so that reordering or regrouping named parameters does not
+        parameter's name, or 0 if it has none, so that reordering or regrouping named parameters does not
         change how they are rounded. runs.py explains the other three.
 
     Raises:
         RuntimeError: first, run and stride cannot describe where the elements of this shard lie in the whole parameter.
     """
-    stream = zlib.crc32(member.name.encode()) if has_names(member.group) else 0
+    stream = zlib.crc32(member.name.encode()) if is_named(member.param, member.group) else 0
     place = place_of(member.param, member.name)
     return (keys.ROUNDING_SEED.of(member.group), stream, *(_runs(member) if place is None else _runs_at(member, place)))
 

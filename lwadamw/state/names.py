@@ -4,7 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+
+# An attribute of a tensor, because engines replace groups, and save whatever they find in a group.
+_ATTRIBUTE: Final = "_lwadamw_name"
+
+
+def give_name(p: Any, name: str) -> None:
+    """Give a tensor a name, which counts in groups that have no names.
+
+    Args:
+        p: the tensor.
+        name: its name.
+    """
+    setattr(p, _ATTRIBUTE, name)
+
+
+def is_named(p: Any, group: Mapping[str, Any]) -> bool:
+    """Return whether a parameter has a name, from its group or from `give_name`.
+
+    Args:
+        p: the parameter.
+        group: its group, one of an optimizer's `param_groups`.
+    """
+    return has_names(group) or hasattr(p, _ATTRIBUTE)
 
 
 def has_names(group: Mapping[str, Any]) -> bool:
@@ -22,8 +45,8 @@ def has_names(group: Mapping[str, Any]) -> bool:
 def names_of(group: Mapping[str, Any], index: int) -> list[str]:
     """Return the names of a group's parameters, in the order of `group["params"]`.
 
-    If `has_names` is False, the name of each parameter is the index of the group, a dot, and the position of the parameter
-    in the group.
+    If `has_names` is False, the name of a parameter is the one that `give_name` gave it, or else the index of the group, a
+    dot, and the position of the parameter in the group.
 
     Args:
         group: one of an optimizer's `param_groups`.
@@ -38,7 +61,7 @@ def names_of(group: Mapping[str, Any], index: int) -> list[str]:
     return (
         list(group.get("param_names") or ())
         if has_names(group)
-        else [f"{index}.{i}" for i in range(len(group["params"]))]
+        else [getattr(p, _ATTRIBUTE, f"{index}.{i}") for i, p in enumerate(group["params"])]
     )
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .members import local
+from .names import give_name
 
 _ATTRIBUTE = "_lwadamw_place"
 
@@ -63,7 +64,12 @@ class Place(NamedTuple):
 
 
 def place_flat_shard(
-    p: Tensor, whole_shape: Sequence[int], first: int, *, block: Sequence[tuple[int, int]] | None = None
+    p: Tensor,
+    whole_shape: Sequence[int],
+    first: int,
+    *,
+    block: Sequence[tuple[int, int]] | None = None,
+    name: str | None = None,
 ) -> None:
     """Tell where a flat shard lies in its whole parameter.
 
@@ -72,15 +78,18 @@ def place_flat_shard(
     stochastic rounding and 8-bit moments draw the random bits that the whole parameter would draw, however it is cut.
     Without a place, a plain tensor counts as a whole parameter.
 
-    The place does not say which processes hold the other pieces: `AdamW(shard_group=...)` says it. The place is kept in the
-    tensor. Copies of a parameter do not have it.
+    The place does not say which processes hold the other pieces: `AdamW(shard_group=...)` says it, or
+    `AdamW.set_shard_group`. Both are needed for singular values of the whole parameter. Place and name are kept in the tensor.
+    Copies of a parameter do not have them.
 
     Args:
-        p: the piece, a plain tensor with its elements in memory order. It may be empty.
+        p: the piece, a plain tensor with its elements in memory order, of any shape. It may be empty.
         whole_shape: shape of the whole parameter.
         first: index of the first element of the piece in the flattened whole, or in the flattened block.
         block: begin and end for each dimension, if the piece was cut from a block of the whole, as tensor parallelism
             leaves one on every process. None: from the whole.
+        name: name of the whole parameter, the same on every process. It counts if the optimizer was given no names. None: the
+            piece keeps the name that it has.
 
     Raises:
         TypeError: the tensor is a DTensor, which knows its place.
@@ -91,25 +100,28 @@ def place_flat_shard(
         >>> piece = torch.nn.Parameter(torch.zeros(6))
         >>> place_flat_shard(piece, (4, 5), 8)
     """
-    name = f"place_flat_shard: the tensor {tuple(p.shape)}"
+    what = f"place_flat_shard: the tensor {tuple(p.shape)}"
     if local(p) is not p:
-        raise TypeError(f"{name} is a DTensor, which knows its place. Leave the call out.")
+        raise TypeError(f"{what} is a DTensor, which knows its place. Leave the call out.")
     if not p.is_contiguous():
-        raise ValueError(f"{name} is not contiguous. Give the piece as one run of memory: tensor.flatten().")
+        raise ValueError(f"{what} is not contiguous. Give the piece as one run of memory: tensor.flatten().")
     whole = tuple(map(int, whole_shape))
     limits = tuple((0, size) for size in whole) if block is None else tuple((int(a), int(b)) for a, b in block)
     if len(limits) != len(whole) or any(not 0 <= a <= b <= n for (a, b), n in zip(limits, whole, strict=True)):
         raise ValueError(
-            f"{name} is a piece of block={limits}, which is no block of {whole}. Give (begin, end) for each of the "
+            f"{what} is a piece of block={limits}, which is no block of {whole}. Give (begin, end) for each of the "
             f"{len(whole)} dimensions."
         )
     size = math.prod(b - a for a, b in limits)
     if first < 0 or first + p.numel() > size:
         raise ValueError(
-            f"{name} with first={first} ends behind the {size} elements that it was cut from: whole_shape={whole}"
+            f"{what} with first={first} ends behind the {size} elements that it was cut from: whole_shape={whole}"
             f"{'' if block is None else f', block={limits}'}. Give the index of its first element there."
         )
-    setattr(p, _ATTRIBUTE, Place(whole, limits, int(first), p.numel()))
+    # A plain tuple, so that torch.load(weights_only=True) accepts a parameter that was saved with its attributes.
+    setattr(p, _ATTRIBUTE, tuple(Place(whole, limits, int(first), p.numel())))
+    if name is not None:
+        give_name(p, name)
 
 
 def place_of(p: Tensor, name: str = "") -> Place | None:
@@ -122,7 +134,8 @@ def place_of(p: Tensor, name: str = "") -> Place | None:
     Raises:
         RuntimeError: the parameter has another number of elements now.
     """
-    place: Place | None = getattr(p, _ATTRIBUTE, None)
+    told = getattr(p, _ATTRIBUTE, None)
+    place = None if told is None else Place(*told)
     if place is not None and place.numel != p.numel():
         raise RuntimeError(
             f"{name!r} {tuple(p.shape)} was placed as {place.numel} elements of {place.whole}, and has {p.numel()} now. Tell "

@@ -7,15 +7,16 @@ over the process groups among which the parameter is split, and over no others: 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .collectives import STEP, Call, add_over, device_of, gathered
 from .members import Member, is_of_fsdp1, split_dimensions
-from .names import has_names
+from .names import is_named
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,6 +38,7 @@ class Split(NamedTuple):
 
 
 WHOLE = Split("", ())
+_WILD: Final = re.compile(r"[*?\[]")
 
 
 class Shards:
@@ -54,13 +56,26 @@ class Shards:
     """
 
     def __init__(self, shard_group: ShardGroup | None = None) -> None:
+        self._by_mesh: dict[tuple[Any, tuple[int, ...]], Split] = {}
+        self._untold: str | None = None  # name of a parameter that is a shard, and nobody has told of what
+        self.tell(shard_group)
+
+    def tell(self, shard_group: ShardGroup | None) -> None:
+        """Replace what the user has told.
+
+        Args:
+            shard_group: as for the constructor.
+
+        Raises:
+            TypeError: `shard_group` has another type. Nothing has been replaced then.
+        """
         given: Any = (
             shard_group if isinstance(shard_group, Mapping) else {} if shard_group is None else {"*": shard_group}
         )
-        self._patterns: dict[str, Split] = {}
-        self._by_mesh: dict[tuple[Any, tuple[int, ...]], Split] = {}
-        self._untold: str | None = None  # name of a parameter that is a shard, and nobody has told of what
-        for i, (pattern, one_or_more) in enumerate(given.items()):
+        # Patterns of the same groups are one split, so that their sums are added up together.
+        splits: dict[tuple[ProcessGroup, ...], Split] = {}
+        patterns: dict[str, Split] = {}
+        for pattern, one_or_more in given.items():
             groups = tuple(one_or_more) if isinstance(one_or_more, (list, tuple)) else (one_or_more,)
             for group in groups:
                 if not hasattr(group, "rank") or not hasattr(group, "size"):
@@ -68,12 +83,18 @@ class Shards:
                         f"shard_group: {group!r} is not a process group. Give torch.distributed.group.WORLD, "
                         "mesh.get_group(), or a mapping from name patterns to such groups."
                     )
-            self._patterns[pattern] = Split(f"shard_group {i}", tuple(g for g in groups if g.size() > 1))
+            split = Split(f"shard_group {len(splits)}", tuple(g for g in groups if g.size() > 1))
+            patterns[pattern] = splits.setdefault(groups, split)
+        self._declared = [split for split in splits.values() if split.groups]
+        numbered = list(enumerate(patterns.items()))
+        # An engine gives every name. So names are looked up, and only patterns are tried one after the other.
+        self._names = {pattern: (i, split) for i, (pattern, split) in numbered if not _WILD.search(pattern)}
+        self._globs = [(i, pattern, split) for i, (pattern, split) in numbered if _WILD.search(pattern)]
 
     @property
     def declared(self) -> list[Split]:
         """The splits that the user has told. Every process takes part in their sums, even if it holds no such parameter."""
-        return [split for split in self._patterns.values() if split.groups]
+        return self._declared
 
     def look(self, members: Iterable[Member]) -> None:
         """Look for parameters that are certainly shards, of which nobody has told which processes hold the others.
@@ -92,8 +113,9 @@ class Shards:
 
     def _told(self, member: Member) -> Split | None:
         """Return the split that the user has told of a plain parameter."""
-        matching = (s for pattern, s in self._patterns.items() if fnmatch.fnmatchcase(member.name, pattern))
-        return next(matching, None)
+        before, told = self._names.get(member.name, (len(self._names) + len(self._globs), None))
+        matching = (s for i, glob, s in self._globs if i < before and fnmatch.fnmatchcase(member.name, glob))
+        return next(matching, told)
 
     def check_told(self, call: Call) -> None:
         """Raise an error if `look` has found shards of which nothing is known.
@@ -120,7 +142,7 @@ class Shards:
         Args:
             member: the parameter.
         """
-        return bool(self._told(member)) and not has_names(member.group) and not is_of_fsdp1(member.param)
+        return bool(self._told(member)) and not is_named(member.param, member.group) and not is_of_fsdp1(member.param)
 
     def split_of(self, member: Member) -> Split:
         """Return how a parameter is split.
@@ -137,7 +159,7 @@ class Shards:
             if place not in self._by_mesh:
                 self._by_mesh[place] = self._split_over(*place)
             return self._by_mesh[place]
-        told = self._told(member) if self._patterns else None
+        told = self._told(member)
         return WHOLE if told is None or not told.groups else told
 
     def _split_over(self, mesh: Any, dimensions: tuple[int, ...]) -> Split:

@@ -67,6 +67,12 @@ class Engine:
         self._released: dict[int, tuple[Member, TorchBackend]] = {}
         self.grad_norm: Tensor | None = None
 
+    def look_again(self) -> None:
+        """Sort the parameters again in the next step, because their names or what others hold of them may have changed."""
+        self._skipped = self.skipped
+        self.keep_captures(self)
+        self._forget()
+
     def uses_triton(self, groups: ParamGroups) -> bool:
         """Return whether the Triton backend updates any parameter of the groups."""
         return any(use_triton(m, {}, self._backend) for m in members_of(groups))

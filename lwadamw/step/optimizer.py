@@ -423,6 +423,23 @@ class AdamW(StateExchange):
         """What the optimizer knows about processes that hold other parts of its parameters."""
         return self._shards
 
+    def set_shard_group(self, shard_group: ShardGroup | None) -> None:
+        """Tell which processes hold the other parts of plain parameters, in place of what the constructor was told.
+
+        A framework that builds the optimizer itself may not pass `shard_group` on. Call this after it has built the optimizer,
+        on every process, before the next step. Norms of earlier steps are gone afterwards.
+
+        Args:
+            shard_group: as in the constructor. Names in a mapping are those that the groups have, or that
+                `lwadamw.place_flat_shard` has told. Name parameters too of which this process holds nothing: it takes part in
+                their sums.
+
+        Raises:
+            TypeError: `shard_group` has another type. Nothing has changed then.
+        """
+        self._shards.tell(shard_group)
+        self._engine.look_again()
+
     def steps_taken(self) -> int:
         """Return the largest number of steps that any parameter has taken, 0 before the first step.
 

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 
 from ...state import keys
 from ...step.optimizer import AdamW
+from .alive import ALIVE
 
 _MASTER = "master_param"
 # A state of which nobody else has a reference.
@@ -111,6 +112,7 @@ class FusedAdam(AdamW):
             grad_attribute="decoupled_grad" if use_decoupled_grad else "grad",
             **options,
         )
+        ALIVE.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `AdamW`. If its decay law needs a `peak_lr`, the peak is the group's `max_lr`."""
@@ -177,6 +179,11 @@ class FusedAdam(AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._counts = None
+
+    def steps_taken(self) -> int:
+        """Return the number of steps, as in `AdamW`. After a checkpoint was loaded, only the groups may know it."""
+        counts = [int(group["step"]) for group in self.param_groups if "step" in group]
+        return max(counts) if counts else super().steps_taken()
 
     def get_unscaled_state(self, p: Tensor, name: str) -> Tensor:
         """Return one state tensor of a parameter, as in `AdamW`. A remainder is returned as it is stored, in int16.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ...state import keys
-from ...width.groups import param_groups
+from ...width.groups import Evidence, param_groups
 from ...width.patterns import matcher
 from ...width.rules import Rule, get_rule
 from ...width.specs import RoleSpec
+from .agreement import from_all
+from .alive import ALIVE
 
 _WRAPPERS: Final = (
     "DistributedDataParallel",
@@ -23,6 +25,10 @@ _WRAPPERS: Final = (
 )
 # One lr_mult per group. Megatron does not multiply with it, and finds the groups of a checkpoint by it.
 _SPACING: Final = 2.0**-10
+
+
+# What `config_overrides` has decided about the parameters of each model, for `attach`.
+_KNOWN: Final[weakref.WeakKeyDictionary[nn.Module, dict[str, Evidence]]] = weakref.WeakKeyDictionary()
 
 
 class _Settings(NamedTuple):
@@ -48,7 +54,8 @@ def config_overrides(
     groups of a checkpoint. Megatron multiplies nothing with it. The rule decides about the decay of every parameter:
     embeddings, biases, norms and heads have none, where Megatron by itself decays embeddings and heads.
 
-    This is collective: every process calls it before `get_megatron_optimizer`.
+    This is collective: every process calls it before `get_megatron_optimizer`. Afterwards it is refused, because Megatron has
+    made its groups, and DistributedOptimizer has cut the parameters.
 
     Args:
         config: the OptimizerConfig.
@@ -63,8 +70,8 @@ def config_overrides(
         Overrides by ParamKey, with the group keys of `lwadamw.param_groups`.
 
     Raises:
-        ValueError: the model scales with muP already, `standard` has an `lr_mult`, a role is not decided, or a width ratio is
-            not determined. The error is the same on every process.
+        ValueError: there is an optimizer for the model already, the model scales with muP already, `standard` has an `lr_mult`,
+            a role is not decided, or a width ratio is not determined. The error is the same on every process.
         TypeError: `model_chunks` is not a list of models.
     """
     optimizer = importlib.import_module("megatron.core.optimizer")
@@ -76,13 +83,15 @@ def config_overrides(
     if standard is None:
         standard = optimizer.get_standard_config_overrides(config)
     error, settings = "", {}
+    evidence: dict[nn.Module, dict[str, Evidence]] = {}
     try:
+        _refuse_built(model_chunks)
         _refuse_mup(model_chunks)
         _refuse_lr_mult(standard)
-        settings = _settings(model_chunks, base_width, get_rule(rule), dict(roles or {}), width, standard)
+        settings = _settings(model_chunks, base_width, get_rule(rule), dict(roles or {}), width, standard, evidence)
     except (ValueError, RuntimeError) as found:
         error = str(found)
-    everything = _gathered((error, sorted(set(settings.values())), _used(roles or {}, model_chunks)))
+    everything = from_all((error, sorted(set(settings.values())), _used(roles or {}, model_chunks)))
     first = next((one for one, _, _ in everything if one), "")
     unused = [pattern for pattern in roles or {} if not any(pattern in used for _, _, used in everything)]
     if not first and unused:
@@ -92,6 +101,7 @@ def config_overrides(
         )
     if first:
         raise ValueError(first)
+    _KNOWN.update(evidence)
     union = sorted({one for _, some, _ in everything for one in some})
     overrides: dict[Any, dict[str, Any]] = {}
     for index, one in enumerate(union):
@@ -113,15 +123,18 @@ def _settings(
     roles: dict[str, RoleSpec],
     width: int | None,
     standard: Mapping[Any, Mapping[str, Any]],
+    evidence: dict[nn.Module, dict[str, Evidence]],
 ) -> dict[int, _Settings]:
-    """Return the group keys of each parameter of this process, by id() of the parameter."""
+    """Return the group keys of each parameter of this process, by id() of the parameter. Add what was decided to `evidence`."""
     out = {}
     for chunk in chunks:
         model = unwrapped(chunk)
         names = {id(p): name for name, p in chunk.named_parameters()}
         known = {pattern: role for pattern, role in roles.items() if pattern in _used(roles, [chunk])}
         size = width if width is not None else getattr(getattr(model, "config", None), "hidden_size", None)
-        for group in param_groups(model, base_width, rule, known, width=size if isinstance(base_width, int) else None):
+        groups = param_groups(model, base_width, rule, known, width=size if isinstance(base_width, int) else None)
+        evidence[model] = groups.evidence
+        for group in groups:
             own = {key: value for key, value in group.items() if key not in ("params", keys.SEGMENTS.name)}
             for _, p in group["params"]:
                 merged = dict(own)
@@ -130,6 +143,15 @@ def _settings(
                         merged |= override
                 out[id(p)] = _Settings(tuple(sorted(merged.items())))
     return out
+
+
+def known_evidence(model: nn.Module) -> dict[str, Evidence] | None:
+    """Return what the last call of `config_overrides` has decided about the parameters of a model, by name; None: no call.
+
+    Args:
+        model: the model inside Megatron's wrappers.
+    """
+    return _KNOWN.get(model)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -153,6 +175,20 @@ def _names(model: nn.Module) -> Iterator[str]:
     return (name for name, _ in model.named_parameters(remove_duplicate=False))
 
 
+def _refuse_built(chunks: Iterable[nn.Module]) -> None:
+    """Raise a ValueError if an optimizer has the parameters of a model, or copies or shards that Megatron has made of them."""
+    held = [p for made in list(ALIVE) for group in made.param_groups for p in group["params"]]
+    tensors, memory = set(map(id, held)), {p.untyped_storage().data_ptr() for p in held} - {0}
+    for chunk in chunks:
+        for name, p in unwrapped(chunk).named_parameters():
+            copied = id(p) in tensors or id(getattr(p, "main_param", None)) in tensors
+            if copied or p.untyped_storage().data_ptr() in memory:
+                raise ValueError(
+                    f"config_overrides: there is an optimizer for {name!r} {tuple(p.shape)} already, and Megatron has made its "
+                    "groups. Call config_overrides before get_megatron_optimizer, and give it config_overrides=overrides."
+                )
+
+
 def _refuse_mup(chunks: Iterable[nn.Module]) -> None:
     for chunk in chunks:
         if getattr(getattr(unwrapped(chunk), "config", None), "use_mup", False):
@@ -170,12 +206,3 @@ def _refuse_lr_mult(standard: Mapping[Any, Mapping[str, Any]]) -> None:
                 "needs an lr_mult of its own, by which Megatron finds it in a checkpoint. Give max_lr and min_lr instead: "
                 "Megatron multiplies nothing with lr_mult."
             )
-
-
-def _gathered(mine: Any) -> list[Any]:
-    """Return the values of all processes."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return [mine]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, mine)
-    return values

@@ -1,88 +1,97 @@
-"""attach: norms of whole parameters under the model's names, from the shards that Megatron's wrappers hold."""
+"""attach: norms and a monitor of whole parameters under the model's names, from the pieces that Megatron's wrappers hold."""
 
 from __future__ import annotations
 
+import glob
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...state.collectives import Call, add_over
-from ...state.names import names_of
+from ...monitor.measured import Joined
+from ...monitor.monitor import Monitor
+from ...state import keys
+from ...state.names import give_name
+from ...state.places import place_flat_shard
 from ...step.norms import Norms
 from ...step.optimizer import AdamW
-from .overrides import unwrapped
-
-_NORMS = Call("watch.norms()", "optimizer.norm_sums(local=True) of an inner optimizer is not collective.")
+from ...width.groups import Evidence
+from ...width.roles import decide
+from .agreement import same_error
+from .overrides import known_evidence, unwrapped
+from .pieces import inner_wrappers, layouts, params_of, pieces_of
 
 
 class Watch:
-    """The parameters of a Megatron optimizer under the names of the model. `attach` makes it.
+    """A Megatron optimizer whose tensors know which parts of which parameters of the model they are. `attach` makes it.
 
     Args:
-        wrappers: Megatron's optimizers, each with an inner optimizer.
-        params: parameters of the model by name, in an order that is the same on all processes that share them.
+        joined: the inner optimizers as one; None: this process trains no parameter.
     """
 
-    def __init__(self, wrappers: Sequence[Any], params: Mapping[str, Tensor]) -> None:
-        self._wrappers, self._params = list(wrappers), params
+    def __init__(self, joined: Joined | None) -> None:
+        self._joined = joined
 
     def norms(self) -> Norms:
         """Return the norms of the last step, of whole parameters, by the model's names.
 
         Call it after `optimizer.step()` and before the gradients are cleared. This is collective: all processes make the call.
-        Every process gets the parameters of its own pipeline stage and its own experts. Norms of bfloat16 parameters are those
-        of their float32 main weights.
+        Every process gets the parameters of its own pipeline stage and its own experts, in the order of the model. Norms of
+        bfloat16 parameters are those of their float32 main weights.
 
         Raises:
-            RuntimeError: the swap was made with norms=False.
+            RuntimeError: the swap was made with norms=False, Megatron has other tensors than when `attach` was called, or
+                another process did not make the call.
         """
-        index = {id(p): i for i, p in enumerate(self._params.values())}
-        table: Tensor | None = None
-        for wrapper in self._wrappers:
-            inner = wrapper.optimizer
-            sums, rows = inner.norm_sums(local=True), {name: i for i, name in enumerate(inner.norm_names())}
-            own = sums.new_zeros(len(index), 4)
-            for name, p in _whole_by_name(wrapper):
-                if name in rows:
-                    own[index[id(p)]] = sums[rows[name]]
-            if hasattr(wrapper, "gbuf_ranges"):  # DistributedOptimizer cuts every parameter over this group
-                add_over(own, wrapper.data_parallel_group, _NORMS)
-            table = own if table is None else table + own
-        if table is None:
+        if self._joined is None:
             return Norms.from_sums((), torch.zeros(0, 4).numpy())
-        self._add_tensor_parallel(table)
-        return Norms.from_sums(tuple(self._params), table.cpu().numpy())
+        return self._joined.norms()
 
-    def _add_tensor_parallel(self, table: Tensor) -> None:
-        """Add the rows of tensor-parallel parameters over their process groups, in place."""
-        state = importlib.import_module("megatron.core.parallel_state")
-        split = [i for i, p in enumerate(self._params.values()) if getattr(p, "tensor_model_parallel", False)]
-        experts = {i for i, p in enumerate(self._params.values()) if not getattr(p, "allreduce", True)}
-        for rows, group in (
-            ([i for i in split if i not in experts], state.get_tensor_model_parallel_group),
-            ([i for i in split if i in experts], state.get_expert_tensor_parallel_group),
-        ):
-            if rows:
-                part = table[rows]
-                add_over(part, group(), _NORMS)
-                table[rows] = part
+    def monitor(
+        self, every: int = 50, spectrum_every: int | None = None, steps: int | None = None, *, history: int = 256
+    ) -> Monitor:
+        """Return an `lwadamw.Monitor` of whole parameters, by the model's names, that makes its readings inside a step.
+
+        This is collective, and so is a reading: every process calls this with the same arguments. All processes of a pipeline
+        stage get the same values, but for their experts. The first process of its data-parallel and its tensor-parallel group
+        is the one that writes.
+
+        Args:
+            every: as in `Monitor`.
+            spectrum_every: as in `Monitor`.
+            steps: as in `Monitor`.
+            history: as in `Monitor`.
+
+        Raises:
+            ValueError: as in `Monitor`.
+            RuntimeError: the swap was made with norms=False, or this process trains no parameter.
+        """
+        if self._joined is None:
+            raise RuntimeError("watch.monitor(): this process trains no parameter. Leave the monitor out here.")
+        return Monitor(self._joined, every=every, spectrum_every=spectrum_every, steps=steps, history=history)
 
 
 def attach(optimizer: Any, model_chunks: Sequence[nn.Module]) -> Watch:
-    """Find out which parameter of the model each tensor of a Megatron optimizer is a part of.
+    """Tell the inner optimizers which part of which parameter of the model each of their tensors is.
+
+    Afterwards their own `norms()` are those of whole parameters too, by the model's names. Names and places are kept in the
+    tensors. What Megatron saves does not change. This is collective: call it once on every process, after
+    `get_megatron_optimizer`, and again if something replaces the optimizer's tensors.
 
     Args:
         optimizer: what `get_megatron_optimizer` returned.
         model_chunks: the models that it was given.
 
     Returns:
-        A `Watch`, whose `norms()` are those of whole parameters.
+        A `Watch`, with norms and a monitor of whole parameters.
 
     Raises:
-        TypeError: `optimizer` is no optimizer of Megatron, or its inner optimizer is not `lwadamw.AdamW`.
+        TypeError: `optimizer` is no optimizer of Megatron, its inner optimizer is not `lwadamw.AdamW`, or `model_chunks` is no
+            list of models.
+        ValueError: the optimizer was built for another model, or without the overrides that `config_overrides` made. All
+            errors are the same on every process.
 
     Examples:
         >>> from lwadamw.engines import megatron
@@ -90,47 +99,86 @@ def attach(optimizer: Any, model_chunks: Sequence[nn.Module]) -> Watch:
         Traceback (most recent call last):
         TypeError: attach: the optimizer is NoneType. Give what get_megatron_optimizer returned, after megatron.use().
     """
-    wrappers = list(getattr(optimizer, "chained_optimizers", [optimizer]))
-    wrappers = [wrapper for wrapper in wrappers if not getattr(wrapper, "is_stub_optimizer", False)]
+    with same_error():
+        wrappers = _checked_wrappers(optimizer)
+        params, evidence = _params_by_name(model_chunks)
+        _check_model(wrappers, params)
+        _check_overrides(wrappers, model_chunks)
+    found = layouts(wrappers, params)
+    # Names are no patterns.
+    groups = {glob.escape(name): layout.groups for name, layout in found.items()}
+    name_of = {id(p): name for name, p in params.items()}
     for wrapper in wrappers:
-        kind = wrapper if not hasattr(wrapper, "optimizer") else wrapper.optimizer
-        if kind is wrapper or not isinstance(kind, AdamW):
+        for piece in pieces_of(wrapper):
+            name = name_of[id(piece.param)]
+            if piece.held.is_contiguous():
+                layout = found[name]
+                place_flat_shard(piece.held, layout.whole, piece.first, block=layout.block, name=name)
+            else:
+                give_name(piece.held, name)
+        wrapper.optimizer.evidence.update(evidence)
+        wrapper.optimizer.set_shard_group(groups)
+    if not wrappers:
+        return Watch(None)
+    state = importlib.import_module("megatron.core.parallel_state")
+    alike = [state.get_data_parallel_group(with_context_parallel=True), state.get_tensor_model_parallel_group()]
+    return Watch(Joined([wrapper.optimizer for wrapper in wrappers], list(params), groups, alike))
+
+
+def _checked_wrappers(optimizer: Any) -> list[Any]:
+    wrappers = inner_wrappers(optimizer)
+    for wrapper in wrappers:
+        inner = getattr(wrapper, "optimizer", None)
+        if not isinstance(inner, AdamW):
+            is_inner = isinstance(inner, torch.optim.Optimizer)
+            kind = f"torch's {type(inner).__name__}" if is_inner else type(wrapper).__name__
             raise TypeError(
-                f"attach: the optimizer is {type(kind).__name__}. Give what get_megatron_optimizer returned, after "
-                "megatron.use()."
+                f"attach: the optimizer is {kind}. Give what get_megatron_optimizer returned, after megatron.use()."
             )
-    several = len(model_chunks) > 1
-    params = {
-        f"chunk {i}: {name}" if several else name: p
-        for i, chunk in enumerate(model_chunks)
-        for name, p in unwrapped(chunk).named_parameters()
-        if p.requires_grad
-    }
-    return Watch(wrappers, params)
+    return wrappers
 
 
-def _whole_by_name(wrapper: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield, for each tensor of an inner optimizer, its name there and the parameter of the model that it is a part of."""
-    model_of = {id(held): p for held, p in _pairs(wrapper)}
-    for i, group in enumerate(wrapper.optimizer.param_groups):
-        for name, held in zip(names_of(group, i), group["params"], strict=True):
-            yield name, model_of[id(held)]
+def _params_by_name(model_chunks: Sequence[nn.Module]) -> tuple[dict[str, Tensor], dict[str, Evidence]]:
+    """Return the trained parameters of all chunks by name, and what is known about their roles."""
+    if isinstance(model_chunks, nn.Module) or not all(isinstance(chunk, nn.Module) for chunk in model_chunks):
+        raise TypeError("attach: model_chunks is not a list of models. Give what get_megatron_optimizer got: [model].")
+    params: dict[str, Tensor] = {}
+    evidence: dict[str, Evidence] = {}
+    for i, chunk in enumerate(model_chunks):
+        model, prefix = unwrapped(chunk), f"chunk {i}: " if len(model_chunks) > 1 else ""
+        known = known_evidence(model)
+        if known is None:
+            decided = [d for d in decide(model, {}) if d.decision.role is not None]
+            known = {d.name: Evidence(d.role, d.fan_in, None, d.decision.why) for d in decided}
+        evidence |= {prefix + name: found for name, found in known.items()}
+        params |= {prefix + name: p for name, p in model.named_parameters() if p.requires_grad}
+    return params, evidence
 
 
-def _pairs(wrapper: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each tensor of an inner optimizer with the parameter of the model that it belongs to."""
-    if hasattr(wrapper, "gbuf_ranges"):
-        aware = wrapper.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-        half = wrapper.shard_float16_groups if aware else wrapper.shard_fp32_from_float16_groups
-        groups = [(half, wrapper.model_float16_groups), (wrapper.shard_fp32_groups, wrapper.model_fp32_groups)]
-    elif hasattr(wrapper, "fp32_from_float16_groups"):
-        groups = [
-            (wrapper.fp32_from_float16_groups, wrapper.float16_groups),
-            (wrapper.fp32_from_fp32_groups, wrapper.fp32_from_fp32_groups),
-        ]
-    else:
-        own = [group["params"] for group in wrapper.optimizer.param_groups]
-        groups = [(own, own)]
-    for held, whole in groups:
-        for some, params in zip(held, whole, strict=True):
-            yield from zip(some, params, strict=True)
+def _check_model(wrappers: Sequence[Any], params: Mapping[str, Tensor]) -> None:
+    """Check that the optimizer updates the parameters of the model, and no others."""
+    name_of = {id(p): name for name, p in params.items()}
+    updated = [p for wrapper in wrappers for p in params_of(wrapper)]
+    strange = [p for p in updated if id(p) not in name_of]
+    left_out = [name for name in params if name not in {name_of.get(id(p)) for p in updated}]
+    if strange or left_out:
+        what = (
+            f"the optimizer updates {len(strange)} parameters that are not in model_chunks, the first of shape "
+            f"{tuple(strange[0].shape)}"
+            if strange
+            else f"model_chunks has {left_out[0]!r} {tuple(params[left_out[0]].shape)}, which the optimizer does not update"
+        )
+        raise ValueError(f"attach: {what}. Give the list of models that get_megatron_optimizer got for this optimizer.")
+
+
+def _check_overrides(wrappers: Sequence[Any], model_chunks: Sequence[nn.Module]) -> None:
+    """Check that the overrides of `config_overrides` have reached the groups."""
+    if all(known_evidence(unwrapped(chunk)) is None for chunk in model_chunks):
+        return
+    groups = [group for wrapper in wrappers for group in wrapper.optimizer.param_groups]
+    if any(keys.ROLE.name not in group for group in groups if group["params"]):
+        raise ValueError(
+            "attach: config_overrides was called for this model, and the groups of the optimizer have no roles, so the width "
+            "rule is not in use. Build the optimizer with get_megatron_optimizer(config, model_chunks, "
+            "config_overrides=overrides)."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -42,8 +43,7 @@ def work(folder: str) -> dict[Any, Any]:
     out: dict[Any, Any] = {}
     for case in (*DENSE, Case("distributed fp32", ep=2)):
         with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
-            made = training.build(case, layers=1, overrides=ours)
-            out[case, "groups"] = _groups(made, case)
+            out[case, "groups"] = _groups(case)
     for case in DENSE[:2]:
         with training.layout(case):
             with training.optimizer_of("torch", case):
@@ -75,12 +75,18 @@ def _multipliers(made: Any) -> list[Any]:
     ]
 
 
-def _groups(made: Any, case: Case) -> dict[str, tuple[Any, ...]]:
+def _groups(case: Case) -> dict[str, tuple[Any, ...]]:
     """Role and multipliers of each parameter by name. Megatron's groups have them too."""
     from lwadamw.engines.megatron.overrides import unwrapped
 
-    found = {}
-    overrides = ours(_config(made), [made.model])
+    found: dict[str, tuple[Any, ...]] = {}
+    overrides: dict[Any, Any] = {}
+
+    def kept(config: Any, chunks: list[Any]) -> Any:
+        overrides.update(ours(config, chunks))
+        return overrides
+
+    made = training.build(case, layers=1, overrides=kept)
     for (name, p), bare in zip(
         made.model.named_parameters(), dict(unwrapped(made.model).named_parameters()), strict=True
     ):
@@ -103,6 +109,12 @@ def _errors() -> dict[str, str]:
     with training.layout(case), training.optimizer_of("ours", case):
         made = training.build(case, layers=1)
         config = _config(made)
+        try:
+            config_overrides(config, [made.model], base_width=8)
+        except ValueError as error:
+            out["too late"] = str(error)
+        made.optimizer = made.scheduler = None
+        gc.collect()
         inner = made.model.module
         wrong: dict[str, dict[str, Any]] = {
             "lr_mult": {"standard": {"*": {"lr_mult": 0.5}}},
@@ -176,3 +188,4 @@ def test_wrong_uses_have_the_same_error_on_every_process(results):
     assert "12" in first["width"]
     assert "[model]" in first["no list"]
     assert "use_mup=False" in first["mup"]
+    assert "Call config_overrides before get_megatron_optimizer" in first["too late"]
