@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from typing import Any
@@ -74,7 +75,7 @@ def _zero(world: int) -> Any:
 
     many.zero_grad()
     many.consolidate_state_dict(0)
-    saved = [many.state_dict() if dist.get_rank() == 0 else None, {n: p.detach().clone() for n, p in by_name.items()}]
+    saved = [copy.deepcopy(many.state_dict()) if dist.get_rank() == 0 else None, {n: p.detach().clone() for n, p in by_name.items()}]
     dist.broadcast_object_list(saved)
     other = models.net(8, 16)
     other.load_state_dict(saved[1])
