@@ -29,8 +29,8 @@ class WidthTrainer:
     Schedulers and clipping of the Trainer work as always.
 
     Attributes:
-        width: arguments of `lwadamw.param_groups` besides the model: `base_width`, `rule`, `roles` and others. Set it on the class
-            or on the object before `train()`. Empty: no rule, and Trainer's own choice of parameters with weight decay.
+        width: arguments of `lwadamw.param_groups` besides the model: `base_width`, `rule`, `roles` and others. Set it on
+            the class or on the object before `train()`. Empty: no rule, and Trainer's own choice of parameters with weight decay.
         adamw: further arguments of `lwadamw.AdamW`.
 
     Example:
@@ -67,13 +67,15 @@ class WidthTrainer:
         return names
 
 
-def adamw_of(model: nn.Module, args: Any, width: Mapping[str, Any] | None, decayed: Any = None, **options: Any) -> AdamW:
+def adamw_of(
+    model: nn.Module, args: Any, width: Mapping[str, Any] | None, decayed: Any = None, **options: Any
+) -> AdamW:
     """Return an `lwadamw.AdamW` with the values of TrainingArguments.
 
     Args:
         model: the model.
-        args: `transformers.TrainingArguments`, or another object with `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2`
-            and `adam_epsilon`.
+        args: `transformers.TrainingArguments`, or another object with `learning_rate`, `weight_decay`,
+            `adam_beta1`, `adam_beta2` and `adam_epsilon`.
         width: arguments of `lwadamw.param_groups` besides the model. None: no rule.
         decayed: without a rule: a function from the model to the names of the parameters that have weight decay. None: all.
         **options: further arguments of `lwadamw.AdamW`.
@@ -101,8 +103,8 @@ def adamw_of(model: nn.Module, args: Any, width: Mapping[str, Any] | None, decay
 def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
     """Return a callback for `Trainer(callbacks=[...])` that attaches a `Monitor` and logs its readings.
 
-    With `WidthTrainer`, readings go to every tracker of `report_to`. With another Trainer they go to `trainer.state.log_history`
-    alone, because trackers are called first; add `lwadamw.loggers` to `monitor.on_reading` there. The monitor is saved beside each checkpoint, and is
+    With `WidthTrainer`, readings go to every tracker of `report_to`. With another Trainer they go to
+    `trainer.state.log_history` alone, because trackers are called first. The monitor is saved beside each checkpoint, and is
     loaded from it by `train(resume_from_checkpoint=...)`.
 
     Args:

@@ -2,8 +2,8 @@
 
 Lightning is imported when a function is called. Run with lightning 2.6.6.
 
-Lightning refuses `gradient_clip_val` in mixed precision for an optimizer that leaves unscaling to its step, as torch's fused AdamW
-and this one on a GPU. The callback moves the clipping into the step: same result, one pass over the gradients less.
+Lightning refuses `gradient_clip_val` in mixed precision for an optimizer that leaves unscaling to its step, as torch's
+fused AdamW and this one on a GPU. The callback moves the clipping into the step: same result, one pass over the gradients less.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ def _callback_class() -> type[Any]:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             ours, others = _split(trainer.optimizers)
-            if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm") and not others:
+            if (
+                trainer.gradient_clip_val
+                and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
+                and not others
+            ):
                 ours.max_grad_norm, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None
             self.monitor = Monitor(ours, others=others, **self._options)
             if self._loaded is not None:
@@ -103,7 +107,7 @@ def _split(optimizers: Iterable[Any]) -> tuple[AdamW, list[Any]]:
     ours = [optimizer for optimizer in behind if isinstance(optimizer, AdamW)]
     if len(ours) != 1:
         raise TypeError(
-            f"lightning.callback: the module has {len(ours)} optimizers that are an lwadamw.AdamW, and {len(behind)} in all. Let "
-            "configure_optimizers return exactly one, with all groups of lwadamw.param_groups."
+            f"lightning.callback: the module has {len(ours)} optimizers that are an lwadamw.AdamW, and {len(behind)} in all. "
+            "Let configure_optimizers return exactly one, with all groups of lwadamw.param_groups."
         )
     return ours[0], [optimizer for optimizer in behind if optimizer is not ours[0]]

@@ -168,8 +168,8 @@ class SegmentTracker:
         Args:
             norms: norms of the last step.
             step: the step of the reading.
-            hyper: effective lr, effective weight decay and beta1 of every segment, float64[len(names), 3]. beta1 is NaN where the
-                update is not Adam's.
+            hyper: effective lr, effective weight decay and beta1 of every segment, float64[len(names), 3]. beta1 is NaN where
+                the update is not Adam's.
             elapsed: what the steps so far have done to the weights of each parameter group.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Several optimizers of one model as one, for a monitor: ours, which measures its steps, and others, which are measured here."""
+"""Several optimizers of one model as one, for a monitor: ours measures its steps, and others are measured here."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Together:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all optimizers, ours first. Those of the others have `betas`, which are NaN where they are no Adam's."""
+        """The groups of all optimizers, ours first. Those of the others have `betas`, NaN if they are no AdamW."""
         groups = list(self._ours.param_groups)
         for number, other in enumerate(self._others):
             adam = isinstance(other, torch.optim.AdamW)
@@ -152,7 +152,8 @@ class Together:
     def _end(self, optimizer: Optimizer, *_: Any) -> None:
         if optimizer is not self._ours and self._due():
             self._measured[id(optimizer)] = {
-                member.name: _sums(member, self._before.pop(id(member.param), None)) for member in self._members(optimizer)
+                member.name: _sums(member, self._before.pop(id(member.param), None))
+                for member in self._members(optimizer)
             }
             self._before.clear()
         self._stepped.add(id(optimizer))

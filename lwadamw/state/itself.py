@@ -53,4 +53,4 @@ def on_itself(
     def call(self: _Owner, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         return method(itself(self), *args, **kwargs)
 
-    return call
+    return call  # type: ignore[return-value]

@@ -105,7 +105,8 @@ def param_groups(
             of the first dimension (experts). A sequence has the number of rows of each part (q, k, v of a fused projection).
         include_frozen: whether parameters that do not require a gradient are grouped too.
         fold: make groups for any other optimizer, with `lr`, `weight_decay` and, where the rule scales it, `eps` multiplied
-            in. They keep the role and, in `param_names`, the names of their parameters. Only schedulers that multiply lr (LambdaLR, LinearLR) keep the width ratios of these groups.
+            in. They keep the role and, in `param_names`, the names of their parameters. Only schedulers
+            that multiply lr (LambdaLR, LinearLR) keep the width ratios of these groups.
         lr: base learning rate, for `fold` only.
         weight_decay: base weight decay, for `fold` only.
         eps: base epsilon, for `fold` only.

@@ -44,7 +44,10 @@ def test_a_reading_has_what_the_step_of_the_other_optimizer_did(order):
     assert (reading.step, len(monitor.readings)) == (4, 3)  # after steps 1, 2 and 4
     i = reading.names.index("1.weight")
     assert reading.roles[i] == "matrix"
-    assert (reading.lr[i], reading.weight_decay[i]) == (theirs.param_groups[0]["lr"], theirs.param_groups[0]["weight_decay"])
+    assert (reading.lr[i], reading.weight_decay[i]) == (
+        theirs.param_groups[0]["lr"],
+        theirs.param_groups[0]["weight_decay"],
+    )
     assert reading.m[i] == 2
     after = w.detach().double()
     change = after - before
@@ -76,7 +79,7 @@ def test_nothing_is_copied_at_steps_without_a_reading_and_nothing_after_remove()
     seen = []
     for seed in range(3):
         backward(model, seed)
-        theirs.register_step_pre_hook(lambda *_: seen.append(len(monitor.optimizer._before))).remove
+        theirs.register_step_pre_hook(lambda *_: seen.append(len(monitor.optimizer._before)))
         theirs.step()
         ours.step()
     assert monitor.step == 3

@@ -27,7 +27,6 @@ from .processes import run
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
 
 
-
 def _zero(world: int) -> Any:
     from lwadamw.engines.zero import ZeroRedundancyOptimizer
 
@@ -53,7 +52,7 @@ def _zero(world: int) -> Any:
     names = [name for group in many.optim.param_groups for name in group["param_names"]]
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, names)
-    assert sorted(sum(everyone, [])) == sorted(name for name, _ in split.named_parameters())
+    assert sorted(name for some in everyone for name in some) == sorted(name for name, _ in split.named_parameters())
     assert all(everyone)
     by_name = dict(split.named_parameters())
     for group in many.optim.param_groups:
@@ -66,7 +65,10 @@ def _zero(world: int) -> Any:
     found = many.optim.norms()
     assert sorted(found.names) == sorted(expected)
     torch.testing.assert_close(
-        torch.tensor(found.weight), torch.tensor([one.norms().weight[expected[n]] for n in found.names]), rtol=1e-5, atol=0
+        torch.tensor(found.weight),
+        torch.tensor([one.norms().weight[expected[n]] for n in found.names]),
+        rtol=1e-5,
+        atol=0,
     )
     assert monitor.step == 2
     assert sorted(monitor.latest.names) == sorted(expected)
@@ -75,7 +77,10 @@ def _zero(world: int) -> Any:
 
     many.zero_grad()
     many.consolidate_state_dict(0)
-    saved = [copy.deepcopy(many.state_dict()) if dist.get_rank() == 0 else None, {n: p.detach().clone() for n, p in by_name.items()}]
+    saved = [
+        copy.deepcopy(many.state_dict()) if dist.get_rank() == 0 else None,
+        {n: p.detach().clone() for n, p in by_name.items()},
+    ]
     dist.broadcast_object_list(saved)
     other = models.net(8, 16)
     other.load_state_dict(saved[1])

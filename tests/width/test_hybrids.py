@@ -9,9 +9,7 @@ from lwadamw import AdamW, by_role, param_groups, summary
 
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Embedding(32, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16), nn.LayerNorm(16)
-    )
+    return nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16), nn.LayerNorm(16))
 
 
 @pytest.mark.parametrize("options", [{}, {"fold": True, "lr": 0.1, "weight_decay": 0.2}], ids=["unfolded", "folded"])

@@ -78,7 +78,9 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     )
 
 
-def train(folder: Path, kind: type[Recorded], width: Any = None, resume: Any = None, callbacks: Any = (), **options: Any) -> Any:
+def train(
+    folder: Path, kind: type[Recorded], width: Any = None, resume: Any = None, callbacks: Any = (), **options: Any
+) -> Any:
     trainer = kind(model=model(), args=arguments(folder, **options), train_dataset=Data(), callbacks=list(callbacks))
     trainer.width = width or {}
     trainer.train(resume_from_checkpoint=resume)

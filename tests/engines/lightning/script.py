@@ -70,7 +70,15 @@ class Module(lightning.LightningModule):
             self.inside.append([type(wrapped).__name__, float(wrapped.norms().grad.max()), len(wrapped.state)])
 
 
-def fit(kind: str, folder: Path, steps: int = STEPS, resume: Any = None, callbacks: Any = (), logger: Any = False, **options: Any) -> Any:
+def fit(
+    kind: str,
+    folder: Path,
+    steps: int = STEPS,
+    resume: Any = None,
+    callbacks: Any = (),
+    logger: Any = False,
+    **options: Any,
+) -> Any:
     module = Module(kind)
     trainer = lightning.Trainer(
         max_steps=steps,
