@@ -25,8 +25,8 @@ class AdamW(Base):
     """An `lwadamw.AdamW` for `deepspeed.initialize(optimizer=...)` with ZeRO stage 1 or 2.
 
     Rules work as always, because ZeRO keeps groups apart. The vector of group i has the name `flat.{i}`, and its norms are
-    those of what this process holds. With shard_group=torch.distributed.group.WORLD they are those of the whole group. Step hooks
-    and a `Monitor` see one step for all groups.
+    those of what this process holds. With shard_group=torch.distributed.group.WORLD they are those of the whole group. Step
+    hooks and a `Monitor` see one step for all groups.
 
     Arguments are those of `lwadamw.AdamW`. Set "gradient_clipping" in DeepSpeed's config and not `max_grad_norm`.
 

@@ -30,7 +30,7 @@ class WidthTrainer:
 
     Attributes:
         width: arguments of `lwadamw.param_groups` besides the model: `base_width`, `rule`, `roles` and others. Set it on
-            the class or on the object before `train()`. Empty: no rule, and Trainer's own choice of parameters with weight decay.
+            the class or on the object before `train()`. Empty: no rule, and Trainer's own choice of what decays.
         adamw: further arguments of `lwadamw.AdamW`.
 
     Example:
