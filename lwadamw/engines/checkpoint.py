@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.checkpoint import DefaultLoadPlanner, Metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
 
 from ..state import keys
 

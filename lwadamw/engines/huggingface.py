@@ -83,7 +83,7 @@ def adamw_of(
     Raises:
         ValueError: as `lwadamw.param_groups` and `lwadamw.AdamW`.
     """
-    values = {
+    values: dict[str, Any] = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -93,7 +93,7 @@ def adamw_of(
         return AdamW(param_groups(model, **width), **{**values, **options})
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     names = {name for name, _ in trained} if decayed is None else set(decayed(model))
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [pair for pair in trained if pair[0] in names]},
         {"params": [pair for pair in trained if pair[0] not in names], "weight_decay": 0.0},
     ]

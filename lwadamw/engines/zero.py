@@ -25,6 +25,7 @@ from ..step.optimizer import AdamW
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_Base: Any = optim.ZeroRedundancyOptimizer
 _NAMES = "param_names"
 # Every process has these keys for its own parameters.
 _OWN = ("params", _NAMES, keys.SEGMENTS.name)
@@ -33,7 +34,7 @@ _OWN = ("params", _NAMES, keys.SEGMENTS.name)
 _SHARED = ("lr", "betas", "eps", "weight_decay", "parameters_as_bucket_view", "overlap_with_ddp")
 
 
-class ZeroRedundancyOptimizer(optim.ZeroRedundancyOptimizer):
+class ZeroRedundancyOptimizer(_Base):  # type: ignore[misc]
     """A `torch.distributed.optim.ZeroRedundancyOptimizer` around `lwadamw.AdamW` that takes groups with names.
 
     `max_grad_norm`, `norms()` of the inner optimizer `self.optim` and a `Monitor` of it work on the whole model: processes tell

@@ -121,12 +121,12 @@ class Monitor:
         if steps is not None:
             check_number("steps", steps, 1)
         check_number("history", history, 1)
-        optimizer = optimizer_behind(optimizer)
-        check_optimizer(optimizer)
+        measured: Any = optimizer_behind(optimizer)
+        check_optimizer(measured)
         if others:
             behind = [optimizer_behind(other) for other in others]
-            optimizer = Together(optimizer, behind, lambda: self._is_due(self.step + 1))
-        self.optimizer: Any = optimizer
+            measured = Together(measured, behind, lambda: self._is_due(self.step + 1))
+        self.optimizer = optimizer = measured
         self.every, self.spectrum_every, self.steps = every, spectrum_every, steps
         self.probe = None if probe is None else probe_of(probe, optimizer, model, spectrum_every)
         self.readings: deque[Reading] = deque(maxlen=history)

@@ -297,7 +297,10 @@ def _folded(group: dict[str, Any], lr: float, weight_decay: float, eps: float) -
     """Return a group for any optimizer: base values times width multipliers, and of our group keys the role alone."""
     multipliers = Multipliers(*(key.of(group) for key in keys.WIDTH))
     # Optimizers outside of torch seldom know pairs. torch keeps names in this key.
-    out = {"params": [p for _, p in group["params"]], "param_names": [name for name, _ in group["params"]]}
+    out: dict[str, Any] = {
+        "params": [p for _, p in group["params"]],
+        "param_names": [name for name, _ in group["params"]],
+    }
     out |= {keys.ROLE.name: group[keys.ROLE.name], "lr": lr * multipliers.lr}
     out["weight_decay"] = weight_decay * multipliers.wd
     if multipliers.eps != 1:
