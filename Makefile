@@ -2,7 +2,8 @@
 # make test   runs lint, types and tests: everything that CI runs
 # make test-matrix   runs every combination of what others may do; CI runs it after make test
 # make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it then
-# make test-engines   runs the tests inside real training frameworks, on CPU; CI runs it last
+# make test-engines   runs the tests inside real Megatron-core, on CPU; CI runs it then
+# make test-frameworks   runs the tests inside transformers, Lightning, torchtitan and others, on CPU; CI runs it last
 # make check  runs lint and types
 # make docs   builds the documentation site in build/site; a warning is an error; CI runs it after make test
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
@@ -10,15 +11,17 @@
 # make gpu-bench  runs the benchmarks on a GPU; make gpu-tune compares launch constants. Each of the three takes less than 9 minutes.
 # make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
 #             Runs that exist already are not repeated.
-# All targets but test-zoo, test-engines, docs, gpu-... and clean build .venv first. PYTHON=python3.12 chooses the interpreter for .venv.
+# All targets but test-zoo, test-engines, test-frameworks, docs, gpu-... and clean build .venv first. PYTHON=python3.12 chooses the
+# interpreter for .venv.
 
 PYTHON ?= python3
 OUT ?= bench/results
 JOBS ?= auto
 BIN := .venv/bin
 ENGINES := .venv-engines
+FRAMEWORKS := .venv-frameworks
 
-.PHONY: demo test test-matrix test-zoo test-engines check docs bench study gpu-test gpu-bench gpu-tune clean
+.PHONY: demo test test-matrix test-zoo test-engines test-frameworks check docs bench study gpu-test gpu-bench gpu-tune clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -79,6 +82,16 @@ test-engines: $(ENGINES)/.installed
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
 
+$(FRAMEWORKS)/.installed: tests/engines/requirements-frameworks.txt constraints.txt
+	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton numpy pytest
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		-r tests/engines/requirements-frameworks.txt
+	touch $@
+
+test-frameworks: $(FRAMEWORKS)/.installed
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m pytest tests/engines --ignore=tests/engines/megatron -m "engines and not slow"
+
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json
 	$(BIN)/python -m bench.host --device cpu --json bench/results/host.json
@@ -116,4 +129,4 @@ gpu-tune:
 	$(PYTHON) -m bench.tune --device cuda --json $(OUT)/tune.json
 
 clean:
-	rm -rf .venv .venv-zoo .venv-engines .venv-docs build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-zoo .venv-engines .venv-frameworks .venv-docs build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

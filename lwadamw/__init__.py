@@ -16,6 +16,7 @@ from .step.norms import Norms
 from .step.optimizer import AdamW
 from .version import __version__ as __version__
 from .width.groups import Groups, param_groups
+from .width.hybrids import by_role
 from .width.rebinding import rebind
 from .width.registry import register_role
 from .width.rules import RULES, Rule, Scale
@@ -36,6 +37,7 @@ __all__ = [
     "Rule",
     "Scale",
     "SteadyState",
+    "by_role",
     "effective",
     "param_groups",
     "place_flat_shard",

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..state.arrays import Array
 from ..state.collectives import READING
+from ..state.itself import itself
 from ..state.telling import tell
 from ..step.optimizer import AdamW
 from .measured import Joined, Measured
@@ -25,6 +26,18 @@ def check_number(name: str, value: object, least: int) -> None:
     """
     if not (isinstance(value, int) and value >= least):
         raise ValueError(f"Monitor: {name}={value!r} is not a whole number >= {least}.")
+
+
+def optimizer_behind(given: Any) -> Any:
+    """Return the `lwadamw.AdamW` that an object of a framework wraps, or what was given if it wraps none.
+
+    Args:
+        given: an optimizer, or an object that derives from its class, or that has it as its attribute `optimizer`.
+    """
+    found = given
+    while found is not None and not isinstance(found, AdamW):
+        found = getattr(found, "optimizer", None)
+    return given if found is None else itself(found)
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -44,8 +57,7 @@ def check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, AdamW):
         raise TypeError(
             f"Monitor: a {type(optimizer).__module__}.{type(optimizer).__qualname__} does not measure its steps. Use "
-            "lwadamw.AdamW, which takes the arguments of torch.optim.AdamW. If this object wraps an lwadamw.AdamW, give the "
-            "wrapped optimizer."
+            "lwadamw.AdamW, which takes the arguments of torch.optim.AdamW, and give this optimizer as one of others."
         )
     if not optimizer.options.norms:
         raise RuntimeError("Monitor: this AdamW was built with norms=False. Build it with norms=True.")

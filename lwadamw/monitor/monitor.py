@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..state.checks import capturing
 from ..step.norms import Norms
 from ..step.optimizer import AdamW
 from ..width.steady_state import Elapsed
-from .arguments import check_number, check_optimizer, probe_columns, probe_of, steps_of, writes
+from .arguments import check_number, check_optimizer, optimizer_behind, probe_columns, probe_of, steps_of, writes
 from .group_tracker import GroupTracker
 from .measured import Joined, Measured
 from .reading import Reading
 from .report import as_dict, medians_by_role, table
 from .segment_tracker import SegmentTracker
 from .spectra import Spectrum
+from .together import Together
 
 if TYPE_CHECKING:
     from .probe import Probe
@@ -67,7 +69,8 @@ class Monitor:
     monitor.
 
     Args:
-        optimizer: an `lwadamw.AdamW` that was built with norms=True. For Megatron, `watch.monitor()` makes the monitor.
+        optimizer: an `lwadamw.AdamW` that was built with norms=True, or an object of a framework that wraps one. For Megatron,
+            `watch.monitor()` makes the monitor.
         model: the model of the probe. It is needed only if `probe` is a batch.
         every: steps from one reading to the next.
         spectrum_every: steps from one measurement of singular values to the next. The probe is asked at the same steps. 0
@@ -75,6 +78,11 @@ class Monitor:
         probe: a `Probe`, or the batch for a probe of `model`.
         steps: length of the run in steps, for the verdicts.
         history: number of latest readings that are kept.
+        others: other optimizers of the model, of any class, for instance a Muon for the matrices. A reading then has the
+            parameters of all. At every reading their weights are copied before the step and compared after it, which costs
+            a copy of their weights and a pass over them; steps without a reading cost nothing. Columns that follow from
+            Adam's update (steady_rms, expected_rms, rms_ratio, steady_update, update_ratio, rotation_ratio) are NaN for
+            another optimizer than torch.optim.AdamW. Each of them has to step once per step of `optimizer`.
 
     Attributes:
         readings: the latest readings, oldest first.
@@ -82,9 +90,9 @@ class Monitor:
         step: the number of steps that the optimizer has taken.
 
     Raises:
-        TypeError: the optimizer is not an `lwadamw.AdamW`.
+        TypeError: the optimizer is not an `lwadamw.AdamW`, or one of `others` is no `torch.optim.Optimizer`.
         ValueError: `every`, `spectrum_every`, `steps` or `history` is not a whole number in its range; the probe is a batch
-            and there is no model; or there is a probe, but spectrum_every=0.
+            and there is no model; or there is a probe, but spectrum_every=0; or optimizers share a parameter or a name.
         RuntimeError: the optimizer was built with norms=False, or a probe is given and parameters are split over processes.
 
     Examples:
@@ -108,6 +116,7 @@ class Monitor:
         steps: int | None = None,
         *,
         history: int = 256,
+        others: Sequence[Optimizer] = (),
     ) -> None:
         spectrum_every = every * SPECTRUM_SHARE if spectrum_every is None else spectrum_every
         check_number("every", every, 1)
@@ -115,8 +124,13 @@ class Monitor:
         if steps is not None:
             check_number("steps", steps, 1)
         check_number("history", history, 1)
-        check_optimizer(optimizer)
-        self.optimizer: Measured = optimizer
+        measured: Any = optimizer_behind(optimizer)
+        check_optimizer(measured)
+        if others:
+            behind = [optimizer_behind(other) for other in others]
+            measured = Together(measured, behind, lambda: self._is_due(self.step + 1))
+        self.optimizer: Measured = measured
+        optimizer = measured
         self.every, self.spectrum_every, self.steps = every, spectrum_every, steps
         self.probe = None if probe is None else probe_of(probe, optimizer, model, spectrum_every)
         self.readings: deque[Reading] = deque(maxlen=history)
@@ -240,10 +254,13 @@ class Monitor:
         if capturing():
             return
         self.step += 1
-        due = self.step % self.every == 0 or self._has_spectrum(self.step) or self.step == self._first
+        due = self._is_due(self.step)
         self._groups.advance(self.optimizer.param_groups, read_tensors=due)
         if due:
             self._take_reading()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every == 0 or self._has_spectrum(step) or step == self._first
 
     def _has_spectrum(self, step: int) -> bool:
         """Return whether singular values are measured, and the probe is asked, at this step."""

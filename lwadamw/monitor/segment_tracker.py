@@ -194,7 +194,8 @@ class SegmentTracker:
         Args:
             norms: norms of the last step.
             step: the step of the reading.
-            hyper: effective lr, effective weight decay and beta1 of every segment, float64[len(names), 3].
+            hyper: effective lr, effective weight decay and beta1 of every segment, float64[len(names), 3]. beta1 is NaN where
+                the update is not Adam's.
             elapsed: what the steps so far have done to the weights of each parameter group.
 
         Returns:
@@ -204,7 +205,8 @@ class SegmentTracker:
         moved = norms.update > 0
         with np.errstate(all="ignore"):
             rms = norms.weight / self._root_numel
-            steady_rms = weight_rms_of(lr, wd)
+            # Another optimizer than Adam has no beta1 here, and its update has another size.
+            steady_rms = np.where(np.isnan(beta1), np.nan, weight_rms_of(lr, wd))
             steady_update = relative_update_of(lr, wd, beta1)
             now = np.array([(e.log_kept, e.grown, e.taus) for e in elapsed]).reshape(-1, 3)[self.group]
             self._decays = wd > 0

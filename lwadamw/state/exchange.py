@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checkpoint, creation, packing
 from .checks import check_companion, check_layouts
 from .companions import settle
+from .itself import on_itself
 from .members import Member, local, members_of, wrap_like
 from .naming import Naming
 from .saved_form import group_to_saved, to_saved
@@ -26,6 +27,7 @@ class StateExchange(torch.optim.AdamW):
     _naming: Naming
     _shards: Shards
 
+    @on_itself
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups, as in torch.
 
@@ -57,6 +59,7 @@ class StateExchange(torch.optim.AdamW):
         finally:
             self.__dict__["state"] = state
 
+    @on_itself
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.AdamW.
 
@@ -81,6 +84,7 @@ class StateExchange(torch.optim.AdamW):
             super().load_state_dict(state_dict)
         checkpoint.warn_of_types(self.param_groups, self._members(), self.state)
 
+    @on_itself
     def to_torch_state_dict(self) -> dict[str, Any]:
         """Return a state dict that torch.optim.AdamW loads.
 
@@ -108,6 +112,7 @@ class StateExchange(torch.optim.AdamW):
         return checkpoint.for_torch(self.param_groups, state_dict)
 
     @torch.no_grad()
+    @on_itself
     def convert_state(self) -> None:
         """Convert all state to the storage types that the groups ask for now.
 
@@ -137,6 +142,7 @@ class StateExchange(torch.optim.AdamW):
                 )
 
     @torch.no_grad()
+    @on_itself
     def master_weight(self, p: Tensor) -> Tensor:
         """Return the weight that the step updates, which may have more digits than the parameter itself.
 
@@ -157,6 +163,7 @@ class StateExchange(torch.optim.AdamW):
         return wrap_like(p, packing.read_weight(as_stepped, state, kept_weight(p, {}, state)))
 
     @torch.no_grad()
+    @on_itself
     def get_unscaled_state(self, p: Tensor, name: str) -> Tensor:
         """Return one state tensor of a parameter in float32.
 
@@ -183,6 +190,7 @@ class StateExchange(torch.optim.AdamW):
         return wrap_like(p, packing.read_moment(self.state[p], name))
 
     @torch.no_grad()
+    @on_itself
     def set_scaled_state(self, p: Tensor, name: str, values: Tensor) -> None:
         """Round float32 values into one state tensor of a parameter. This is the inverse of `get_unscaled_state`.
 
@@ -227,6 +235,7 @@ class StateExchange(torch.optim.AdamW):
         else:
             packing.write_moment(state, name, held)
 
+    @on_itself
     def initialize_state(self, p: Tensor, store_param_remainders: bool | None = None) -> None:
         """Create the state of a parameter as its group asks, with `step` 0.
 

@@ -14,6 +14,7 @@ from ..state import keys
 from ..state.collectives import NORM_SUMS, NORMS, Call
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
+from ..state.itself import mark, on_itself
 from ..state.naming import Naming
 from ..state.shards import Shards
 from ..tables.request import Request
@@ -168,6 +169,7 @@ class AdamW(StateExchange):
         huber_scale: float = 1.0,
         shard_group: ShardGroup | None = None,
     ) -> None:
+        mark(self)
         self.options = Options.from_arguments(
             backend=backend,
             nonfinite=nonfinite,
@@ -211,6 +213,7 @@ class AdamW(StateExchange):
         self._clip_once: float | None = None  # for the next step alone
 
     @property
+    @on_itself
     def state(self) -> Any:
         """Optimizer state by parameter, with torch's keys: `step`, `exp_avg`, `exp_avg_sq`, and `max_exp_avg_sq` if amsgrad.
 
@@ -221,11 +224,13 @@ class AdamW(StateExchange):
         return self.__dict__["state"]
 
     @state.setter
+    @on_itself
     def state(self, value: Any) -> None:
         self._state_was_shared = True
         self.__dict__["state"] = value
 
     @property
+    @on_itself
     def max_grad_norm(self) -> float | None:
         """Global gradient norm above which gradients are scaled down. None: no clipping. It may be changed between steps.
 
@@ -236,6 +241,7 @@ class AdamW(StateExchange):
         return self._max_grad_norm
 
     @max_grad_norm.setter
+    @on_itself
     def max_grad_norm(self, value: float | None) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"max_grad_norm={value} is not positive. Give a norm to clip to, or None for no clipping.")
@@ -246,6 +252,7 @@ class AdamW(StateExchange):
             )
         self._max_grad_norm = None if value is None else float(value)
 
+    @on_itself
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradients of the next step by their global norm, and return this norm.
 
@@ -277,6 +284,7 @@ class AdamW(StateExchange):
         return norm
 
     @property
+    @on_itself
     def grad_norm(self) -> Tensor | None:
         """Global gradient norm of the last step before clipping, float32[] on the device. None without max_grad_norm.
 
@@ -285,6 +293,7 @@ class AdamW(StateExchange):
         return self._engine.grad_norm
 
     @property
+    @on_itself
     def skipped_steps(self) -> Tensor:
         """Number of steps that changed nothing because of a non-finite norm or a `found_inf`, int64[] on the device.
 
@@ -293,6 +302,7 @@ class AdamW(StateExchange):
         counter = self._engine.skipped
         return torch.zeros((), dtype=torch.int64, device="cpu") if counter is None else counter.clone()
 
+    @on_itself
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch. If the group is not valid, the optimizer stays as it was.
 
@@ -367,6 +377,7 @@ class AdamW(StateExchange):
             found_inf if isinstance(found_inf, Tensor) else None,
         )
 
+    @on_itself
     def norms(self) -> Norms:
         """Return the norms of the last step by parameter name.
 
@@ -384,6 +395,7 @@ class AdamW(StateExchange):
         names, sums = self._sums(NORMS)
         return Norms.from_sums(names, sums.cpu().numpy())
 
+    @on_itself
     def norm_sums(self, *, local: bool = False) -> Tensor:
         """Return the sums from which `norms()` is computed.
 
@@ -401,6 +413,7 @@ class AdamW(StateExchange):
         """
         return self._sums(None if local else NORM_SUMS)[1]
 
+    @on_itself
     def norm_names(self) -> list[str]:
         """Return the names of the rows of `norm_sums()`: every segment that has taken a step. Nothing is computed.
 
@@ -423,6 +436,7 @@ class AdamW(StateExchange):
         """What the optimizer knows about processes that hold other parts of its parameters."""
         return self._shards
 
+    @on_itself
     def set_shard_group(self, shard_group: ShardGroup | None) -> None:
         """Tell which processes hold the other parts of plain parameters, in place of what the constructor was told.
 
@@ -440,6 +454,7 @@ class AdamW(StateExchange):
         self._shards.tell(shard_group)
         self._engine.look_again()
 
+    @on_itself
     def steps_taken(self) -> int:
         """Return the largest number of steps that any parameter has taken, 0 before the first step.
 
@@ -457,17 +472,25 @@ class AdamW(StateExchange):
         return [effective(group)._asdict() for group in self.param_groups]
 
     @property
+    @on_itself
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether torch.amp.GradScaler may leave unscaling and skipping to the step."""
+        """Whether torch.amp.GradScaler may leave unscaling and skipping to the step.
+
+        Whoever assigns False takes over both. Some frameworks do not clip gradients while it is True.
+        """
         fused = bool(self.defaults.get("fused"))
         if self.__dict__.get("_released") is not None:
             return True  # so that `step()` hears of an inf in a gradient that is gone
+        if self.__dict__.get("_scaling_is_left_to_others"):
+            return False
         return fused or self._engine.uses_triton(self.param_groups)
 
     @_step_supports_amp_scaling.setter
+    @on_itself
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        pass  # torch's constructor assigns it
+        self.__dict__["_scaling_is_left_to_others"] = not value  # torch's constructor assigns True
 
+    @on_itself
     def release_gradients(self) -> GradientRelease:
         """Let every parameter take its step inside backward and drop its gradient, so that few gradients exist at a time.
 
@@ -528,6 +551,7 @@ class AdamW(StateExchange):
         state, verify = self.__dict__["state"], self._state_was_shared
         return self._released.take(self._engine, self.param_groups, state, p, self._request(), verify)
 
+    @on_itself
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, as in torch.
 
@@ -555,6 +579,7 @@ class AdamW(StateExchange):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch.optim.AdamW.__setstate__ fails on state that has no step yet. So call its base class instead.
         Optimizer.__setstate__(self, state)
+        mark(self)
         self.__dict__.setdefault("options", Options())
         self.__dict__.setdefault("_max_grad_norm", None)
         self.__dict__.setdefault("evidence", {})

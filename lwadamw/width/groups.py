@@ -105,7 +105,8 @@ def param_groups(
             of the first dimension (experts). A sequence has the number of rows of each part (q, k, v of a fused projection).
         include_frozen: whether parameters that do not require a gradient are grouped too.
         fold: make groups for any other optimizer, with `lr`, `weight_decay` and, where the rule scales it, `eps` multiplied
-            in. Only schedulers that multiply lr (LambdaLR, LinearLR) keep the width ratios of these groups.
+            in. They keep the role and, in `param_names`, the names of their parameters. Only schedulers
+            that multiply lr (LambdaLR, LinearLR) keep the width ratios of these groups.
         lr: base learning rate, for `fold` only.
         weight_decay: base weight decay, for `fold` only.
         eps: base epsilon, for `fold` only.
@@ -293,9 +294,14 @@ def _rows(name: str, p: Tensor, parts: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _folded(group: dict[str, Any], lr: float, weight_decay: float, eps: float) -> dict[str, Any]:
-    """Return a group for any optimizer: base values times width multipliers, and none of our group keys."""
+    """Return a group for any optimizer: base values times width multipliers, and of our group keys the role alone."""
     multipliers = Multipliers(*(key.of(group) for key in keys.WIDTH))
-    out = {"params": [p for _, p in group["params"]], "lr": lr * multipliers.lr}
+    # Optimizers outside of torch seldom know pairs. torch keeps names in this key.
+    out: dict[str, Any] = {
+        "params": [p for _, p in group["params"]],
+        "param_names": [name for name, _ in group["params"]],
+    }
+    out |= {keys.ROLE.name: group[keys.ROLE.name], "lr": lr * multipliers.lr}
     out["weight_decay"] = weight_decay * multipliers.wd
     if multipliers.eps != 1:
         out["eps"] = eps * multipliers.eps

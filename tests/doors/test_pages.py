@@ -12,7 +12,11 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$|^<!-- python\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
 # Pages whose code other tests run, because it needs a GPU or a training framework.
-ELSEWHERE = {"docs/graphs.md": "tests/driver/test_graphs.py", "docs/megatron.md": "tests/engines/megatron"}
+ELSEWHERE = {
+    "docs/frameworks.md": "tests/engines/test_examples.py",
+    "docs/graphs.md": "tests/driver/test_graphs.py",
+    "docs/megatron.md": "tests/engines/megatron",
+}
 PAGES = sorted(
     str(path.relative_to(ROOT)) for path in (*DOCS.rglob("*.md"), ROOT / "README.md") if BLOCK.search(path.read_text())
 )

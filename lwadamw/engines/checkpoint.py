@@ -1,0 +1,48 @@
+"""torch.distributed.checkpoint: a checkpoint of torch.optim.AdamW is loaded into an optimizer with a width rule.
+
+The groups of a rule have keys that a checkpoint of torch's AdamW lacks, such as `role`. torch's own planner then fails with
+"Missing key in checkpoint state_dict: ....role". With allow_partial_load=True it would also leave out missing moments. Run with
+torch 2.13.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
+
+from ..state import keys
+
+# torch itself adds the names, where parameters have any.
+_OPTIONAL = frozenset((*keys.named(keys.ALL), "param_names"))
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """A `DefaultLoadPlanner` that asks a checkpoint for names and for the group keys of this package only if it has them.
+
+    The optimizer keeps its own values of the keys that are left out. Any other key that is missing is an error, as always.
+    Arguments are those of torch's class.
+
+    The groups of a rule are other groups than those of the checkpoint. So write and read with names: give
+    `get_optimizer_state_dict` and `set_optimizer_state_dict` options=StateDictOptions(flatten_optimizer_state_dict=True).
+
+    Raises:
+        RuntimeError: by `dcp.load`, if any other key is missing.
+
+    Examples:
+        torch.distributed.checkpoint.load(state, checkpoint_id=folder, planner=LoadPlanner())
+    """
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Take the state dict to load into, as torch's planner does, without our keys that the checkpoint lacks."""
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        known = {} if metadata is None else metadata.state_dict_metadata
+        for key in [k for k in self.state_dict if _is_optional(k) and k not in known]:
+            del self.state_dict[key]
+
+
+def _is_optional(key: str) -> bool:
+    return key.rpartition(".")[2] in _OPTIONAL or f".{keys.SEGMENTS.name}." in key

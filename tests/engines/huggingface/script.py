@@ -1,0 +1,124 @@
+"""A script: a small Llama under transformers.Trainer, with torch's AdamW, with ours, and with ours and a rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import lwadamw
+from lwadamw.engines import huggingface
+from tests.engines.killed import HALF, STEPS, main
+
+VALUES = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+RULE = {"base_width": 16}
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8 * STEPS
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        x = (torch.arange(16) * (i % 7 + 1) + i) % 64
+        return {"input_ids": x, "labels": x}
+
+
+class Recorded(Trainer):
+    """A Trainer that keeps the losses in full precision and the order of the data."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.losses: list[float] = []
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(Data())
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *rest, **options)
+        self.losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+        return loss
+
+
+class Ours(huggingface.WidthTrainer, Recorded):
+    pass
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        learning_rate=VALUES["lr"],
+        weight_decay=VALUES["weight_decay"],
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
+        logging_steps=5,
+        report_to=[],
+        disable_tqdm=True,
+        **{"save_strategy": "no", **options},
+    )
+
+
+def train(
+    folder: Path, kind: type[Recorded], width: Any = None, resume: Any = None, callbacks: Any = (), **options: Any
+) -> Any:
+    trainer = kind(model=model(), args=arguments(folder, **options), train_dataset=Data(), callbacks=list(callbacks))
+    trainer.width = width or {}
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def plain() -> list[float]:
+    """The rule in a plain loop, with the clipping that Trainer does by default."""
+    net, losses, data = model(), [], Data()
+    optimizer = lwadamw.AdamW(lwadamw.param_groups(net, **RULE), max_grad_norm=1.0, **VALUES)
+    for step in range(STEPS):
+        x = torch.stack([data[i]["input_ids"] for i in range(8 * step, 8 * step + 8)])
+        loss = net(input_ids=x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def first(folder: Path, noted: dict[str, Any]) -> None:
+    noted["torch"] = train(folder, Recorded).losses
+    noted["ours"] = train(folder, Ours).losses
+    noted["plain"] = plain()
+    watch = huggingface.callback(every=5, prefix="norms/")
+    kept = {"save_strategy": "steps", "save_steps": HALF}
+    noted["rule"] = (trainer := train(folder, Ours, RULE, callbacks=[watch], **kept)).losses
+    noted["logged"] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    noted["last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
+
+
+def second(folder: Path, noted: dict[str, Any]) -> None:
+    watch = huggingface.callback(every=5, prefix="norms/")
+    trainer = train(folder, Ours, RULE, str(folder / f"checkpoint-{HALF}"), [watch])
+    noted["resumed"] = trainer.losses
+    noted["resumed last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
+    noted["multipliers"] = sorted({group["width_lr_mult"] for group in trainer.optimizer.param_groups})
+
+
+if __name__ == "__main__":
+    main(first, second)

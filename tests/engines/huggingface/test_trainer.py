@@ -1,0 +1,33 @@
+"""Under transformers.Trainer, lwadamw takes the steps of torch's AdamW, follows a rule, logs norms, and resumes exactly."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engines.killed import check, run_twice
+
+pytestmark = pytest.mark.engines
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory):
+    return run_twice("tests.engines.huggingface.script", tmp_path_factory.mktemp("trainer"))
+
+
+def test_losses_are_those_of_torch_of_a_plain_loop_and_after_a_kill_of_the_straight_run(noted):
+    check(noted)
+    assert min(noted["multipliers"]) == 0.5
+
+
+def test_norms_are_in_the_logs_of_the_trainer(noted):
+    assert [entry["step"] for entry in noted["logged"]] == [1, 5, 10, 15, 20]
+    for entry in noted["logged"]:
+        assert entry["norms/weight_rms/model.layers.0.mlp.up_proj.weight"] > 0
+
+
+def test_the_monitor_resumes_with_what_it_knew(noted):
+    for name in ("weight_rms", "relative_update", "taus", "expected_rms"):
+        assert noted["resumed last"][name] == pytest.approx(noted["last"][name], rel=1e-12, nan_ok=True)

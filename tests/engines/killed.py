@@ -1,0 +1,76 @@
+"""Runs a training script in a process that kills itself after its checkpoint, then in a new process that resumes from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+STEPS, HALF = 20, 10
+TOLERANCE = 5e-7
+
+
+def run_twice(module: str, folder: Path) -> dict[str, Any]:
+    """Return what a script has noted in a first process, which ends by SIGKILL, and in a second one.
+
+    Args:
+        module: the script. Its main block calls `main`.
+        folder: an empty folder.
+    """
+    for part, code in (("first", -signal.SIGKILL), ("second", 0)):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", module, part, str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / "noted.json").read_text())
+
+
+def main(first: Callable[[Path, dict[str, Any]], None], second: Callable[[Path, dict[str, Any]], None]) -> None:
+    """Run one part of a script: the first one ends by killing its own process.
+
+    Args:
+        first: trains, notes and saves.
+        second: resumes and notes.
+    """
+    part, folder = sys.argv[1], Path(sys.argv[2])
+    path = folder / "noted.json"
+    noted = json.loads(path.read_text()) if path.exists() else {}
+    {"first": first, "second": second}[part](folder, noted)
+    path.write_text(json.dumps(noted))
+    if part == "first":
+        kill()
+
+
+def kill() -> NoReturn:
+    """End this process as a machine that fails does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit
+
+
+def check(noted: dict[str, Any], *, plain: bool = True) -> None:
+    """Check losses: of torch's AdamW and ours, of a rule here and in a plain loop, and of the resumed run.
+
+    Args:
+        plain: whether the rule takes the steps of a plain loop here.
+        noted: losses of `torch`, `ours`, `rule`, `plain` and `resumed`.
+    """
+    for name in ("torch", "ours", "rule", "plain"):
+        assert len(noted[name]) == STEPS
+        assert noted[name][-1] < noted[name][0] - 0.05, name
+    assert noted["ours"] == pytest.approx(noted["torch"], abs=TOLERANCE, rel=0)
+    if plain:
+        assert noted["rule"] == pytest.approx(noted["plain"], abs=TOLERANCE, rel=0)
+    assert max(abs(a - b) for a, b in zip(noted["rule"], noted["ours"], strict=True)) > 1e-3
+    assert noted["resumed"] == noted["rule"][HALF:]
