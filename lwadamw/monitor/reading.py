@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..state.arrays import Array
 
 
@@ -22,6 +24,8 @@ class Reading:
         columns: statistic -> its value for every segment. `lwadamw.Monitor` describes the statistics.
         writes: whether this process is the one to log the reading. Where parameters are split over processes, all of them have
             the same reading.
+        fan_in: fan_in of every segment. Empty if it is not known of any.
+        rule: name of the optimizer's rule.
     """
 
     step: int
@@ -32,3 +36,5 @@ class Reading:
     weight_decay: Array
     columns: Mapping[str, Array] = field(default_factory=dict)
     writes: bool = True
+    fan_in: Array = field(default_factory=lambda: np.empty(0))
+    rule: str = "none"

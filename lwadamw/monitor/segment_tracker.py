@@ -22,6 +22,7 @@ from ..step.optimizer import AdamW
 from ..width.steady_state import STEADY_TAUS, Elapsed, earliest_steady_step, relative_update_of, weight_rms_of
 from .parts import Part, part_of
 from .spectrum import matrix_view
+from .standing import fan_ins, without_prediction
 
 # A segment counts as steady while expected_rms and steady_rms differ by at most this share of steady_rms.
 STEADY_TOLERANCE: Final = 0.1
@@ -79,6 +80,7 @@ class SegmentTracker:
         group: index of the parameter group of every segment, int64[len(names)].
         roles: role of every segment.
         m: width ratio of every segment, float64[len(names)]. It is NaN where the rule does not use a width ratio.
+        fan_in: fan_in of every segment, float64[len(names)]. It is NaN where it is not known.
     """
 
     def __init__(self, names: Sequence[str], optimizer: AdamW, earlier: SegmentTracker | None = None) -> None:
@@ -106,6 +108,9 @@ class SegmentTracker:
         self.roles = tuple(str(place[1]) for place in found_places)
         self.m = np.array([place[2] for place in found_places], dtype=np.float64)
         self._root_numel = np.sqrt([place[3] for place in found_places])
+        self.fan_in = fan_ins(self.names, optimizer)
+        why = [without_prediction(group) for group in optimizer.param_groups]
+        self._no_prediction = np.array([why[index] for index in self.group], dtype=object)
         self._reset()
         if earlier is not None:
             self._take_over(earlier)
@@ -123,6 +128,8 @@ class SegmentTracker:
         self._step, self._taus, self._rate = np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
         # The earliest step at which a segment can be steady, and whether it has weight decay at all.
         self._earliest, self._decays = np.full(n, np.nan), np.zeros(n, bool)
+        # The reading from which on the weights are not finite.
+        self._broken_from = np.full(n, np.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the names and arrays as lists of plain numbers, for `from_state`."""
@@ -146,6 +153,9 @@ class SegmentTracker:
             values = state[key] if key in state else state[f"_{key}"]
             setattr(tracker, attribute, np.array(values, dtype=dtype))
         tracker._start = tracker._start.reshape(-1, 4)
+        # These two are found at the next reading.
+        tracker._broken_from = np.full(len(tracker.names), np.nan)
+        tracker._no_prediction = np.full(len(tracker.names), "", dtype=object)
         return tracker
 
     def _take_over(self, earlier: SegmentTracker) -> None:
@@ -157,6 +167,7 @@ class SegmentTracker:
         for key, (attribute, _) in _SAVED.items():
             if key not in _FOUND_ANEW:
                 getattr(self, attribute)[new] = getattr(earlier, attribute)[old]
+        self._broken_from[new] = earlier._broken_from[old]
 
     def is_stale(self, optimizer: AdamW) -> bool:
         """Return whether parameters were added, removed or moved to another group since this tracker was made."""
@@ -177,7 +188,7 @@ class SegmentTracker:
         lr, wd, beta1 = hyper.T
         moved = norms.update > 0
         with np.errstate(all="ignore"):
-            rms = norms.weight / self._root_numel
+            rms = norms.weight / np.maximum(self._root_numel, 1)
             steady_rms = weight_rms_of(lr, wd)
             steady_update = relative_update_of(lr, wd, beta1)
             now = np.array([(e.log_kept, e.grown, e.taus) for e in elapsed]).reshape(-1, 3)[self.group]
@@ -199,9 +210,11 @@ class SegmentTracker:
                 "taus": now[:, 2] - taus,
             }
         for name in _NEED_DECAY:
-            columns[name][~self._decays] = np.nan
+            columns[name][~self._decays | (self._no_prediction != "")] = np.nan
         for values in columns.values():
             values[~np.isfinite(values)] = np.nan
+        broken = np.isnan(rms)
+        self._broken_from = np.where(broken, np.fmin(self._broken_from, step), np.nan)
         self._judge(step, columns["taus"], lr * wd, columns["expected_rms"], steady_rms)
         return columns
 
@@ -231,8 +244,12 @@ class SegmentTracker:
         return [self._verdict(i, steps) for i in range(len(self.names))]
 
     def _verdict(self, i: int, steps: int | None) -> str:
+        if not math.isnan(self._broken_from[i]):
+            return f"not finite from step {self._broken_from[i]:.0f}"
         if not self._decays[i]:
             return "no decay"
+        if self._no_prediction[i]:
+            return f"not known: {self._no_prediction[i]}"
         if not math.isnan(self._steady_from[i]):
             until = "" if math.isnan(self._steady_to[i]) else f" to step {self._steady_to[i]:.0f}"
             return f"steady from step {self._steady_from[i]:.0f}{until}"
