@@ -19,8 +19,11 @@ _NOT_AVERAGED: Final = ("taus", "calibrated_at")  # columns that say when someth
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean. It is NaN if some value is negative or not finite, and otherwise 0 if some value is 0."""
-    if not all(value >= 0 and math.isfinite(value) for value in values):
+    """Return the geometric mean. It is NaN if some value is negative or not finite, and otherwise 0 if some value is 0.
+
+    Of no values it is NaN.
+    """
+    if not values or not all(value >= 0 and math.isfinite(value) for value in values):
         return math.nan
     if not all(values):
         return 0.0
@@ -167,9 +170,7 @@ class Profile:
             return self
         past = next((past for past in reversed(self.history) if past.steps <= step), self.history[0])
         known = {(x.role, x.name): x.fan_in for x in self.by_type().segments}
-        segments = (
-            replace(x, fan_in=known.get((x.role, x.name))) if x.fan_in is None else x for x in past.segments
-        )
+        segments = (replace(x, fan_in=known.get((x.role, x.name))) if x.fan_in is None else x for x in past.segments)
         return replace(past, segments=tuple(segments), rule=self.rule, base=self.base)
 
 
