@@ -26,8 +26,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "compare",
         help="compare the profiles of two runs with the prediction from their learning rates and weight decays",
         description="Say in one line whether a run held what its width rule claims to hold equal at every width. Then print, "
-        "for each role and type of layer, what grew and what shrank from one run to another, and whether the effective learning "
-        "rates and weight decays predict the change. Monitor.save() writes the profiles. The exit code is 1 if weights are not "
+        "for each role and type of layer, what grew and what shrank from one run to another, and whether the effective "
+        "learning rates and weight decays predict the change. Monitor.save() writes the profiles. The exit code is 1 if weights are not "
         "finite, if the rule did not hold what it claims, or if a statistic is outside the tolerance; otherwise 0. A statistic "
         "that is too early to be judged does not count.",
     )

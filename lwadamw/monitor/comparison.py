@@ -155,13 +155,7 @@ def compare(
     calibration = Calibration(each, statistics or DEFAULTS, tolerance, after)
     everywhere = dict.fromkeys(key for types in (*each, theirs) for key in types)
     findings = [
-        Finding(
-            *key,
-            "weight_rms",
-            *(mean_of(value_of("weight_rms"), types.get(key, ())) for types in (ours, theirs)),
-            math.nan,
-            "not finite",
-        )
+        _broken(key, ours.get(key, ()), theirs.get(key, ()))
         for key in everywhere
         if not all(x.finite for types in (*each, theirs) for x in types.get(key, ()))
     ]
@@ -189,6 +183,12 @@ def _by_type(profile: Profile, by_layer: bool) -> dict[Type, list[SegmentProfile
         name = segment.name if by_layer else layer_type(segment.name)
         out.setdefault((segment.role, name), []).append(segment)
     return out
+
+
+def _broken(key: Type, proxy: Sequence[SegmentProfile], target: Sequence[SegmentProfile]) -> Finding:
+    """Return the finding about a type with weights that are not finite."""
+    before, now = (mean_of(value_of("weight_rms"), segments) for segments in (proxy, target))
+    return Finding(*key, "weight_rms", before, now, math.nan, "not finite")
 
 
 def _find(

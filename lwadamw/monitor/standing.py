@@ -1,4 +1,4 @@
-"""What is known about the segments of an optimizer before any step: the fan_in of each, and whether a prediction holds for it."""
+"""What is known about the segments of an optimizer before any step: fan_in, rule, and whether a prediction holds."""
 
 from __future__ import annotations
 

@@ -73,14 +73,14 @@ def test_a_monitor_may_be_attached_before_the_optimizer_loads_its_checkpoint():
     saved, state = copy.deepcopy(first.state_dict()), whole.state_dict()
     for with_state in (False, True):
         optimizer, monitor = begin()
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(copy.deepcopy(saved))
         if with_state:
             monitor.load_state_dict(state)
         train(optimizer, 8)
         assert [reading.step for reading in monitor.readings] == ([15, 20] if with_state else [13, 15, 20])
         assert monitor.latest.columns["taus"] == pytest.approx([0.2 * (19 if with_state else 7)])
     # A checkpoint of step 12 is loaded after step 20: what was seen of later steps does not count.
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(copy.deepcopy(saved))
     train(optimizer, 1)
     assert [reading.step for reading in monitor.readings] == [13]
     monitor.remove()
