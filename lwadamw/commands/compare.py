@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..monitor.text import aligned
+from .arguments import refuse
 
 if TYPE_CHECKING:
     from ..monitor.comparison import Comparison, Finding
@@ -27,9 +28,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="compare the profiles of two runs with the prediction from their learning rates and weight decays",
         description="Say in one line whether a run held what its width rule claims to hold equal at every width. Then print, "
         "for each role and type of layer, what grew and what shrank from one run to another, and whether the effective "
-        "learning rates and weight decays predict the change. Monitor.save() writes the profiles. The exit code is 1 if weights are not "
-        "finite, if the rule did not hold what it claims, or if a statistic is outside the tolerance; otherwise 0. A statistic "
-        "that is too early to be judged does not count.",
+        "learning rates and weight decays predict the change. Monitor.save() writes the profiles. The exit code is 1 if "
+        "weights are not finite, if the rule did not hold what it claims, or if a statistic is outside the tolerance. "
+        "Otherwise it is 0. A statistic that is too early to be judged does not count.",
     )
     option = parser.add_argument
     option(
@@ -73,7 +74,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             by_layer=args.full,
         )
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        refuse(parser, error)
     keep_all = args.full or args.statistic
     rows = [row for row in found.findings if keep_all or row.verdict != "no prediction"]
     first = _broken(found.broken) if found.broken else found.claim.sentence
