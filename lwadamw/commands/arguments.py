@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    import torch
+
     from ..lab.data import Corpus
 
 
@@ -20,6 +20,8 @@ def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
         parser: the parser of the command.
         name: auto, cpu, cuda or cuda:N. auto is a GPU if there is one, else the CPU.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,6 +36,38 @@ def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
             "Give --device auto."
         )
     return device
+
+
+def refuse(parser: argparse.ArgumentParser, error: Exception, about: str = "") -> NoReturn:
+    """End the program with exit code 2 and the message of an error.
+
+    Args:
+        parser: the parser of the command.
+        error: the error. If it says that nobody reads the output any more, it is raised again: no argument is wrong then.
+        about: text in front of the message, for instance "argument --out: ".
+    """
+    if isinstance(error, BrokenPipeError):
+        raise error
+    parser.error(f"{about}{error}")
+
+
+def output_file(parser: argparse.ArgumentParser, argument: str, path: Path | None) -> None:
+    """End the program with exit code 2, before any work is done, if no file can be written at a path.
+
+    Args:
+        parser: the parser of the command.
+        argument: name of the argument.
+        path: the path that was given, or None.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        parser.error(f"argument {argument}: {str(path)!r} is a folder. Give the path of a file.")
+    if not path.parent.is_dir():
+        parser.error(
+            f"argument {argument}: {str(path)!r} is in a folder that does not exist, {str(path.parent)!r}. Give the path of "
+            "a file in an existing folder."
+        )
 
 
 def corpus(parser: argparse.ArgumentParser, path: Path | None, context: int) -> Corpus:

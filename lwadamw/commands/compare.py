@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..monitor.text import aligned
+from .arguments import refuse
 
 if TYPE_CHECKING:
     from ..monitor.comparison import Comparison, Finding
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _HEADER = ("role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off by", "")
 _RIGHT = range(3, 8)  # The columns with numbers are aligned right.
+MOST_NAMED = 5  # at most so many layers are named in the line about weights that are not finite
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,16 +26,26 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
         help="compare the profiles of two runs with the prediction from their learning rates and weight decays",
-        description="Print, for each role and type of layer, what grew and what shrank from one run to another, and whether "
-        "the effective learning rates and weight decays predict the change. Monitor.save() writes the profiles. The exit "
-        "code is 1 if a statistic is outside the tolerance, otherwise 0. A statistic that is too early to be judged does not "
-        "count.",
+        description="Say in one line whether a run held what its width rule claims to hold equal at every width. Then print, "
+        "for each role and type of layer, what grew and what shrank from one run to another, and whether the effective "
+        "learning rates and weight decays predict the change. Monitor.save() writes the profiles. The exit code is 1 if "
+        "weights are not finite, if the rule did not hold what it claims, or if a statistic is outside the tolerance. "
+        "Otherwise it is 0. A statistic that is too early to be judged does not count.",
     )
     option = parser.add_argument
-    option("proxy", type=Path, metavar="proxy.json")
-    option("target", type=Path, metavar="target.json")
     option(
-        "--tolerance", type=float, metavar="X", help="factor by which a ratio may be off, either way (default: 1.25)"
+        "profiles",
+        nargs="+",
+        type=Path,
+        metavar="profile.json",
+        help="the profile of the proxy, then that of the target. With several proxies, for instance two seeds, the spread "
+        "between them calibrates the tolerance; the target is the last one",
+    )
+    option(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="factor by which a ratio may be off, either way (default: 1.25, or more if the proxies differ by more)",
     )
     option(
         "--statistic",
@@ -50,30 +62,45 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from ..monitor.comparison import COMPARE_TOLERANCE, compare
     from ..monitor.profile_file import load
 
+    if len(args.profiles) < 2:
+        parser.error(f"one profile, {str(args.profiles[0])!r}, has nothing to be compared with. Give the target's too.")
     try:
-        profiles = load(args.proxy), load(args.target)
+        *proxies, target = map(load, args.profiles)
         found = compare(
-            *profiles,
+            proxies,
+            target,
             COMPARE_TOLERANCE if args.tolerance is None else args.tolerance,
             statistics=args.statistic,
             by_layer=args.full,
         )
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        refuse(parser, error)
     keep_all = args.full or args.statistic
     rows = [row for row in found.findings if keep_all or row.verdict != "no prediction"]
-    print("\n".join([*_titles(profiles), *_table(rows), *_summary(found)]))
+    first = _broken(found.broken) if found.broken else found.claim.sentence
+    print("\n".join([first, *_titles(proxies, target), *_table(rows), *_summary(found)]))
     if found.unmatched:
         print(f"only in one of the runs: {', '.join(found.unmatched)}", file=sys.stderr)
-    return 1 if found.drifted else 0
+    return 1 if found.failed else 0
 
 
-def _titles(profiles: Sequence[Profile]) -> list[str]:
+def _broken(findings: Sequence[Finding]) -> str:
+    names = [row.layers for row in findings]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"not finite: some weights are NaN or infinite in {', '.join(names[:MOST_NAMED])}{more}"
+
+
+def _titles(proxies: Sequence[Profile], target: Profile) -> list[str]:
     return [
-        f"{name:<6}  rule {p.rule}   base {', '.join(f'{k} {v}' for k, v in p.base.items())}   "
+        f"{name:<6}  rule {p.rule}   base {', '.join(f'{k} {_base(k, v)}' for k, v in p.base.items())}   "
         f"steps {p.window[0]} to {p.window[1]} of {p.steps}" + "".join(f"   {k} {v}" for k, v in p.meta.items())
-        for name, p in zip(("proxy", "target"), profiles, strict=True)
+        for name, p in [*(("proxy", proxy) for proxy in proxies), ("target", target)]
     ]
+
+
+def _base(key: str, value: object) -> str:
+    """Return a base value as text. Older profiles hold the lr at the end of the run, which may be 0."""
+    return "decayed to 0" if key == "lr" and value == 0 else str(value)
 
 
 def _summary(found: Comparison) -> list[str]:
@@ -82,7 +109,7 @@ def _summary(found: Comparison) -> list[str]:
         counts[row.verdict] = counts.get(row.verdict, 0) + 1
     judged = sum(n for verdict, n in counts.items() if verdict not in ("too early", "no prediction"))
     text = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no statistic is in both runs"
-    return [f"tolerance {found.tolerance:g}: {text}" + ("" if judged else "; nothing could be judged")]
+    return [f"{found.calibration}: {text}" + ("" if judged else "; nothing could be judged")]
 
 
 def _table(rows: Sequence[Finding]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..width.rules import RULES
-from .arguments import corpus, device, positive, whole
+from .arguments import corpus, device, output_file, positive, whole
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,10 +53,6 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except ValueError as error:
         parser.error(f"argument --base-width: {error}")
     text = corpus(parser, args.data, settings.context)
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        problem = (
-            "is a folder" if args.out.is_dir() else f"is in a folder that does not exist, {str(args.out.parent)!r}"
-        )
-        parser.error(f"argument --out: {str(args.out)!r} {problem}. Give the path of a file in an existing folder.")
+    output_file(parser, "--out", args.out)
     widths = (settings.base_width, settings.base_width * args.ratio)
     return demo.run(settings, widths, text, place, args.out)

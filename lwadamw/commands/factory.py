@@ -11,10 +11,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 EXAMPLE: Final = "mypackage.models:build"
 
@@ -30,6 +30,9 @@ def build(argument: str, path: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: the factory cannot be imported or called, fails, or does not return a model.
     """
+    import torch
+    from torch import nn
+
     factory = _find(argument, path)
     try:
         signature = inspect.signature(factory)
@@ -93,6 +96,8 @@ def _find(argument: str, path: str) -> Callable[..., object]:
         close = difflib.get_close_matches(attribute, [name for name in vars(module) if not name.startswith("_")], n=1)
         hint = f" Closest: {close[0]!r}." if close else " Give a class or function of that module."
         raise ValueError(f"argument {argument}: module {module_name!r} has no {attribute!r}.{hint}") from None
+    from torch import nn
+
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ValueError(
             f"argument {argument}: {path} is a {type(factory).__name__}, not a class or function. Name the class or function "

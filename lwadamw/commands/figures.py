@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Final
 
+from .arguments import refuse
+
 DATA: Final = Path("docs/data")
 REPORT: Final = Path("docs/width_transfer.md")
 
@@ -36,6 +38,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
     from ..lab import figures, findings
 
+    if args.report is not None and not args.report.is_file():
+        parser.error(
+            f"argument --report: there is no file {str(args.report)!r}. Give the report whose tables are filled in."
+        )
     if not args.data.is_dir():
         parser.error(f"argument --data: {str(args.data)!r} is no folder. Give the folder with the CSV files.")
     try:
@@ -47,5 +53,5 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             report.write_text(findings.refresh(report.read_text(), args.data))
             print(f"{report}: tables from {args.data}")
     except (ValueError, RuntimeError, OSError) as error:
-        parser.error(str(error))
+        refuse(parser, error)
     return 0

@@ -8,14 +8,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Final
 
 from . import config_width
 from .config_width import Scaled, at_width, differences, section_at, width_field
 from .pair import Pair
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FACTORY: Final = "write a function that builds the model, and give it as module:factory, with --base for the proxy"
 
@@ -256,6 +256,8 @@ def _build(
     make: Callable[[Any], nn.Module], name: str, config: Any, whose: str, changed: Mapping[str, tuple[Any, Any]]
 ) -> nn.Module:
     try:
+        import torch
+
         with torch.device("meta"):
             return make(config)
     except Exception as error:

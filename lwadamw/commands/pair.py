@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Final
 
 from ..state.names import layer_type
-from ..width.groups import Evidence
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..width.groups import Evidence
 
 # At most this many fields are named in one line of the report, and at most this many layer types in as many lines.
 _MOST_NAMED: Final = 40

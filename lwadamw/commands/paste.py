@@ -6,16 +6,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..state.names import layer_type
-from ..width.groups import Evidence
 from ..width.patterns import matches_any, separating
 from ..width.sites import sites
 from ..width.specs import RoleSpec
 from .pair import Pair
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..width.groups import Evidence
 
 # Stand for what only the user knows. They are not valid Python, so nobody can run the code without filling them in.
 _ROLE: Final = "<role>"

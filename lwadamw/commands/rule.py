@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ..monitor.text import aligned
 from ..width.rules import ROLES, RULES, Rule, Scale, get_rule, with_output
-from ..width.steady_state import STEADY_TAUS
-from ..width.targets import Base, Horizon, Target
 from .arguments import positive, whole
+
+if TYPE_CHECKING:
+    from ..width.targets import Horizon, Target
 
 OWN: Final = "own"  # The name of a rule that is given by its exponents.
 
@@ -72,6 +73,8 @@ def exponents(text: str) -> Scale:
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
+    from ..width.targets import Base, Horizon, Target
+
     if args.exponents is not None and args.rule is not None:
         parser.error(f"argument --exponents: they are in place of a rule. Leave out {args.rule!r}, or --exponents.")
     if args.batch_tokens is not None and args.steps is None:
@@ -204,6 +207,8 @@ def _predictions(target: Target, horizon: Horizon | None) -> str:
 
 
 def _steady(tau: float, horizon: Horizon | None) -> str:
+    from ..width.steady_state import STEADY_TAUS
+
     late = horizon is not None and not horizon.reaches(tau)
     return _count(STEADY_TAUS * tau) + (": not in this run" if late else "")
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..width.rules import RULES
 from . import transfer
-from .arguments import corpus, device, positive, whole
+from .arguments import corpus, device, output_file, positive, refuse, whole
 
 # One arm at three widths takes minutes on two cores.
 MINI: Final[dict[str, Any]] = {
@@ -79,16 +79,15 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     transfer.check_plot(parser, args.plot)
     tasks = _tasks(parser, args)
-    if not args.out.parent.is_dir():
-        parser.error(f"argument --out: {str(args.out.parent)!r} does not exist. Give a file in an existing folder.")
+    output_file(parser, "--out", args.out)
     place = device(parser, args.device)
     try:
         work, columns = (watch, SERIES) if args.series else (train, RESULT)
         failures = sweep(
             tasks, work, columns, args.out, place, jobs=args.jobs, show=lambda line: print(line, flush=True)
         )
-    except ValueError as error:
-        parser.error(f"argument --out: {error}")
+    except (ValueError, OSError) as error:
+        refuse(parser, error, "argument --out: ")
     if failures:
         print(
             f"{len(failures)} runs failed and are not in {args.out}. The same command tries them again.",
@@ -99,7 +98,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     try:
         transfer.report(args.out, args.plot or args.out.with_suffix(".png"))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(parser, error)
     return 1 if failures else 0
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..width.rules import RULES
-from .arguments import device, positive, whole
+from .arguments import device, output_file, positive, refuse, whole
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,7 +16,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="what each rule holds constant where gradients are noise",
         description="Take a two-layer network whose gradients are noise to its steady state, for every combination of arm, "
         "activation, width and seed. Every run is appended to a CSV file with gain, singular values and weight RMS. The "
-        "command may be killed at any moment; the same command then does the runs that are missing.",
+        "command may be killed at any moment; the same command then does the runs that are missing. At the end it prints how "
+        "each of these quantities grows with the width under each arm: the fitted exponent, with a 95 % interval over seeds.",
     )
     option = parser.add_argument
     option("--out", type=Path, default=Path("synthetic.csv"), metavar="CSV", help="file of runs (default: %(default)s)")
@@ -37,6 +38,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
+    from ..lab import findings
     from ..lab.sweep import sweep
     from ..lab.synthetic import RESULT, Noise
     from ..lab.synthetic import run as work
@@ -58,10 +60,13 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         ]
     except ValueError as error:
         parser.error(f"argument --arms: {error}")
-    if not args.out.parent.is_dir():
-        parser.error(f"argument --out: {str(args.out.parent)!r} does not exist. Give a file in an existing folder.")
+    output_file(parser, "--out", args.out)
     try:
         failures = sweep(tasks, work, RESULT, args.out, device(parser, args.device), jobs=args.jobs)
+    except (ValueError, OSError) as error:
+        refuse(parser, error, "argument --out: ")
+    try:
+        print(findings.noise_report(args.out))
     except ValueError as error:
-        parser.error(f"argument --out: {error}")
+        refuse(parser, error)
     return 1 if failures else 0

@@ -16,13 +16,13 @@ from .arguments import positive, whole
 from .factory import EXAMPLE, build, literal
 from .hf import build_pair
 from .pair import Pair
-from .paste import Paste, paste
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..width.groups import Groups
     from ..width.specs import RoleSpec
+    from .paste import Paste
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -100,6 +100,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
     from ..monitor.summary import summary
     from ..width.groups import param_groups
+    from .paste import paste
 
     if (args.lr is None) != (args.wd is None):
         parser.error("arguments --lr and --wd go together: give both base values, or neither to see multipliers.")

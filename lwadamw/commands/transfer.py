@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .arguments import positive, whole
+from .arguments import output_file, positive, refuse, whole
 
 NOISE = 0.01  # The default of --noise.
 
@@ -42,10 +42,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
     check_plot(parser, args.plot)
+    output_file(parser, "--json", args.json)
     try:
         report(args.runs, args.plot, args.json, loss=args.loss, proxy=args.proxy, lr=args.lr, noise=args.noise)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(parser, error)
     return 0
 
 
@@ -53,6 +54,7 @@ def check_plot(parser: argparse.ArgumentParser, path: Path | None) -> None:
     """End the program with exit code 2 if no figure can be written into the file of --plot."""
     from ..lab.plots import KINDS
 
+    output_file(parser, "--plot", path)
     if path is not None and path.suffix.lower() not in KINDS:
         parser.error(
             f"argument --plot: {str(path)!r} ends in none of {', '.join(KINDS)}. Give a path that ends in one of them."
@@ -95,7 +97,7 @@ def report(
         numbers.write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
     if plot is not None:
         try:
-            plots.save(plots_runs.transfer(found), plot)
+            plots.save(plots_runs.transfer(found, proxy=proxy, lr=lr), plot)
         except RuntimeError as error:  # matplotlib is not installed
             print(error)
         else:

@@ -55,9 +55,9 @@ class Curve:
         seeds = tuple(sorted({row.seed for row in rows if row.seed is not None}))
         lr = np.array(sorted({row.lr for row in rows}))
         sums, runs = np.zeros((max(1, len(seeds)), len(lr))), np.zeros((max(1, len(seeds)), len(lr)))
+        line, place = {seed: i for i, seed in enumerate(seeds)}, {value: j for j, value in enumerate(lr.tolist())}
         for row in rows:
-            i = seeds.index(row.seed) if row.seed is not None else 0
-            j = int(np.searchsorted(lr, row.lr))
+            i, j = 0 if row.seed is None else line[row.seed], place[row.lr]
             sums[i, j] += row.loss
             runs[i, j] += 1
         losses = np.divide(sums, runs, out=np.full_like(sums, np.nan), where=runs > 0)
@@ -107,6 +107,46 @@ class Curve:
         moves = generator.standard_normal((DRAWS, len(self.lr))) * (noise / np.sqrt(self.runs))
         return np.asarray(self.mean + moves)
 
+    def bounds(self, drawn: Array) -> tuple[Array, Array]:
+        """Return between which learning rates the optimum of each draw lies, float64[DRAWS] each, in log2 lr.
+
+        Both are the lowest point of a parabola if it is inside the grid. If the lowest loss is at the first or last learning
+        rate, the optimum may lie anywhere beyond it. Next to a diverged run it lies between the neighbours.
+
+        Args:
+            drawn: losses as `redraw` returns them.
+        """
+        found = lowest(self.log2_lr, drawn)
+        low, high = found.copy(), found.copy()
+        index = np.argmin(np.where(np.isfinite(drawn), drawn, np.inf), axis=1)
+        outer = ~_inner(drawn).any(axis=1)
+        x = np.concatenate([[-np.inf], self.log2_lr, [np.inf]])
+        low[outer], high[outer] = x[index[outer]], x[index[outer] + 2]
+        # Nothing is known to be on the far side of a point whose neighbour towards the inside is higher.
+        first, last = index == 0, index == len(self.lr) - 1
+        high[outer & first & ~last], low[outer & last & ~first] = (
+            found[outer & first & ~last],
+            found[outer & last & ~first],
+        )
+        return low, high
+
+    def losses_at(self, lr: float, drawn: Array) -> Array:
+        """Return the loss of each draw at a learning rate, float64[DRAWS]. It is NaN outside the grid.
+
+        Args:
+            lr: base learning rate. Between two learning rates of the grid the loss is linear in log2 lr.
+            drawn: losses as `redraw` returns them.
+        """
+        near = int(np.argmin(np.abs(self.log2_lr - np.log2(lr))))
+        if np.isclose(self.lr[near], lr, rtol=1e-6):
+            return np.asarray(drawn[:, near])
+        if not self.lr[0] < lr < self.lr[-1]:
+            return np.full(len(drawn), np.nan)
+        right = int(np.searchsorted(self.lr, lr))
+        start, stop = self.log2_lr[right - 1 : right + 1]
+        share = (np.log2(lr) - start) / (stop - start)
+        return np.asarray((1 - share) * drawn[:, right - 1] + share * drawn[:, right])
+
     def at(self, lr: float) -> tuple[float, Reached]:
         """Return the mean loss at a learning rate, and how the loss is known.
 
@@ -116,18 +156,10 @@ class Curve:
         Returns:
             The loss and a word. The loss is NaN outside the grid.
         """
-        near = int(np.argmin(np.abs(self.log2_lr - np.log2(lr))))
-        how: Reached = "run"
-        if np.isclose(self.lr[near], lr, rtol=1e-6):
-            loss = float(self.mean[near])
-        elif self.lr[0] < lr < self.lr[-1]:
-            right = int(np.searchsorted(self.lr, lr))
-            start, stop = self.log2_lr[right - 1 : right + 1]
-            share = (np.log2(lr) - start) / (stop - start)
-            loss = float((1 - share) * self.mean[right - 1] + share * self.mean[right])
-            how = "interpolated"
-        else:
-            return float("nan"), "outside the grid"
+        loss = float(self.losses_at(lr, self.mean[None])[0])
+        if np.isnan(loss):
+            return loss, "outside the grid"
+        how: Reached = "run" if np.isclose(self.lr, lr, rtol=1e-6).any() else "interpolated"
         return loss, how if np.isfinite(loss) else "diverged"
 
 
@@ -195,7 +227,32 @@ def slope_weights(x: Array) -> Array:
     return np.asarray(centred / (centred @ centred))
 
 
-def interval(draws: Array) -> tuple[float, float]:
-    """Return the ends of the interval that holds the middle 95 % of the draws."""
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+def interval(draws: Array, upper: Array | None = None) -> tuple[float, float]:
+    """Return the ends of the interval that holds the middle 95 % of the draws.
+
+    Args:
+        draws: float64[n], infinite where a draw has no bound.
+        upper: the upper bounds of the same draws, if a draw is a range. `draws` then holds the lower bounds.
+    """
+    upper = draws if upper is None else upper
+    if np.isfinite(draws).all() and np.isfinite(upper).all():
+        return float(np.quantile(draws, 0.025)), float(np.quantile(upper, 0.975))
+    # Nothing lies half-way between a number and infinity.
+    return float(np.quantile(draws, 0.025, method="lower")), float(np.quantile(upper, 0.975, method="higher"))
+
+
+def combined(weights: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """Return the bounds of a weighted sum of quantities of which bounds are known, float64[draws] each.
+
+    Args:
+        weights: float64[n].
+        low: lower bounds, float64[n, draws].
+        high: upper bounds, float64[n, draws].
+    """
+    used = weights != 0  # 0 times infinity is not a number
+    weights, low, high = weights[used, None], low[used], high[used]
+    positive = weights > 0
+    return (
+        np.asarray((weights * np.where(positive, low, high)).sum(axis=0)),
+        np.asarray((weights * np.where(positive, high, low)).sum(axis=0)),
+    )

@@ -10,10 +10,14 @@ from typing import Final
 
 import numpy as np
 
+from lwadamw.monitor.text import aligned
+
 from .exponents import Exponent, exponent
 from .figures import rows_of
 from .outcomes import read
-from .transfer import Arm, Transfer, analyse
+from .paired import Difference, differences
+from .transfer import Arm, Drift, Transfer, analyse, curves_of
+from .transfer_table import regret_of, signed_span, span
 
 Rows = Sequence[Mapping[str, str]]
 Table = Callable[[Path], str]
@@ -67,20 +71,62 @@ def _arms(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
 
 
-def _noise(variant: str, matrices: Sequence[str]) -> Table:
+# The matrices of the synthetic network for each activation.
+VARIANTS: Final[Mapping[str, tuple[str, ...]]] = {"relu": ("in", "out"), "swiglu": ("in", "gate", "out")}
+
+
+def noise_exponents(path: Path, variant: str) -> list[list[str]]:
+    """Return the width exponents of gain, singular values and weight RMS under every arm, as the cells of a table.
+
+    Args:
+        path: the file that `python -m lwadamw synthetic` wrote.
+        variant: the activation.
+
+    Returns:
+        The header, then a row per quantity. An exponent that cannot be fitted is "-". Only the header if no run has this
+        activation.
+
+    Raises:
+        ValueError: the file cannot be read or lacks a column.
+    """
     columns = [
         "gain_network",
-        *(f"{what}_{name}" for what in ("gain", "top", "second", "bulk", "rms") for name in matrices),
+        *(f"{what}_{name}" for what in ("gain", "top", "second", "bulk", "rms") for name in VARIANTS[variant]),
     ]
+    rows = [row for row in rows_of(path, ["arm", "variant", *columns]) if row["variant"] == variant]
+    arms = _arms(rows)
+    lines = [
+        [column.replace("_", " "), *(_exponent([r for r in rows if r["arm"] == arm], column) for arm in arms)]
+        for column in columns
+    ]
+    return [["width exponent of", *arms], *(lines if rows else [])]
 
+
+def noise_report(path: Path) -> str:
+    """Return the tables of `noise_exponents` for all activations of a file, as text.
+
+    Args:
+        path: the file that `python -m lwadamw synthetic` wrote.
+
+    Raises:
+        ValueError: the file cannot be read or lacks a column.
+    """
+    tables = {variant: noise_exponents(path, variant) for variant in VARIANTS}
+    return "\n\n".join("\n".join([variant, *aligned(rows)]) for variant, rows in tables.items() if len(rows) > 1)
+
+
+def _exponent(rows: Rows, column: str) -> str:
+    # One width, or no seed that has every width, gives no slope.
+    known = {(row["seed"], row["width"]) for row in rows if row[column]}
+    widths, seeds = {width for _, width in known}, {seed for seed, _ in known}
+    whole = any(all((seed, width) in known for width in widths) for seed in seeds)
+    return str(fit(rows, column)) if len(widths) > 1 and whole else "-"
+
+
+def _noise(variant: str) -> Table:
     def table(path: Path) -> str:
-        rows = [row for row in rows_of(path, ["arm", "variant", *columns]) if row["variant"] == variant]
-        arms = _arms(rows)
-        lines = [
-            [column.replace("_", " "), *(str(fit([r for r in rows if r["arm"] == arm], column)) for arm in arms)]
-            for column in columns
-        ]
-        return markdown(["width exponent of", *arms], lines)
+        header, *rows = noise_exponents(path, variant)
+        return markdown(header, rows)
 
     return table
 
@@ -107,24 +153,30 @@ def _transfer(path: Path) -> str:
     widths = sorted({optimum.width for arm in found.arms for optimum in arm.optima})
     header = ["arm", *(f"best lr, {width}" for width in widths), "drift per octave of width"]
     header += [f"regret, {width}" for width in widths[1:]] + [f"best loss, {width}" for width in widths]
-    return markdown(header, [_line(arm, len({row.seed for row in rows})) for arm in found.arms])
+    return markdown(header, [_line(arm) for arm in found.arms])
 
 
-def _line(arm: Arm, seeds: int) -> list[str]:
-    best = [f"{o.lr:.2g} ({_ends(o.low, o.high)})" for o in arm.optima]
-    drift = (
-        "-"
-        if arm.drift is None
-        else f"{arm.drift.slope:+.2f} ({arm.drift.slope_low:+.2f} to {arm.drift.slope_high:+.2f})"
-    )
-    # 95 % interval of the difference of two means.
-    half = 1.96 * arm.noise * math.sqrt(2 / seeds)
-    regrets = [_regret(r.regret) + (f" ± {half:.3f}" if r.regret else "") for r in arm.regrets[1:]]
+def _slope(drift: Drift | Difference) -> str:
+    return f"{drift.slope:+.2f} ({signed_span(drift.slope_low, drift.slope_high, 2)})"
+
+
+def _line(arm: Arm) -> list[str]:
+    best = [f"{o.lr:.2g} ({span(o.low, o.high)})" for o in arm.optima]
+    drift = "-" if arm.drift is None else _slope(arm.drift)
+    regrets = [regret_of(r) for r in arm.regrets[1:]]
     return [arm.name, *best, drift, *regrets, *(f"{o.best_loss:.3f}" for o in arm.optima)]
 
 
-def _ends(low: float, high: float) -> str:
-    return f"{low:.2g} to {high:.2g}" if low > 0 and math.isfinite(high) else "at the edge"
+def _differences(path: Path) -> str:
+    """Table of the drift of every arm in a row minus that of the arm in the column."""
+    found = differences(curves_of(read(path).rows))
+    arms = list(dict.fromkeys(d.arm for d in found))
+    others = list(dict.fromkeys(d.other for d in found))
+    cells = {(d.arm, d.other): _slope(d) for d in found}
+    return markdown(
+        ["drift of, minus drift of", *others],
+        [[arm, *(cells.get((arm, other), "") for other in others)] for arm in arms],
+    )
 
 
 def _regret(value: float) -> str:
@@ -206,11 +258,13 @@ def _series(path: Path) -> str:
 TABLES: Final[Mapping[str, tuple[str, Table]]] = {
     "published": ("kosson2025_fig1.csv", _published),
     "steady": ("synthetic.csv", _steady),
-    "relu": ("synthetic.csv", _noise("relu", ("in", "out"))),
-    "swiglu": ("synthetic.csv", _noise("swiglu", ("in", "gate", "out"))),
+    "relu": ("synthetic.csv", _noise("relu")),
+    "swiglu": ("synthetic.csv", _noise("swiglu")),
     "transfer": ("transfer.csv", _transfer),
     "weights": ("transfer.csv", _weights),
+    "paired": ("transfer.csv", _differences),
     "transfer_low": ("transfer_low_wd.csv", _transfer),
+    "paired_low": ("transfer_low_wd.csv", _differences),
     "series": ("series.csv", _series),
     "ridge": ("heatmap.csv", _ridge),
 }

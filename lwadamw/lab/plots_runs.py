@@ -25,21 +25,31 @@ MAP: Final = (4.2, 3.4)  # inches
 
 
 @styled
-def transfer(outcomes: Outcomes, title: str = "Loss against base learning rate") -> Figure:
+def transfer(
+    outcomes: Outcomes,
+    title: str = "Loss against base learning rate",
+    *,
+    proxy: int | None = None,
+    lr: float | None = None,
+) -> Figure:
     """Draw loss against learning rate, in a panel per arm and weight decay, with a line per width.
 
     A thick line is the mean over seeds, with a circle at its best run. A thin line is one seed. A cross at the top edge
-    marks a run that diverged. The dotted line marks the learning rate of the best run at the smallest width.
+    marks a run that diverged. The dotted line marks the learning rate whose regret the tables have.
 
     Args:
         outcomes: the runs.
         title: text above the panels.
+        proxy: width whose best run has the learning rate of the dotted line. By default the smallest width.
+        lr: learning rate of the dotted line, instead of that of the proxy's best run.
     """
     curves = curves_of(outcomes.rows)
     settings = list(dict.fromkeys((c.arm, c.weight_decay) for c in curves))
     several = len({decay for _, decay in settings}) > 1
     rows, columns = fold(len(settings))
-    key = "circle: best run; dotted: its learning rate at the smallest width; crosses at the top: diverged"
+    proxy = min(c.width for c in curves) if proxy is None else proxy
+    dotted = f"learning rate of the best run at width {proxy}" if lr is None else f"learning rate {lr:g}"
+    key = f"circle: best run; dotted: {dotted}; crosses at the top: diverged"
     caption = "\n".join(filter(None, (key, outcomes.caption)))
     figure, grid = panels(rows, columns, title, caption, sharey=True, sharex=True)
     colours = by_width(c.width for c in curves)
@@ -49,8 +59,9 @@ def transfer(outcomes: Outcomes, title: str = "Loss against base learning rate")
         for curve in here:
             rank = list(colours).index(curve.width)
             _curve(axes, curve, colours[curve.width], 0.985 - 0.035 * rank)
-        if np.isfinite(here[0].mean).any():
-            axes.axvline(here[0].lr[here[0].best], color=GREY, linewidth=0.8, linestyle=":", zorder=1)
+        at_proxy = [float(c.lr[c.best]) for c in here if c.width == proxy and np.isfinite(c.mean).any()]
+        for mark in at_proxy if lr is None else [lr]:
+            axes.axvline(mark, color=GREY, linewidth=0.8, linestyle=":", zorder=1, label="_lr of the regret")
         axes.set_title(f"{arm}, wd {decay:g}" if several else arm)
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("base learning rate")

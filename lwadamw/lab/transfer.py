@@ -12,7 +12,7 @@ import numpy as np
 
 from lwadamw.state.arrays import Array
 
-from .curves import Curve, Edge, Reached, interval, lowest, noise_of, slope_weights
+from .curves import Curve, Edge, Reached, combined, interval, lowest, noise_of, slope_weights
 from .outcomes import Outcome
 from .ridge import Ridge, ridge
 
@@ -27,8 +27,8 @@ class Optimum:
     Args:
         width: width of the model.
         lr: lowest point of a parabola in log2 lr through the best run and its neighbours.
-        low: lower end of the 95 % interval of lr. It is 0 if the best run has the lowest lr of the grid.
-        high: upper end of the 95 % interval of lr. It is inf if the best run has the highest lr of the grid.
+        low: lower end of the 95 % interval of lr. It is 0 if the best run may be the one with the lowest lr of the grid.
+        high: upper end of the 95 % interval of lr. It is inf if the best run may be the one with the highest lr of the grid.
         edge: why `lr` is the learning rate of a run and not the result of a fit. Empty if it is a fit.
         best_lr: learning rate of the best run.
         best_loss: mean loss over seeds at best_lr. inf: every run diverged.
@@ -58,6 +58,9 @@ class Regret:
         regret: difference between the loss and the best loss of the arm at this width. inf: the run diverged. NaN: not
             known.
         reached: how the loss is known.
+        low: lower end of the 95 % interval of regret: of the loss at lr minus the lowest loss, when the losses are moved by the
+            noise of a run. NaN if the regret is not a number.
+        high: upper end of this interval.
     """
 
     width: int
@@ -65,6 +68,8 @@ class Regret:
     loss: float
     regret: float
     reached: Reached
+    low: float = math.nan
+    high: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +78,11 @@ class Drift:
 
     Args:
         slope: octaves of lr per octave of width, by least squares.
-        slope_low: lower end of the interval of slope.
-        slope_high: upper end of the interval of slope.
+        slope_low: lower end of the interval of slope. It is -inf if an optimum at the edge of the grid leaves it open.
+        slope_high: upper end of the interval of slope; inf if it is open.
         total: octaves of lr from the first width to the last.
-        total_low: lower end of the interval of total.
-        total_high: upper end of the interval of total.
+        total_low: lower end of the interval of total; -inf if it is open.
+        total_high: upper end of the interval of total; inf if it is open.
         at_edge: widths whose optimum is not inside the grid. How much they add to the drift is not known.
     """
 
@@ -203,27 +208,26 @@ def curves_of(rows: Iterable[Outcome]) -> list[Curve]:
 def _arm(curves: Sequence[Curve], proxy: int, lr: float | None, noise: float, noise_from: NoiseFrom) -> Arm:
     generator = np.random.default_rng(0)
     fits = [lowest(c.log2_lr, c.mean)[0] for c in curves]
-    draws = np.array([lowest(c.log2_lr, c.redraw(noise, generator)) for c in curves])
-    optima = tuple(_optimum(c, fit, drawn) for c, fit, drawn in zip(curves, fits, draws, strict=True))
+    drawn = [c.redraw(noise, generator) for c in curves]
+    low, high = np.array([c.bounds(d) for c, d in zip(curves, drawn, strict=True)]).swapaxes(0, 1)
+    optima = tuple(_optimum(c, fit, *ends) for c, fit, *ends in zip(curves, fits, low, high, strict=True))
     at_proxy = next((o for o in optima if o.width == proxy and math.isfinite(o.best_loss)), None)
     moved = lr if lr is not None else at_proxy.best_lr if at_proxy else None
-    regrets = () if moved is None else tuple(_regret(c, moved) for c in curves)
+    regrets = () if moved is None else tuple(_regret(c, moved, d) for c, d in zip(curves, drawn, strict=True))
     known = [i for i, fit in enumerate(fits) if math.isfinite(fit)]
-    drift = _drift([optima[i] for i in known], np.array(fits)[known], draws[known]) if len(known) > 1 else None
+    some = [optima[i] for i in known]
+    drift = _drift(some, np.array(fits)[known], low[known], high[known]) if len(known) > 1 else None
     first = curves[0]
     return Arm(first.arm, first.weight_decay, noise, noise_from, optima, regrets, drift)
 
 
-def _optimum(curve: Curve, fit: float, draws: Array) -> Optimum:
-    low, high = 2.0 ** np.array(interval(draws))
-    if curve.edge == "next to a diverged run":
-        around = curve.lr[max(0, curve.best - 1) : curve.best + 2]
-        low, high = min(low, around[0]), max(high, around[-1])
+def _optimum(curve: Curve, fit: float, lower: Array, upper: Array) -> Optimum:
+    low, high = (math.nan, math.nan) if curve.edge == "no run ended" else 2.0 ** np.array(interval(lower, upper))
     return Optimum(
         curve.width,
         float(2.0**fit),
-        0.0 if curve.edge == "lowest lr" else float(low),
-        math.inf if curve.edge == "highest lr" else float(high),
+        float(low),
+        float(high),
         curve.edge,
         float(curve.lr[curve.best]),
         float(curve.mean[curve.best]),
@@ -232,18 +236,26 @@ def _optimum(curve: Curve, fit: float, draws: Array) -> Optimum:
     )
 
 
-def _regret(curve: Curve, lr: float) -> Regret:
+def _regret(curve: Curve, lr: float, drawn: Array) -> Regret:
     loss, reached = curve.at(lr)
     best = float(curve.mean[curve.best])
-    return Regret(curve.width, lr, loss, loss - best if math.isfinite(best) else math.nan, reached)
+    regret = loss - best if math.isfinite(best) else math.nan
+    ends = interval(curve.losses_at(lr, drawn) - drawn.min(axis=1)) if math.isfinite(regret) else (math.nan, math.nan)
+    return Regret(curve.width, lr, loss, regret, reached, *ends)
 
 
-def _drift(optima: Sequence[Optimum], fits: Array, draws: Array) -> Drift:
+def _drift(optima: Sequence[Optimum], fits: Array, low: Array, high: Array) -> Drift:
     octaves = np.log2([o.width for o in optima])
     weights = slope_weights(octaves)
     at_edge = tuple(o.width for o in optima if o.edge)
     slope, total = float(weights @ fits), float(fits[-1] - fits[0])
-    return Drift(slope, *interval(weights @ draws), total, *interval(draws[-1] - draws[0]), at_edge)
+    return Drift(
+        slope,
+        *interval(*combined(weights, low, high)),
+        total,
+        *interval(low[-1] - high[0], high[-1] - low[0]),
+        at_edge,
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -61,13 +61,13 @@ def _lines(arm: Arm) -> Sequence[Sequence[str]]:
 def _of_optimum(o: Optimum) -> tuple[str, ...]:
     if not math.isfinite(o.best_loss):
         return (str(o.width), "-", "-", "-", "-")
-    return (str(o.width), f"{o.lr:.3g}", _span(o.low, o.high), f"{o.best_lr:g}", _loss(o.best_loss))
+    return (str(o.width), f"{o.lr:.3g}", span(o.low, o.high), f"{o.best_lr:g}", _loss(o.best_loss))
 
 
 def _of_regret(r: Regret | None) -> tuple[str, ...]:
     if r is None:
         return ("-", "-", "-")
-    return (f"{r.lr:g}", _loss(r.loss), "-" if not math.isfinite(r.regret) else f"{r.regret:.3f}")
+    return (f"{r.lr:g}", _loss(r.loss), regret_of(r) if math.isfinite(r.regret) else "-")
 
 
 def _remark(optimum: Optimum, regret: Regret | None) -> str:
@@ -80,18 +80,18 @@ def _remark(optimum: Optimum, regret: Regret | None) -> str:
 def _summary(arm: Arm, label: str) -> Sequence[str]:
     widths = [o.width for o in arm.optima]
     regret = _of_regret(arm.regrets[-1])[2] if arm.regrets else "-"
-    span = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
+    reach = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
     drift = arm.drift
     if drift is None:
-        return (label, span, "-", "-", regret, "")
-    slope = f"{drift.slope:+.2f} ({drift.slope_low:+.2f} to {drift.slope_high:+.2f})"
-    total = f"{drift.total:+.1f} ({drift.total_low:+.1f} to {drift.total_high:+.1f})"
+        return (label, reach, "-", "-", regret, "")
+    slope = f"{drift.slope:+.2f} ({signed_span(drift.slope_low, drift.slope_high, 2)})"
+    total = f"{drift.total:+.1f} ({signed_span(drift.total_low, drift.total_high, 1)})"
     edge = (
         f"not resolved: best lr not inside the grid at width {', '.join(map(str, drift.at_edge))}"
         if drift.at_edge
         else ""
     )
-    return (label, span, slope, total, regret, edge)
+    return (label, reach, slope, total, regret, edge)
 
 
 def _ridge(r: Ridge) -> str:
@@ -108,8 +108,8 @@ def _notes(found: Transfer) -> str:
     notes = [
         "best lr: the lowest point of a parabola in log2 lr through the best run and its neighbours. Losses are means over "
         "seeds.",
-        f"regret: the loss at {from_where}, minus the best loss of the arm at this width. Chance alone makes it about as "
-        "large as the noise.",
+        f"regret: the loss at {from_where}, minus the best loss of the arm at this width. It cannot be negative: chance alone "
+        "makes it about as large as the noise.",
         "95 %: the interval holds 95 % of refits in which the losses are moved by the noise of a run. The noise is estimated "
         "from the seeds of the arm, else it is --noise. The interval does not include how far the loss is from a parabola.",
     ]
@@ -127,10 +127,38 @@ def _labels(arms: Sequence[Arm]) -> dict[Arm, str]:
     return {arm: f"{arm.name}, wd {arm.weight_decay:g}" if several else arm.name for arm in arms}
 
 
-def _span(low: float, high: float) -> str:
+def span(low: float, high: float) -> str:
+    """Return the interval of a learning rate as text. An end that is not known is 0 or infinite."""
+    if low == 0 and math.isinf(high):
+        return "anything"
     if low == 0 or math.isinf(high):
         return f"below {high:.2g}" if low == 0 else f"above {low:.2g}"
     return f"{low:.2g} to {high:.2g}"
+
+
+def signed_span(low: float, high: float, digits: int) -> str:
+    """Return an interval as text. An end that is not known is infinite.
+
+    Args:
+        low: lower end.
+        high: upper end.
+        digits: digits behind the point.
+
+    Examples:
+        >>> signed_span(-0.5, 0.25, 2), signed_span(float("-inf"), 0.25, 1)
+        ('-0.50 to +0.25', 'at most +0.2')
+    """
+    if math.isinf(low) or math.isinf(high):
+        known = f"at least {low:+.{digits}f}" if math.isfinite(low) else f"at most {high:+.{digits}f}"
+        return known if math.isfinite(low) or math.isfinite(high) else "not bounded"
+    return f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def regret_of(regret: Regret) -> str:
+    """Return a regret with its interval as text."""
+    if math.isnan(regret.low):
+        return "diverged" if math.isinf(regret.regret) else "-"
+    return f"{regret.regret:.3f} ({regret.low:.3f} to {regret.high:.3f})"
 
 
 def _loss(loss: float) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ..state.names import layer_type
 from ..width.steady_state import STEADY_TAUS
+from .calibration import Calibration, Type, Types
+from .claims import Claim, judge
 from .laws import DEFAULTS, mean_of, predicted_ratio, value_of
 from .profile import Profile, SegmentProfile
 
 # At a width ratio of 4, neighbouring rules differ by 4^(1/4) = 1.41 in weight RMS and relative update. The tolerance is
 # smaller than that. It is about as large as what small models that still learn are off by at the end of a run (docs/gain.md).
 COMPARE_TOLERANCE: Final = 1.25
-
-_Type = tuple[str, str]  # role, and name with layer numbers as `*`; or the whole name, when compared layer by layer
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class Finding:
         proxy: geometric mean of the statistic over these segments in the run of the proxy.
         target: geometric mean of the statistic over these segments in the run of the target.
         predicted: what target over proxy should be. NaN if there is no law or no weight decay.
-        verdict: "as predicted", "grew", "shrank", "too early" or "no prediction".
+        verdict: "as predicted", "grew", "shrank", "too early", "no prediction" or "not finite".
+        tolerance: factor by which the ratio may differ from the predicted ratio.
+        settled: what the ratio would be if, in both runs, the weights had followed their learning rates. With a schedule, the
+            run with the larger tau lags behind. NaN without a prediction.
     """
 
     role: str
@@ -40,11 +43,13 @@ class Finding:
     target: float
     predicted: float
     verdict: str
+    tolerance: float = COMPARE_TOLERANCE
+    settled: float = math.nan
 
     @property
     def ratio(self) -> float:
-        """Target over proxy."""
-        return self.target / self.proxy
+        """Target over proxy. It is infinite if only the proxy is 0."""
+        return self.target / self.proxy if self.proxy else math.inf
 
     @property
     def off(self) -> float:
@@ -58,22 +63,36 @@ class Comparison:
 
     Attributes:
         findings: one finding per statistic and type of segment.
-        tolerance: factor by which a ratio may differ from the predicted ratio.
+        tolerance: factor by which a ratio may differ from the predicted ratio, or more if the proxies differ by more.
         unmatched: names of the types of segments that only one of the two runs has.
+        claim: whether what the rule claims to hold was held.
+        calibration: the tolerances in words.
     """
 
     findings: tuple[Finding, ...]
     tolerance: float
     unmatched: tuple[str, ...]
+    claim: Claim
+    calibration: str
 
     @property
     def drifted(self) -> tuple[Finding, ...]:
         """The findings whose ratio differs from the predicted ratio by more than the tolerance."""
         return tuple(finding for finding in self.findings if finding.verdict in ("grew", "shrank"))
 
+    @property
+    def broken(self) -> tuple[Finding, ...]:
+        """The types of segments with weights that are NaN or infinite in one of the runs."""
+        return tuple(finding for finding in self.findings if finding.verdict == "not finite")
+
+    @property
+    def failed(self) -> bool:
+        """Whether some weights are not finite, something drifted, or the rule did not hold what it claims to hold."""
+        return bool(self.broken or self.drifted or self.claim.held is False)
+
 
 def compare(
-    proxy: Profile,
+    proxy: Profile | Sequence[Profile],
     target: Profile,
     tolerance: float = COMPARE_TOLERANCE,
     *,
@@ -95,61 +114,85 @@ def compare(
 
     Segments are compared by type: layer numbers in their names are replaced by `*`, and each run gets the geometric mean over
     the segments of a type. So the two models may differ in depth. A finding is "too early" if, in either run, some segment of
-    the type had been trained for less than `after` tau when its averages began. Segments without weight decay have "no
-    prediction".
+    the type had been trained for less than `after` tau when its averages began. Segments have "no prediction" without weight
+    decay, and where the optimizer has no steady state that is known (amsgrad, huber decay). A type with weights that are NaN
+    or infinite is "not finite".
+
+    Several proxies calibrate the tolerance: see `lwadamw.monitor.calibration.Calibration`. The target is then compared with
+    their geometric mean.
 
     Args:
-        proxy: profile of the proxy's run.
+        proxy: profile of the proxy's run; or profiles of several proxies, for instance two seeds.
         target: profile of the target's run.
-        tolerance: factor by which a ratio may be larger or smaller than predicted.
+        tolerance: factor by which a ratio may be larger or smaller than predicted. Several proxies can make it larger.
         statistics: the statistics to compare. They need not have a law. By default, those of the table above except bulk, if
             both runs have them.
         by_layer: whether to compare segment by segment, those with equal names, instead of by type.
         after: number of tau that must have passed. In one tau, weights forget a factor e of what they were.
 
     Raises:
-        ValueError: the tolerance is not above 1, neither run has some statistic, or the runs have no type of segment in
-            common.
+        ValueError: there is no proxy, the tolerance is not above 1, no run has some statistic, or the runs have no type of
+            segment in common.
     """
     if not tolerance > 1:
         raise ValueError(
             f"compare: tolerance={tolerance} is not above 1. It is a factor. The default is {COMPARE_TOLERANCE}."
         )
-    _check_statistics(statistics or (), proxy, target)
-    ours, theirs = (_by_type(profile, by_layer) for profile in (proxy, target))
+    proxies = (proxy,) if isinstance(proxy, Profile) else tuple(proxy)
+    if not proxies:
+        raise ValueError("compare: there is no proxy. Give at least one profile.")
+    _check_statistics(statistics or (), *proxies, target)
+    each = [_by_type(profile, by_layer) for profile in proxies]
+    theirs = _by_type(target, by_layer)
+    # A geometric mean over the segments of all proxies is the mean of the proxies.
+    ours = {key: [x for one in each for x in one[key]] for key in each[0] if all(key in one for one in each)}
     common = [key for key in ours if key in theirs]
     if not common:
         raise ValueError(
             f"compare: the runs have no layer in common. The proxy has {_some(ours)}, the target {_some(theirs)}. Give the "
             "profiles of two runs whose parameters have the same names, apart from layer numbers."
         )
+    calibration = Calibration(each, statistics or DEFAULTS, tolerance, after)
+    everywhere = dict.fromkeys(key for types in (*each, theirs) for key in types)
     findings = [
+        _broken(key, ours.get(key, ()), theirs.get(key, ()))
+        for key in everywhere
+        if not all(x.finite for types in (*each, theirs) for x in types.get(key, ()))
+    ]
+    findings += [
         finding
         for statistic in statistics or DEFAULTS
         for key in common
-        if (finding := _find(key, statistic, ours[key], theirs[key], tolerance, after)) is not None
+        if (finding := _find(key, statistic, ours[key], theirs[key], calibration.tolerance(key, statistic), after))
     ]
-    unmatched = [key[1] for key in (*ours, *theirs) if key not in common]
-    return Comparison(tuple(findings), tolerance, tuple(dict.fromkeys(unmatched)))
+    unmatched = [key[1] for key in everywhere if key not in common]
+    claim = judge(proxies, target, ours, theirs, findings)
+    return Comparison(tuple(findings), tolerance, tuple(dict.fromkeys(unmatched)), claim, str(calibration))
 
 
-def _check_statistics(statistics: Sequence[str], proxy: Profile, target: Profile) -> None:
-    known = {key for profile in (proxy, target) for segment in profile.segments for key in segment.values}
+def _check_statistics(statistics: Sequence[str], *profiles: Profile) -> None:
+    known = {key for profile in profiles for segment in profile.segments for key in segment.values}
     for statistic in statistics:
         if statistic not in known:
             raise ValueError(f"compare: no run has the statistic {statistic!r}. They have {', '.join(sorted(known))}.")
 
 
-def _by_type(profile: Profile, by_layer: bool) -> dict[_Type, list[SegmentProfile]]:
-    out: dict[_Type, list[SegmentProfile]] = {}
+def _by_type(profile: Profile, by_layer: bool) -> dict[Type, list[SegmentProfile]]:
+    out: dict[Type, list[SegmentProfile]] = {}
     for segment in profile.segments:
         name = segment.name if by_layer else layer_type(segment.name)
         out.setdefault((segment.role, name), []).append(segment)
     return out
 
 
+def _broken(key: Type, proxy: Sequence[SegmentProfile], target: Sequence[SegmentProfile]) -> Finding:
+    """Return the finding about a type with weights that are not finite."""
+    before, now = (mean_of(value_of("weight_rms"), segments) for segments in (proxy, target))
+    return Finding(*key, "weight_rms", before, now, math.nan, "not finite")
+
+
 def _find(
-    key: _Type,
+    key: Type,
     statistic: str,
     proxy: Sequence[SegmentProfile],
     target: Sequence[SegmentProfile],
@@ -158,21 +201,23 @@ def _find(
 ) -> Finding | None:
     """Return the finding about one statistic of one type. None if one of the runs does not have the statistic."""
     before, now = mean_of(value_of(statistic), proxy), mean_of(value_of(statistic), target)
-    if math.isnan(now / before):
+    if math.isnan(now) or math.isnan(before) or now == before == 0:
         return None
     predicted = predicted_ratio(statistic, proxy, target)
-    if math.isnan(predicted):
+    if not predicted > 0 or any(math.isnan(segment.taus) for segment in (*proxy, *target)):
         verdict = "no prediction"
     elif not all(segment.taus >= after for segment in (*proxy, *target)):
         verdict = "too early"
-    elif max(off := now / before / predicted, 1 / off) <= tolerance:
+    elif before * predicted <= tolerance * now and now <= tolerance * before * predicted:
         verdict = "as predicted"
     else:
-        verdict = "grew" if off > 1 else "shrank"
-    return Finding(*key, statistic, before, now, predicted, verdict)
+        verdict = "grew" if now > before * predicted else "shrank"
+    steady = predicted_ratio(statistic, proxy, target, settled=True)
+    settled = now / (before * predicted) * steady if before * predicted > 0 else math.nan
+    return Finding(*key, statistic, before, now, predicted, verdict, tolerance, settled)
 
 
-def _some(types: Mapping[_Type, Sequence[SegmentProfile]]) -> str:
+def _some(types: Types) -> str:
     """Return the names of the first three types, for an error message."""
     names = [name for _, name in types]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "none"

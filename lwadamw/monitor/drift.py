@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
 from typing import Final
 
 from ..width.steady_state import STEADY_TAUS
-from .comparison import Finding, compare
+from .comparison import Comparison, Finding, compare
 from .profile import WINDOW, Profile
 from .profile_file import load
 from .reading import Reading
@@ -16,6 +17,7 @@ from .reading import Reading
 # This is wider than COMPARE_TOLERANCE = 1.25, which is for the ends of two runs. While a model still learns, top singular
 # values at four times the width were off by a factor of up to 1.4 (docs/gain.md).
 DRIFT_TOLERANCE: Final = 1.5
+MOST_NAMED: Final = 3  # at most so many segments are named in a warning
 STATISTICS: Final = ("weight_rms", "relative_update", "top", "gain")
 
 
@@ -35,9 +37,14 @@ class DriftWatch:
     `lwadamw.monitor.comparison.compare`). A type of layer is not judged before `after` tau have passed in all its layers, in
     both runs. The warning is a `DriftWarning`.
 
+    A run also drifts if, at two readings in a row, something differs that the width rule claims to hold equal. Two faults are
+    certain, and the watch warns of them at the first reading that shows them: weights that are NaN or infinite, and width
+    ratios or a rule that do not fit those of the proxy.
+
     Args:
-        reference: the profile of the proxy, or the path of its file.
-        tolerance: factor by which a statistic may be larger or smaller than predicted.
+        reference: the profile of the proxy, or the path of its file. Or several of them, for instance two seeds: how much they
+            differ then calibrates the tolerance.
+        tolerance: factor by which a statistic may be larger or smaller than predicted. Several proxies can make it larger.
         after: number of tau that must have passed. In one tau, weights forget a factor e of what they were.
         statistics: the statistics to watch. `compare` must have a law for them. A statistic that a run does not have is
             skipped.
@@ -47,7 +54,7 @@ class DriftWatch:
             watches of all of them judge alike, and one gives the warning.
 
     Raises:
-        ValueError: the file is not a profile, or the tolerance is not above 1.
+        ValueError: a file is not a profile, there is no reference, or the tolerance is not above 1.
 
     Examples:
         >>> from lwadamw.monitor.profile import SegmentProfile
@@ -59,12 +66,15 @@ class DriftWatch:
 
     def __init__(
         self,
-        reference: Profile | str | os.PathLike[str],
+        reference: Profile | str | os.PathLike[str] | Sequence[Profile | str | os.PathLike[str]],
         tolerance: float = DRIFT_TOLERANCE,
         after: float = STEADY_TAUS,
         statistics: Sequence[str] = STATISTICS,
     ) -> None:
-        self.reference = reference if isinstance(reference, Profile) else load(reference)
+        given = [reference] if isinstance(reference, (Profile, str, os.PathLike)) else list(reference)
+        if not given:
+            raise ValueError("DriftWatch: there is no reference. Give the profile of a proxy, or the path of its file.")
+        self.references = tuple(one if isinstance(one, Profile) else load(one) for one in given)
         if not tolerance > 1:
             raise ValueError(
                 f"DriftWatch: tolerance={tolerance} is not above 1. It is a factor. The default is {DRIFT_TOLERANCE}."
@@ -79,30 +89,52 @@ class DriftWatch:
     def __call__(self, reading: Reading) -> None:
         if self.warned:
             return
+        if broken := _broken(reading):
+            self._warn(f"step {reading.step}: weights are NaN or infinite: {broken}", reading.writes)
+            return
         self._recent = [r for r in self._recent if r.step > (1 - WINDOW) * reading.step] + [reading]
         try:
             now = Profile.of(self._recent).by_type()
-            found = compare(self.reference.at(reading.step), now, self.tolerance, after=self.after)
-            watched = [finding for finding in found.drifted if finding.statistic in self.statistics]
+            known = {key for profile in (*self.references, now) for x in profile.segments for key in x.values}
+            found = compare(
+                [reference.at(reading.step) for reference in self.references],
+                now,
+                self.tolerance,
+                statistics=[name for name in self.statistics if name in known] or None,
+                after=self.after,
+            )
         except ValueError as error:
             # A watch must never end the run that it watches.
             self._warn(f"nothing is watched: {error}", reading.writes)
             return
-        drifted = {(finding.role, finding.layers, finding.statistic): finding for finding in watched}
-        confirmed = [finding for key, finding in drifted.items() if key in self._suspects]
-        self._suspects = set(drifted)
-        if confirmed:
-            listed = "".join(f"\n  {_told(finding)}" for finding in confirmed)
-            self._warn(
-                f"step {reading.step}: not what the profile predicts, by more than {self.tolerance:g}:{listed}",
-                reading.writes,
-            )
+        problem = found.claim.sentence if found.claim.certain else self._confirmed(found)
+        if problem:
+            self._warn(f"step {reading.step}: {problem}", reading.writes)
+
+    def _confirmed(self, found: Comparison) -> str:
+        """Return what has been wrong at this reading and at the last one, or an empty text."""
+        problems: dict[tuple[str, ...], str] = {
+            (finding.role, finding.layers, finding.statistic): _told(finding) for finding in found.drifted
+        }
+        if found.claim.held is False:
+            problems["claim",] = found.claim.sentence
+        confirmed = [told for key, told in problems.items() if key in self._suspects]
+        self._suspects = set(problems)
+        listed = "".join(f"\n  {told}" for told in confirmed)
+        return f"not what the profile predicts, by more than {self.tolerance:g}:{listed}" if confirmed else ""
 
     def _warn(self, message: str, writes: bool) -> None:
         self.warned = True
         if not writes:
             return
         warnings.warn(f"lwadamw.DriftWatch, {message}", DriftWarning, stacklevel=3)
+
+
+def _broken(reading: Reading) -> str:
+    """Return the names of the first segments whose weights are not finite."""
+    values = reading.columns.get("weight_rms", ())
+    names = [name for name, value in zip(reading.names, values, strict=False) if math.isnan(value)]
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
 
 
 def _told(finding: Finding) -> str:

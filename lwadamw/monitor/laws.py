@@ -54,9 +54,11 @@ def _random_top(segment: SegmentProfile) -> float:
 
 # A factor of a law is a list of quantities that are proportional to the same thing, the best one first. What the monitor
 # expected is better than the steady state of lr and weight decay: the monitor knows the betas and follows the schedule.
-_RMS: Final = (value_of("expected_rms"), value_of("steady_rms"), _steady_rms)
+_expected_rms: Final = value_of("expected_rms")
+_RMS: Final = (_expected_rms, value_of("steady_rms"), _steady_rms)
 _UPDATE: Final = (_expected_update, value_of("steady_update"), _steady_update)
 _WIDTH: Final = (_fan_in, _m)
+_LAGGING: Final = (_expected_rms, _expected_update)  # these follow the schedule as slowly as the weights do
 
 
 def _power(exponent: float, factor: Sequence[Quantity]) -> tuple[Quantity, ...]:
@@ -84,13 +86,17 @@ LAWS: Final[Mapping[str, tuple[tuple[Quantity, ...], ...]]] = {
 DEFAULTS: Final = tuple(key for key in LAWS if key != "bulk")
 
 
-def predicted_ratio(statistic: str, proxy: Sequence[SegmentProfile], target: Sequence[SegmentProfile]) -> float:
+def predicted_ratio(
+    statistic: str, proxy: Sequence[SegmentProfile], target: Sequence[SegmentProfile], settled: bool = False
+) -> float:
     """Return what a statistic of the target, divided by the statistic of the proxy, should be.
 
     Args:
         statistic: name of the statistic.
         proxy: segments of one type in the run of the proxy.
         target: segments of the same type in the run of the target.
+        settled: whether to predict the steady state of the present learning rates, as if the weights had followed them. By
+            default, the prediction is of the weights as far as they have followed.
 
     Returns:
         The ratio. NaN if there is no law for the statistic, if some segment has no weight decay, or if a factor of the law is
@@ -98,7 +104,10 @@ def predicted_ratio(statistic: str, proxy: Sequence[SegmentProfile], target: Seq
     """
     if statistic not in LAWS or not all(segment.lr * segment.weight_decay > 0 for segment in (*proxy, *target)):
         return math.nan
-    return math.prod(_first_known_ratio(factor, proxy, target) for factor in LAWS[statistic])
+    factors = [
+        [quantity for quantity in factor if not (settled and quantity in _LAGGING)] for factor in LAWS[statistic]
+    ]
+    return math.prod(_first_known_ratio(factor, proxy, target) for factor in factors)
 
 
 def _first_known_ratio(

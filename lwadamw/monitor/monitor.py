@@ -22,6 +22,7 @@ from .reading import Reading
 from .report import as_dict, medians_by_role, table
 from .segment_tracker import SegmentTracker
 from .spectra import Spectrum
+from .standing import rules_of
 from .together import Together
 
 if TYPE_CHECKING:
@@ -140,10 +141,13 @@ class Monitor:
         self._groups = GroupTracker(self.step, int(optimizer.skipped_steps))
         self._segments = SegmentTracker((), optimizer)
         self._spectrum = Spectrum()
+        self._loaded = False
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self.after_step()),
         ]
+        if hasattr(optimizer, "register_load_state_dict_post_hook"):
+            self._handles.append(optimizer.register_load_state_dict_post_hook(lambda *_: self._note_load()))
 
     @property
     def latest(self) -> Reading | None:
@@ -161,6 +165,8 @@ class Monitor:
                                      under every schedule that does not rise more steeply later
         never in this run            N is larger than `steps`, or eta lambda is 0 and does not rise
         no decay                     there is no steady state
+        not known: REASON            nothing can be predicted: amsgrad or decay="huber"
+        not finite from step N       at the reading of step N, and since then, some weight is NaN or infinite
         """
         return dict(zip(self._segments.names, self._segments.verdicts(self.steps), strict=True))
 
@@ -217,6 +223,7 @@ class Monitor:
         Raises:
             ValueError: the state was saved at another step than the optimizer is at.
         """
+        self._start_anew()
         if state["step"] != self.step:
             raise ValueError(
                 f"Monitor: the state is of step {state['step']}, and the optimizer has taken {self.step}. Load the optimizer's "
@@ -245,7 +252,24 @@ class Monitor:
     ) -> None:
         self.remove()
 
+    def _note_load(self) -> None:
+        self._loaded = True
+
+    def _start_anew(self) -> None:
+        """Count from the step of the checkpoint that the optimizer has loaded, if it has loaded one."""
+        if not self._loaded:
+            return
+        self._loaded = False
+        self.step = steps_of(self.optimizer)
+        self._first = self.step + 1
+        self._groups = GroupTracker(self.step, int(self.optimizer.skipped_steps))
+        self._segments = SegmentTracker((), self.optimizer)
+        self.forget_spectrum()
+        while self.readings and self.readings[-1].step > self.step:
+            self.readings.pop()
+
     def _before_step(self) -> None:
+        self._start_anew()
         if self.probe is not None and self._has_spectrum(self.step + 1) and not capturing():
             self.probe.before_step()
 
@@ -294,7 +318,9 @@ class Monitor:
             hyper[:, 1],
             columns,
             writes(self.optimizer),
-            segments.shapes,
+            shapes=segments.shapes,
+            fan_in=segments.fan_in,
+            rule=rules_of(self.optimizer.param_groups),
         )
         self.readings.append(reading)
         for call in self.on_reading:

@@ -19,9 +19,14 @@ _NOT_AVERAGED: Final = ("taus", "calibrated_at")  # columns that say when someth
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean. It is NaN if some value is not positive or not finite."""
-    if not all(value > 0 and math.isfinite(value) for value in values):
+    """Return the geometric mean. It is NaN if some value is negative or not finite, and otherwise 0 if some value is 0.
+
+    Of no values it is NaN.
+    """
+    if not values or not all(value >= 0 and math.isfinite(value) for value in values):
         return math.nan
+    if not all(values):
+        return 0.0
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
@@ -38,7 +43,8 @@ class SegmentProfile:
         taus: sum of lr * weight_decay from the first reading to the begin of the window.
         shape: shape of the segment. Empty if it is not known.
         fan_in: fan_in of the matrix. None if it is not known.
-        values: statistic -> mean over the window. NaN where it is not known.
+        values: statistic -> mean over the window. NaN where it is not known. A `weight_rms` that is NaN means that some
+            weight was not finite at the end of the window.
     """
 
     name: str
@@ -48,12 +54,19 @@ class SegmentProfile:
     weight_decay: float
     taus: float = math.nan
     shape: tuple[int, ...] = ()
-    fan_in: int | None = None
+    fan_in: float | None = None
     values: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def finite(self) -> bool:
+        """Whether all weights were finite."""
+        return not math.isnan(self.values.get("weight_rms", 0.0))
+
+    @property
     def verdict(self) -> str:
-        """Whether the window can be compared with a steady state: "steady", "too early" or "no decay"."""
+        """Whether the window can be compared with a steady state: "steady", "too early", "no decay" or "not finite"."""
+        if not self.finite:
+            return "not finite"
         if not self.lr * self.weight_decay > 0:
             return "no decay"
         return "steady" if self.taus >= STEADY_TAUS else "too early"
@@ -100,6 +113,10 @@ class Profile:
         values = {
             key: _mean([(r.names, r.columns[key]) for r in window if key in r.columns], names) for key in statistics
         }
+        if "weight_rms" in last.columns:
+            # Earlier readings of the window may have been finite. Their mean must not hide that the run is broken.
+            values["weight_rms"] = np.where(np.isnan(last.columns["weight_rms"]), np.nan, values["weight_rms"])
+        fan_in = [None if math.isnan(value) else int(value) for value in last.fan_in] or [None] * len(names)
         segments = (
             SegmentProfile(
                 name,
@@ -108,11 +125,12 @@ class Profile:
                 float(lr[i]),
                 float(weight_decay[i]),
                 float(taus[i]),
+                fan_in=fan_in[i],
                 values={key: float(column[i]) for key, column in values.items()},
             )
             for i, name in enumerate(names)
         )
-        return cls(tuple(segments), last.step, window=(window[0].step, last.step))
+        return cls(tuple(segments), last.step, last.rule, window=(window[0].step, last.step))
 
     def by_type(self) -> Profile:
         """Return the profile with one segment for all segments of a type.
@@ -130,6 +148,7 @@ class Profile:
                 geometric_mean([x.lr for x in some]),
                 geometric_mean([x.weight_decay for x in some]),
                 taus=min((x.taus for x in some), key=lambda taus: -math.inf if math.isnan(taus) else taus),
+                fan_in=_mean_fan_in([x.fan_in for x in some]),
                 values={key: geometric_mean([x.values[key] for x in some]) for key in some[0].values},
             )
             for (role, name), some in types.items()
@@ -144,11 +163,23 @@ class Profile:
 
         Returns:
             The latest profile in the history that is not later than `step`, or the first one in the history if all are later.
-            The profile itself if it has no history or if the run had ended at `step`.
+            The profile itself if it has no history or if the run had ended at `step`. Rule and base values are those of the
+            run, and so is the fan_in where the history does not have it.
         """
         if step >= self.steps or not self.history:
             return self
-        return next((past for past in reversed(self.history) if past.steps <= step), self.history[0])
+        past = next((past for past in reversed(self.history) if past.steps <= step), self.history[0])
+        known = {(x.role, x.name): x.fan_in for x in self.by_type().segments}
+        segments = (replace(x, fan_in=known.get((x.role, x.name))) if x.fan_in is None else x for x in past.segments)
+        return replace(past, segments=tuple(segments), rule=self.rule, base=self.base)
+
+
+def _mean_fan_in(values: Sequence[float | None]) -> float | None:
+    """Return the geometric mean of some fan_ins, and None if one of them is not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return known[0] if len(set(known)) == 1 else geometric_mean(known)
 
 
 def _mean(columns: Sequence[tuple[tuple[str, ...], Array]], names: tuple[str, ...]) -> Array:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -16,9 +16,11 @@ import numpy as np
 
 from ..state import keys
 from ..state.members import local, members_of
+from ..state.names import names_of
 from ..version import __version__
 from .profile import Profile, SegmentProfile
 from .reading import Reading
+from .standing import rules_of
 
 FORMAT: Final = "lwadamw profile"
 VERSION: Final = 1
@@ -64,19 +66,20 @@ def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, An
     groups: Sequence[dict[str, Any]] = monitor.optimizer.param_groups
     shapes = _shapes(monitor.optimizer, monitor.readings[-1])
     unknown: tuple[tuple[int, ...], int | None] = ((), None)
-    group = next((g for g in groups if keys.ROLE.of(g) == "matrix"), groups[0])
-    base = {key: float(group[key]) for key in ("lr", "weight_decay")}
+    index = next((i for i, g in enumerate(groups) if keys.ROLE.of(g) == "matrix"), 0)
+    group = groups[index]
     readings = list(monitor.readings)
+    base = {"lr": _peak_lr(group, set(names_of(group, index)), readings), "weight_decay": float(group["weight_decay"])}
     found = Profile.of(readings)
     kept = sorted({round(i) for i in np.linspace(0, len(readings) - 1, min(HISTORY, len(readings)))})
     profile = replace(
         found,
         segments=tuple(
-            replace(x, shape=shape, fan_in=fan_in)
+            replace(x, shape=shape, fan_in=x.fan_in if fan_in is None else fan_in)
             for x in found.segments
             for shape, fan_in in (shapes.get(x.name, unknown),)
         ),
-        rule=", ".join(dict.fromkeys(g["rule"] for g in groups if "rule" in g)) or "none",
+        rule=rules_of(groups),
         base=base | {"betas": [float(b) for b in group["betas"]]},
         meta=dict(meta or {}),
         package=__version__,
@@ -85,6 +88,19 @@ def save(monitor: Monitored, path: str | os.PathLike[str], meta: Mapping[str, An
     if readings[-1].writes:
         write(path, profile)
     return profile
+
+
+def _peak_lr(group: Mapping[str, Any], names: Collection[str], readings: Sequence[Reading]) -> float:
+    """Return the highest base learning rate of a group that is known: of a schedule that has decayed, the peak.
+
+    `peak_lr` and `initial_lr`, which schedulers write, say it. Otherwise the readings do, as far as they are kept.
+    """
+    known = [float(group[key]) for key in ("lr", "initial_lr", "peak_lr") if group.get(key) is not None]
+    multiplier = keys.WIDTH_LR_MULT.of(group)
+    for reading in readings:
+        seen = [lr for name, lr in zip(reading.names, reading.lr.tolist(), strict=True) if name in names]
+        known += [lr / multiplier for lr in seen[:1] if multiplier and math.isfinite(lr)]
+    return max(known)
 
 
 def _shapes(optimizer: Any, reading: Reading) -> dict[str, tuple[tuple[int, ...], int | None]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..state.arrays import Array
 
 
@@ -23,6 +25,8 @@ class Reading:
         writes: whether this process is the one to log the reading. Where parameters are split over processes, all of them have
             the same reading.
         shapes: shape of the whole parameter, by name, of parameters that are held in pieces whose place is known.
+        fan_in: fan_in of every segment. Empty if it is not known of any.
+        rule: name of the optimizer's rule.
     """
 
     step: int
@@ -34,3 +38,5 @@ class Reading:
     columns: Mapping[str, Array] = field(default_factory=dict)
     writes: bool = True
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    fan_in: Array = field(default_factory=lambda: np.empty(0))
+    rule: str = "none"

@@ -72,8 +72,13 @@ def table(reading: Reading, verdicts: Sequence[str], steps: int | None) -> str:
         label = reading.names[indices[0]] if role and len(indices) == 1 else f"{key} x{len(indices)}"
         known = not np.isnan(taus[indices]).all()
         slowest = indices[int(np.nanargmin(taus[indices]))] if known else indices[0]
+        broken = [i for i in indices if math.isnan(reading.columns["weight_rms"][i])]
         spreads = [_spread(values[indices]) for values in shown.values()]
-        cells.append([label, role, *spreads, _number(taus[slowest]), verdicts[slowest]])
+        verdict = verdicts[slowest]
+        if broken:
+            of_all = "" if len(broken) == len(indices) else f"{len(broken)} of {len(indices)} "
+            verdict = of_all + verdicts[broken[0]]
+        cells.append([label, role, *spreads, _number(taus[slowest]), verdict])
     of = f" of {steps}" if steps else ""
     title = f"step {reading.step}{of}   median (smallest to largest); the verdict is that of the slowest"
     return "\n".join([title, *aligned(cells)])

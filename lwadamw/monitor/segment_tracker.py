@@ -23,6 +23,7 @@ from ..width.steady_state import STEADY_TAUS, Elapsed, earliest_steady_step, rel
 from .measured import Measured
 from .parts import Part, absent_part, matrix_shape, part_of, placed_part
 from .spectrum import matrix_view
+from .standing import fan_ins, without_prediction
 
 # A segment counts as steady while expected_rms and steady_rms differ by at most this share of steady_rms.
 STEADY_TOLERANCE: Final = 0.1
@@ -97,6 +98,7 @@ class SegmentTracker:
         roles: role of every segment.
         m: width ratio of every segment, float64[len(names)]. It is NaN where the rule does not use a width ratio.
         shapes: shapes of whole parameters that are held in pieces whose place is known, by name.
+        fan_in: fan_in of every segment, float64[len(names)]. It is NaN where it is not known.
     """
 
     def __init__(self, names: Sequence[str], optimizer: Measured, earlier: SegmentTracker | None = None) -> None:
@@ -132,6 +134,9 @@ class SegmentTracker:
         self.m = np.array([place.m for place in found_places], dtype=np.float64)
         self.shapes = {name: place.whole for name, place in zip(self.names, found_places, strict=True) if place.whole}
         self._root_numel = np.sqrt([place.numel for place in found_places])
+        self.fan_in = fan_ins(self.names, optimizer)
+        why = [without_prediction(group) for group in optimizer.param_groups]
+        self._no_prediction = np.array([why[index] for index in self.group], dtype=object)
         self._reset()
         if earlier is not None:
             self._take_over(earlier)
@@ -149,6 +154,8 @@ class SegmentTracker:
         self._step, self._taus, self._rate = np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
         # The earliest step at which a segment can be steady, and whether it has weight decay at all.
         self._earliest, self._decays = np.full(n, np.nan), np.zeros(n, bool)
+        # The reading from which on the weights are not finite.
+        self._broken_from = np.full(n, np.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the names and arrays as lists of plain numbers, for `from_state`."""
@@ -172,6 +179,9 @@ class SegmentTracker:
             values = state[key] if key in state else state[f"_{key}"]
             setattr(tracker, attribute, np.array(values, dtype=dtype))
         tracker._start = tracker._start.reshape(-1, 4)
+        # These two are found at the next reading.
+        tracker._broken_from = np.full(len(tracker.names), np.nan)
+        tracker._no_prediction = np.full(len(tracker.names), "", dtype=object)
         return tracker
 
     def _take_over(self, earlier: SegmentTracker) -> None:
@@ -183,6 +193,7 @@ class SegmentTracker:
         for key, (attribute, _) in _SAVED.items():
             if key not in _FOUND_ANEW:
                 getattr(self, attribute)[new] = getattr(earlier, attribute)[old]
+        self._broken_from[new] = earlier._broken_from[old]
 
     def is_stale(self, optimizer: Measured) -> bool:
         """Return whether parameters were added, removed or moved to another group since this tracker was made."""
@@ -204,7 +215,7 @@ class SegmentTracker:
         lr, wd, beta1 = hyper.T
         moved = norms.update > 0
         with np.errstate(all="ignore"):
-            rms = norms.weight / self._root_numel
+            rms = norms.weight / np.maximum(self._root_numel, 1)
             # Another optimizer than Adam has no beta1 here, and its update has another size.
             steady_rms = np.where(np.isnan(beta1), np.nan, weight_rms_of(lr, wd))
             steady_update = relative_update_of(lr, wd, beta1)
@@ -227,9 +238,11 @@ class SegmentTracker:
                 "taus": now[:, 2] - taus,
             }
         for name in _NEED_DECAY:
-            columns[name][~self._decays] = np.nan
+            columns[name][~self._decays | (self._no_prediction != "")] = np.nan
         for values in columns.values():
             values[~np.isfinite(values)] = np.nan
+        broken = np.isnan(rms)
+        self._broken_from = np.where(broken, np.fmin(self._broken_from, step), np.nan)
         self._judge(step, columns["taus"], lr * wd, columns["expected_rms"], steady_rms)
         return columns
 
@@ -259,8 +272,12 @@ class SegmentTracker:
         return [self._verdict(i, steps) for i in range(len(self.names))]
 
     def _verdict(self, i: int, steps: int | None) -> str:
+        if not math.isnan(self._broken_from[i]):
+            return f"not finite from step {self._broken_from[i]:.0f}"
         if not self._decays[i]:
             return "no decay"
+        if self._no_prediction[i]:
+            return f"not known: {self._no_prediction[i]}"
         if not math.isnan(self._steady_from[i]):
             until = "" if math.isnan(self._steady_to[i]) else f" to step {self._steady_to[i]:.0f}"
             return f"steady from step {self._steady_from[i]:.0f}{until}"

@@ -87,6 +87,14 @@ def test_transfer_shows_means_best_runs_seeds_and_divergence(runs):
     assert "600 steps" in figure.get_supxlabel()
 
 
+@pytest.mark.parametrize(("given", "expected"), [({"lr": 0.0123}, 0.0123), ({"proxy": 256}, None), ({}, None)], ids=str)
+def test_the_dotted_line_of_transfer_is_at_the_lr_of_the_regret(runs, given, expected):
+    for axes in visible(plots_runs.transfer(runs, **given)):
+        drawn = lines(axes)
+        at = drawn[f"_best {given.get('proxy', min(WIDTHS))}"].get_xdata()[0] if expected is None else expected
+        assert drawn["_lr of the regret"].get_xdata()[0] == at
+
+
 def test_a_run_with_a_huge_loss_does_not_stretch_the_loss_axis(runs):
     rows = [*runs.rows, Outcome("mup", 64, 0.08, 0.1, "0", 50.0)]
     axes = visible(plots_runs.transfer(Outcomes("runs.csv", "loss", tuple(rows))))[0]

@@ -13,6 +13,7 @@ from lwadamw.lab import outcomes
 from lwadamw.lab.curves import Curve, lowest, noise_of
 from lwadamw.lab.exponents import STUDENT, exponent, student
 from lwadamw.lab.outcomes import Outcome
+from lwadamw.lab.paired import differences
 from lwadamw.lab.ridge import ridge
 from lwadamw.lab.transfer import analyse, curves_of
 from lwadamw.lab.transfer_table import table
@@ -115,6 +116,33 @@ def test_the_interval_of_an_optimum_at_the_edge_is_open_on_that_side():
     assert (beside.low, beside.lr, beside.high) == (pytest.approx(0.01), pytest.approx(0.02), pytest.approx(0.04))
 
 
+def test_the_drift_is_open_where_an_optimum_is_at_the_edge():
+    """At every width the lowest lr is best. So the drift may be anything, and an interval of width 0 would be wrong."""
+    flat = analyse(rows_of(lambda arm, width, lr, wd, seed: lr)).arms[0].drift
+    assert (flat.slope_low, flat.slope_high, flat.total_low, flat.total_high) == (-INF, INF, -INF, INF)
+
+    def loss(arm, width, lr, wd, seed):
+        return lr if width == 256 else 0.1 * math.log2(lr / 0.01) ** 2
+
+    one = analyse(rows_of(loss), noise=1e-4)
+    drift = one.arms[0].drift
+    assert drift.slope_low == -INF
+    assert drift.slope < drift.slope_high < drift.slope + 0.1
+    assert drift.at_edge == (256,)
+    text = table(one, outcomes.Outcomes("x.csv", "loss", tuple(rows_of(loss))))
+    assert f"{drift.slope:+.2f} (at most {drift.slope_high:+.2f})" in text
+    assert one.as_dict()["arms"][0]["drift"]["slope_low"] is None
+
+
+def test_noise_that_may_move_an_optimum_to_the_edge_opens_its_interval():
+    losses = [1.0, 1.01, 2.0, 3.0, 4.0, 5.0]
+    rows = rows_of(lambda arm, width, lr, wd, seed: losses[LRS.index(lr)] - 0.02 * (lr == LRS[1]), widths=(64,))
+    optimum = analyse(rows, noise=0.03).arms[0].optima[0]
+    assert optimum.edge == ""
+    assert optimum.low == 0
+    assert LRS[0] < optimum.high < LRS[2]
+
+
 def test_drift_is_the_slope_of_the_optima(random):
     slope = random.uniform(-0.5, 0.5)
 
@@ -173,6 +201,66 @@ def test_regret_is_measured_at_the_lr_of_the_best_run_at_the_proxy():
     rows = rows_of(loss, widths=(64, 128, 256))
     assert [r.regret for r in analyse(rows).arms[0].regrets] == pytest.approx([0, 1, 2])
     assert [r.regret for r in analyse(rows, proxy=128).arms[0].regrets] == pytest.approx([1, 0, 1])
+
+
+def test_a_regret_of_zero_has_an_interval_that_says_how_much_chance_may_hide():
+    def loss(arm, width, lr, wd, seed):
+        return 0.1 * math.log2(lr / 0.01) ** 2
+
+    quiet, loud = (analyse(rows_of(loss, widths=(64, 128)), noise=noise).arms[0].regrets[1] for noise in (1e-6, 0.1))
+    assert quiet.regret == loud.regret == 0
+    assert (quiet.low, quiet.high) == (0, 0)
+    assert loud.low == 0
+    assert 0.05 < loud.high < 0.5
+    at = analyse(rows_of(loss, widths=(64,)), lr=0.02, noise=0.01).arms[0].regrets[0]
+    assert at.regret == pytest.approx(0.1, abs=1e-3)
+    assert at.low < at.regret < at.high < at.low + 0.08
+
+
+def test_a_difference_of_drifts_does_not_carry_the_noise_of_shared_runs(random):
+    """The optimum of a drifts by 0, that of b by 0.5. At the proxy they have the same runs."""
+    shared = {(lr, seed): 0.02 * random.normal() for lr in LRS for seed in "01"}
+
+    def loss(arm, width, lr, wd, seed):
+        own = shared[lr, seed] if width == 64 else 0.02 * random.normal()
+        return own + 0.05 * (math.log2(lr / 0.014) - (0.5 * math.log2(width / 64) if arm == "b" else 0)) ** 2
+
+    rows = rows_of(loss, arms=("a", "b"), widths=(64, 128, 256), seeds=("0", "1"))
+    (found,) = differences(curves_of(rows))
+    a, b = (arm.drift for arm in analyse(rows).arms)
+    assert (found.arm, found.other, found.shared) == ("b", "a", (64,))
+    assert found.slope == pytest.approx(b.slope - a.slope)
+    assert found.slope_high - found.slope_low < math.hypot(a.slope_high - a.slope_low, b.slope_high - b.slope_low)
+    assert differences([curve for curve in curves_of(rows) if curve.width == 64]) == []
+
+
+def test_the_paired_differences_of_the_report():
+    low = {(d.arm, d.other): d for d in differences(curves_of(outcomes.read(DATA / "transfer_low_wd.csv").rows))}
+    high = {(d.arm, d.other): d for d in differences(curves_of(outcomes.read(DATA / "transfer.csv").rows))}
+    for found in (high["balanced", "mup"], low["balanced", "kosson2025"]):
+        assert found.shared == (64,)
+        assert found.slope_high < 0
+    assert high["balanced", "mup"].slope == pytest.approx(-0.25, abs=0.01)
+    assert low["balanced", "kosson2025"].slope == pytest.approx(-0.31, abs=0.01)
+
+
+def test_a_curve_is_built_from_its_rows_in_linear_time():
+    """A list of seeds that every row searches makes the time quadratic. Here a seed counts how often it is compared."""
+    compared = 0
+
+    class Seed(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    rows = [Outcome("a", 64, LRS[i % 6], None, Seed(i), float(i % 6)) for i in range(600)]
+    curve = Curve.of(rows)
+    assert compared < 10 * len(rows)
+    assert list(curve.mean) == [0, 1, 2, 3, 4, 5]
+    assert curve.runs.sum() == len(rows)
 
 
 def test_every_weight_decay_is_analysed_by_itself_and_the_ridge_joins_them(random):
@@ -259,7 +347,7 @@ def test_the_command_prints_every_arm_and_writes_the_numbers(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "kosson2025_fig1.csv: 118 runs, 5 of them diverged; losses are column 'loss'; proxy width 128" in printed
     line = next(line for line in printed.split("\n\n")[2].splitlines() if line.startswith("2048"))
-    expected = "2048 0.0453 0.029 to 0.064 0.032 2.7980 0.008 2.8540 0.056 1 of 8 diverged"
+    expected = "2048 0.0453 0.029 to 0.13 0.032 2.7980 0.008 2.8540 0.056 (0.035 to 0.086) 1 of 8 diverged"
     assert " ".join(line.split()) == expected
     assert "none         128 to 2048" in printed
     assert "not resolved: best lr not inside the grid at width 1024" in printed

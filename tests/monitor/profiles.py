@@ -10,18 +10,20 @@ from lwadamw.monitor.profile import Profile, SegmentProfile
 LR, WD, BASE = 3e-3, 0.5, 64
 
 
-def made(rule, m, depth=2, taus=5.0, factors=None, noise=0.02):
+def made(rule, m, depth=2, taus=5.0, factors=None, noise=0.02, seed=0, width=None):
     """Make a profile that follows a rule and the laws, with random noise of relative size `noise`.
 
-    Each value is multiplied by `factors[kind, statistic]`, if there is one.
+    Each value is multiplied by `factors[kind, statistic]`, if there is one. `width` is the true width over that of the proxy.
+    If it is not given it is m, the width ratio that the rule uses.
     """
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     scale = rule.matrix.at(m)
+    width = m if width is None else width
     lr, wd = LR * scale.lr, WD * scale.wd
     segments = []
     for i in range(depth):
         for kind, rows, columns in (("attention.qkv", 3, 1), ("ffn.down", 1, 3)):
-            d, k = round(columns * BASE * m), round(rows * BASE * m)
+            d, k = round(columns * BASE * width), round(rows * BASE * width)
             values = {
                 "weight_rms": math.sqrt(lr / wd),
                 "relative_update": math.sqrt(lr * wd),

@@ -23,9 +23,12 @@ def test_the_exit_code_is_1_if_something_drifted_and_the_table_names_it(tmp_path
     assert main(["compare", proxy, good]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(
+        "held: fan2025 claims that top and gain stay equal; top and gain did in 2 kinds of matrices (x"
+    )
+    assert lines[1].startswith(
         "proxy   rule fan2025   base lr 0.003, weight_decay 0.5   steps 910 to 1000 of 1000   batch 8"
     )
-    assert lines[2].split() == ["role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off", "by"]
+    assert lines[3].split() == ["role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off", "by"]
     assert "tolerance 1.25: 12 as predicted, 1 no prediction" in lines[-1]
     assert not any("norm.weight" in line for line in lines)
 
@@ -44,6 +47,7 @@ def test_the_exit_code_is_1_if_something_drifted_and_the_table_names_it(tmp_path
     ("content", "arguments", "message"),
     [
         (None, [], "No such file"),
+        ("alone", [], "has nothing to be compared with"),
         ("{", [], "is no JSON"),
         ("[]", [], "is no profile of lwadamw. Give a file that Monitor.save() wrote"),
         ('{"format": "other"}', [], "is no profile of lwadamw"),
@@ -66,7 +70,7 @@ def test_bad_files_and_arguments_exit_with_2_and_say_why(tmp_path, capsys, conte
     elif content is not None:
         target.write_text(content)
     with pytest.raises(SystemExit) as stop:
-        main(["compare", proxy, str(target), *arguments])
+        main(["compare", *([] if content == "alone" else [proxy]), str(target), *arguments])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error

@@ -80,4 +80,61 @@ def test_a_profile_of_another_model_is_reported_and_does_not_end_the_run():
     with pytest.warns(DriftWarning, match="nothing is watched: .* no layer in common. The proxy has w"):
         watch(live(made(RULES["mup"], 1.0), 1, 1.0))
     with pytest.raises(ValueError, match="tolerance=0.8 is not above 1"):
-        DriftWatch(watch.reference, tolerance=0.8)
+        DriftWatch(watch.references, tolerance=0.8)
+
+
+def standing(reading, given, rule):
+    """Return the reading with the fan_in and the rule that a monitor adds."""
+    return dataclasses.replace(reading, fan_in=np.array([x.fan_in for x in given.segments[:-1]], float), rule=rule)
+
+
+def told(watch, *readings):
+    """Return the messages of the warnings that a watch gives at some readings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for reading in readings:
+            watch(reading)
+    return [str(w.message) for w in caught]
+
+
+def test_weights_that_are_not_finite_are_warned_of_at_once():
+    rule = RULES["fan2025"]
+    reading = live(made(rule, 4.0), 1, 0.0)
+    reading.columns["weight_rms"][1] = np.nan
+    (message,) = told(DriftWatch(made(rule, 1.0)), reading)
+    assert "step 1: weights are NaN or infinite: layers.0.ffn.down.weight" in message
+
+
+def test_top_and_gain_are_watched_under_standard_which_has_no_width_ratio():
+    standard = RULES["standard"]
+    proxy, target = made(standard, 1.0), made(standard, 4.0, factors={("ffn.down", "top"): 2.4})
+
+    def unscaled(given):
+        return dataclasses.replace(given, segments=tuple(dataclasses.replace(x, m=np.nan) for x in given.segments))
+
+    readings = [standing(live(unscaled(target), step, 4.0), target, "standard") for step in (100, 110)]
+    old = dataclasses.replace(unscaled(proxy).by_type(), steps=50)
+    without_fan_in = tuple(dataclasses.replace(x, fan_in=None) for x in old.segments)
+    for history in ((), (old,), (dataclasses.replace(old, segments=without_fan_in),)):
+        (message,) = told(DriftWatch(dataclasses.replace(unscaled(proxy), history=history)), *readings)
+        assert "layers.*.ffn.down.weight: top grew" in message
+
+
+@pytest.mark.parametrize(("name", "m"), [("standard", 4.0), ("fan2025", 2.0)])
+def test_a_run_that_does_not_follow_the_rule_of_its_proxy_is_warned_of_at_its_first_reading(name, m):
+    target = made(RULES[name], m, width=4.0)
+    watch = DriftWatch(made(RULES["fan2025"], 1.0))
+    (message,) = told(watch, standing(live(target, 1, 0.0), target, name))
+    assert "step 1: not held: fan2025 claims that top and gain stay equal: " in message
+    assert ("under standard" if name == "standard" else "Check base_width") in message
+
+
+def test_two_proxies_widen_the_tolerance():
+    rule = RULES["fan2025"]
+    some = [made(rule, 1.0, noise=0.25, seed=seed) for seed in (1, 2)]
+    target = made(rule, 4.0)
+    readings = [standing(live(target, step, 4.0, factor=1.7), target, "fan2025") for step in (100, 110)]
+    assert told(DriftWatch(made(rule, 1.0)), *readings)
+    assert not told(DriftWatch(some), *readings)
+    with pytest.raises(ValueError, match="there is no reference"):
+        DriftWatch([])

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from lwadamw import AdamW, Monitor
+from lwadamw.monitor.comparison import compare
+from lwadamw.monitor.profile_file import load
 from tests.cases import make_params, set_grads, train_on_noise
 
 
@@ -158,3 +160,55 @@ def test_an_optimizer_or_argument_that_cannot_be_monitored_is_an_error_with_a_re
         Monitor(optimizer, probe=_Probe({}), spectrum_every=0)
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_weights_that_become_nan_are_a_verdict_in_report_and_profile(tmp_path):
+    model = nn.ModuleDict({f"w{i}": nn.Linear(4, 4, bias=False) for i in range(2)})
+    optimizer = AdamW(model.named_parameters(), lr=0.1, weight_decay=1.0)
+    monitor = Monitor(optimizer, every=1)
+    train_on_noise(optimizer, 40)
+    with torch.no_grad():
+        model["w1"].weight[0, 0] = float("nan")
+    train_on_noise(optimizer, 3)
+    assert monitor.verdicts["w0.weight"].startswith("steady from step")
+    assert monitor.verdicts["w1.weight"] == "not finite from step 41"
+    lines = monitor.report().splitlines()
+    assert lines[2].endswith("1 of 2 not finite from step 41"), "the line of the role says so too"
+    monitor.save(tmp_path / "run.json")
+    assert [x.verdict for x in load(tmp_path / "run.json").segments] == ["steady", "not finite"]
+
+
+def test_a_tensor_without_elements_is_finite():
+    optimizer = AdamW([("empty", nn.Parameter(torch.empty(0, 3))), ("w", nn.Parameter(torch.ones(2, 2)))])
+    monitor = Monitor(optimizer, every=1)
+    train_on_noise(optimizer, 1)
+    assert not any("not finite" in verdict for verdict in monitor.verdicts.values())
+
+
+@pytest.mark.parametrize("law", [{"amsgrad": True}, {"decay": "huber"}], ids=lambda law: next(iter(law)))
+def test_nothing_is_predicted_where_no_law_holds(law, tmp_path):
+    (p,) = make_params([(6, 5)])
+    optimizer = AdamW([("w", p)], lr=0.1, weight_decay=1.0, **law)
+    monitor = Monitor(optimizer, every=1)
+    train_on_noise(optimizer, 40)
+    assert monitor.verdicts == {"w": "not known: amsgrad" if "amsgrad" in law else "not known: decay='huber'"}
+    columns = monitor.latest.columns
+    assert all(np.isnan(columns[name]).all() for name in ("steady_rms", "expected_rms", "rotation_ratio", "taus"))
+    assert np.isfinite(columns["weight_rms"]).all()
+    monitor.save(tmp_path / "run.json")
+    profile = load(tmp_path / "run.json")
+    assert {finding.verdict for finding in compare(profile, profile).findings} == {"no prediction"}
+
+
+def test_a_profile_has_the_peak_learning_rate_after_a_decay_to_zero(tmp_path):
+    for scheduled in (True, False):
+        (p,) = make_params([(6, 5)])
+        optimizer = AdamW([{"params": [("w", p)], "width_lr_mult": 0.5}], lr=0.1, weight_decay=1.0)
+        if scheduled:
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        monitor = Monitor(optimizer, every=1)
+        train_on_noise(optimizer, 2)
+        optimizer.param_groups[0]["lr"] = 0.0
+        train_on_noise(optimizer, 1)
+        monitor.save(tmp_path / "run.json")
+        assert load(tmp_path / "run.json").base["lr"] == pytest.approx(0.1)

@@ -56,3 +56,32 @@ def test_a_resumed_run_is_monitored_as_one_that_never_stopped(backend, device):
                 continue
             np.testing.assert_allclose(ours.columns[column], expected, rtol=1e-5, err_msg=column)
     assert np.isfinite(resumed.readings[0].columns["top"][0])
+
+
+def test_a_monitor_may_be_attached_before_the_optimizer_loads_its_checkpoint():
+    def begin():
+        optimizer = AdamW([("w", nn.Parameter(torch.ones(4, 3)))], lr=0.2, weight_decay=1.0)
+        return optimizer, Monitor(optimizer, every=5, spectrum_every=0)
+
+    def train(optimizer, steps):
+        for _ in range(steps):
+            optimizer.param_groups[0]["params"][0].grad = torch.randn(4, 3)
+            optimizer.step()
+
+    first, whole = begin()
+    train(first, 12)
+    saved, state = copy.deepcopy(first.state_dict()), whole.state_dict()
+    for with_state in (False, True):
+        optimizer, monitor = begin()
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        if with_state:
+            monitor.load_state_dict(state)
+        train(optimizer, 8)
+        assert [reading.step for reading in monitor.readings] == ([15, 20] if with_state else [13, 15, 20])
+        assert monitor.latest.columns["taus"] == pytest.approx([0.2 * (19 if with_state else 7)])
+    # A checkpoint of step 12 is loaded after step 20: what was seen of later steps does not count.
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    train(optimizer, 1)
+    assert [reading.step for reading in monitor.readings] == [13]
+    monitor.remove()
+    assert not optimizer._optimizer_load_state_dict_post_hooks

@@ -1,0 +1,157 @@
+"""One line says whether a run held what its rule claims, and two seeds say how much runs differ when nothing is wrong."""
+
+import dataclasses
+import math
+
+import pytest
+
+from lwadamw import RULES, Rule, Scale
+from lwadamw.commands import main
+from lwadamw.monitor.calibration import Calibration, student
+from lwadamw.monitor.comparison import compare
+from tests.monitor.profiles import made, written
+
+FAN = RULES["fan2025"]
+
+
+def claim(proxy, target):
+    return compare(proxy, target).claim
+
+
+@pytest.mark.parametrize("name", ["mup", "fan2025", "kosson2025", "balanced"])
+def test_every_rule_holds_its_claim_in_its_own_pair_and_standard_and_a_wrong_base_width_do_not(name):
+    rule = RULES[name]
+    proxy = made(rule, 1.0)
+    # muP claims that activations change equally. This is so if the alignment ratio grows with the root of the width.
+    aligned = {(kind, "representation_change"): 2.0 for kind in ("attention.qkv", "ffn.down")} if name == "mup" else {}
+    held = claim(proxy, made(rule, 4.0, factors=aligned))
+    assert held.held is True
+    assert held.sentence.startswith(f"held: {name} claims that ")
+    wrong = claim(proxy, made(rule, 2.0, width=4.0, factors=aligned))
+    assert (wrong.held, wrong.certain) == (False, True)
+    assert wrong.sentence.endswith("the fan_in grew by 4, but the rule scaled by m = 2. Check base_width")
+    standard = claim(proxy, made(RULES["standard"], 4.0))
+    assert standard.held is False
+    assert standard.sentence.endswith("the target ran under standard, and its fan_in is 4 times as large")
+    assert "\n" not in held.sentence + wrong.sentence + standard.sentence
+
+
+def test_what_was_not_held_is_named_with_its_layers_and_cause():
+    off = {("ffn.down", "gain"): 1.6}
+    found = claim(made(FAN, 1.0), made(FAN, 4.0, factors=off))
+    assert found.sentence.startswith("not held: fan2025 claims that top and gain stay equal, but gain changed by x1.6")
+    assert "in 1 of 2 kinds of matrices (layers.*.ffn.down.weight): " in found.sentence
+    assert found.sentence.endswith("are those of the rule, and the weights did not follow them")
+    own = dataclasses.replace(made(Rule("x", matrix=Scale(lr=-0.5, wd=0.5)), 4.0), rule="fan2025")
+    assert "weight decays predict x1.41, so the values are not" in claim(made(FAN, 1.0), own).sentence
+
+
+def test_two_runs_under_standard_hold_nothing_if_the_width_grows():
+    standard = RULES["standard"]
+    found = claim(made(standard, 1.0), made(standard, 4.0))
+    assert found.held is False
+    assert "standard claims nothing, and top and gain should stay equal, but top changed by x2.8" in found.sentence
+    assert claim(made(standard, 1.0), made(standard, 1.0, seed=1)).held is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"taus": 1.0}, "it is too early"),
+        ({"base": {"lr": 1.0, "weight_decay": 0.5}}, "for equal base values, and the base lr is 0.003 and 1"),
+        ({"rule": "own"}, "nothing is known of the claims of 'own'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_known_is_said_and_is_no_failure(change, message):
+    if "taus" in change:
+        pair = made(FAN, 1.0), made(FAN, 4.0, **change)
+    else:
+        pair = made(FAN, 1.0), dataclasses.replace(made(FAN, 4.0), **change)
+    pair = (dataclasses.replace(pair[0], rule="own"), pair[1]) if "rule" in change else pair
+    found = compare(*pair)
+    assert found.claim.held is None
+    assert message in found.claim.sentence
+    assert not found.failed
+
+
+def test_a_schedule_that_the_weights_follow_slowly_is_not_held_against_the_rule():
+    """The learning rate has fallen by 16. The weights of the proxy have followed, those of the target have not."""
+
+    def lagging(given, lag):
+        segments = []
+        for x in given.segments[:-1]:
+            steady = math.sqrt(x.lr / x.weight_decay / 16)
+            values = {"steady_rms": steady, "expected_rms": lag * steady, "top": lag / 4 * x.values["top"]}
+            segments.append(dataclasses.replace(x, lr=x.lr / 16, values=values))
+        return dataclasses.replace(given, segments=tuple(segments))
+
+    found = compare(lagging(made(FAN, 1.0), 1.0), lagging(made(FAN, 4.0), 2.0), statistics=["top"])
+    assert {round(row.ratio) for row in found.findings} == {2}
+    assert found.claim.held is True
+
+
+def test_two_seeds_calibrate_the_tolerance_so_that_a_third_passes_and_a_wrong_rule_fails(tmp_path, capsys):
+    def path(name, *args, **kwargs):
+        return written(tmp_path / f"{name}.json", made(*args, noise=0.1, **kwargs))
+
+    seeds = [path(f"seed{i}", FAN, 1.0, depth=1, seed=i) for i in range(40)]
+    alarms = sum(main(["compare", *seeds[i : i + 3]]) for i in range(0, 39, 3))
+    single = sum(main(["compare", *seeds[i : i + 2]]) for i in range(0, 40, 2))
+    assert alarms <= 2
+    assert single > alarms, "at the default tolerance a second seed fails"
+    assert "from the spread of 2 proxies" in capsys.readouterr().out
+    assert main(["compare", *seeds[:2], path("standard", RULES["standard"], 4.0, depth=1, seed=50)]) == 1
+    assert main(["compare", *seeds[:2], path("target", FAN, 4.0, depth=1, seed=50)]) == 0
+
+
+def test_proxies_of_several_widths_calibrate_around_the_law():
+    some = [made(FAN, m, noise=0.0) for m in (1.0, 2.0, 4.0)]
+    found = compare(some, made(FAN, 16.0, noise=0.0))
+    assert found.calibration == "tolerance 1.25, more than the spread of 3 proxies asks for"
+    assert {row.verdict for row in found.findings if row.role == "matrix"} == {"as predicted"}
+
+
+def test_a_type_gets_at_least_the_factor_between_its_own_proxies():
+    key = ("matrix", "w")
+    (segment, *_) = made(FAN, 1.0).segments
+    pair = [{key: [dataclasses.replace(segment, values={"top": top})]} for top in (1.0, 3.0)]
+    assert Calibration(pair, ["top"], 1.25, 3).tolerance(key, "top") >= 3
+    assert Calibration(pair[:1], ["top"], 1.25, 3).tolerance(key, "top") == 1.25
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    [
+        (0.975, 1, 12.706),
+        (0.975, 2, 4.303),
+        (0.975, 5, 2.571),
+        (0.999, 3, 10.215),
+        (0.999, 10, 4.144),
+        (0.975, 99, 1.984),
+    ],
+)
+def test_students_quantile(probability, freedom, expected):
+    assert student(probability, freedom) == pytest.approx(expected, rel=0.1 if freedom == 3 else 0.01)
+
+
+def test_weights_that_are_not_finite_fail_and_are_named_first(tmp_path, capsys):
+    good = made(FAN, 4.0)
+    broken = [
+        dataclasses.replace(x, values={**x.values, "weight_rms": math.nan}) if "layers.1.ffn" in x.name else x
+        for x in good.segments
+    ]
+    proxy = written(tmp_path / "proxy.json", made(FAN, 1.0))
+    nan = written(tmp_path / "nan.json", dataclasses.replace(good, segments=tuple(broken)))
+    for pair in ([proxy, nan], [nan, proxy], [proxy, proxy, nan], [proxy, nan, "--statistic", "top"]):
+        assert main(["compare", *pair]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "not finite: some weights are NaN or infinite in layers.*.ffn.down.weight"
+        assert any(line.startswith("matrix  layers.*.ffn.down.weight") and "not finite" in line for line in lines)
+
+
+def test_a_layer_that_is_all_zero_shrank():
+    target = made(FAN, 4.0, factors={("ffn.down", "weight_rms"): 0.0})
+    (row,) = compare(made(FAN, 1.0), target).drifted
+    assert (row.layers, row.statistic, row.verdict) == ("layers.*.ffn.down.weight", "weight_rms", "shrank")
+    assert [r.verdict for r in compare(target, made(FAN, 4.0)).drifted] == ["grew"]
