@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from . import kernels as kernels
     from . import loggers as loggers
     from . import schedules as schedules
     from .monitor.drift import DriftWarning, DriftWatch
