@@ -80,16 +80,18 @@ _HOME: Final = {name: module for module, names in _HOMES.items() for name in nam
 _MODULES: Final = ("loggers", "schedules", "kernels", "monitor", "state", "step", "tables", "width")
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, when it is first asked for."""
-    if name in _HOME:
-        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f".{name}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # With this function, a type checker would accept any name.
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or a module of the package, when it is first asked for."""
+        if name in _HOME:
+            value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        elif name in _MODULES:
+            value = importlib.import_module(f".{name}", __name__)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 PANEL: Final = (2.7, 2.3)  # inches
 MOST_COLUMNS: Final = 3
+LETTERS: Final = 20  # of a caption, per inch; a line has at most so many
 # Maps the suffix of a file to the metadata that keep the time of drawing out of the file.
 KINDS: Final[dict[str, dict[str, Any]]] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 MOST_TICKS: Final = 5
@@ -107,6 +109,8 @@ def panels(
     axes = figure.subplots(rows, columns, squeeze=False, **share)
     figure.suptitle(title, fontsize=9.5)
     if caption:
+        letters = int(figure.get_figwidth() * LETTERS)
+        caption = "\n".join(textwrap.fill(line, letters) for line in caption.splitlines())
         figure.supxlabel(caption, fontsize=6.5, color=GREY)
     return figure, [list(row) for row in axes]
 

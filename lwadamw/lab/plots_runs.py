@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # The loss axis ends at least this share of the loss above the best loss of the worst width; see `_cut`.
 HEADROOM: Final = 0.15
-MAP: Final = (4.2, 3.4)  # inches
+MAP: Final = (4.2, 3.8)  # inches
+NUMBER: Final = 0.2  # the height at which a number stands in its cell, from 0 to 1
 
 
 @styled
@@ -167,13 +168,18 @@ def _map(axes: Axes, curves: Sequence[Curve]) -> None:
     for i, j in np.ndindex(*table.shape):
         if np.isfinite(table[i, j]):
             dark = table[i, j] > (np.median(finite) + finite.min()) / 2
+            # In the lower part of the cell, because circles are in the middle; and on a patch, because lines cross the cell.
+            patch = {"facecolor": mesh.cmap(mesh.norm(table[i, j])), "edgecolor": "none", "pad": 0.4, "alpha": 0.8}
             ink: dict[str, Any] = {
                 "color": "white" if dark else "black",
                 "fontsize": 6,
                 "ha": "center",
                 "va": "center",
+                "zorder": 6,
+                "bbox": patch,
             }
-            axes.text(float(lrs[j]), decays[i], f"{table[i, j]:.3f}", **ink)
+            low, high = np.log2(_edges(decays)[i : i + 2])
+            axes.text(float(lrs[j]), 2.0 ** float(low + (high - low) * NUMBER), f"{table[i, j]:.3f}", **ink)
         elif np.isinf(table[i, j]):
             (x0, x1), (y0, y1) = _edges(lrs)[j : j + 2], _edges(decays)[i : i + 2]
             axes.fill([x0, x1, x1, x0], [y0, y0, y1, y1], facecolor="none", edgecolor=GREY, hatch="////", linewidth=0)

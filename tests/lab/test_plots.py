@@ -286,3 +286,24 @@ def test_without_matplotlib_the_command_prints_the_table_and_how_to_install_it(t
     assert "width  best lr" in printed
     assert 'pip install "lwadamw[lab]"' in printed
     assert not (tmp_path / "x.png").exists()
+
+
+def test_nothing_of_the_heat_map_is_cut_or_covered():
+    """The caption is inside the figure, and no number lies on a circle."""
+    rows = [Outcome("mup", 64, lr, wd, None, (math.log2(lr / 0.014)) ** 2) for wd in (0.5, 1.0, 2.0) for lr in LRS]
+    caption = (
+        "600 steps, 307200 tokens, 2 seeds, batch 8, context 64, depth 2, data standard library, version "
+        + "0.1.0, " * 9
+    )
+    figure = plots_runs.heatmap(Outcomes("map.csv", "loss", tuple(rows), caption))
+    figure.draw_without_rendering()
+    (below,) = (text for text in figure.texts if "600 steps" in text.get_text())
+    assert figure.bbox.x0 <= below.get_window_extent().x0 < below.get_window_extent().x1 <= figure.bbox.x1
+    (axes,) = visible(figure)
+    circles = axes.transData.transform(lines(axes)["best lr of a decay"].get_xydata())
+    radius = 2.5 * figure.dpi / 72
+    for text in axes.texts:
+        box = text.get_window_extent()
+        for x, y in circles:
+            apart = max(box.x0 - x, x - box.x1, box.y0 - y, y - box.y1)
+            assert apart > radius, text.get_text()

@@ -1,12 +1,16 @@
 """The synthetic network: where its weights settle, and what its statistics are."""
 
+import csv
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lwadamw.commands import main
+from lwadamw.lab.findings import fit, noise_report
 from lwadamw.lab.synthetic import MATRICES, MEASURED, RESULT, Network, Noise, run
 from lwadamw.width.steady_state import Elapsed
 
@@ -98,3 +102,26 @@ def test_a_rule_changes_the_effective_values_and_the_length_of_the_run():
         assert task.steps == round(6 / (0.02 * lr * wd))
     assert replace(task, width=32).shared() == Noise.of("mup", "relu", 32, 0, **SETTING).shared()
     assert task.shared() == task
+
+
+def test_the_command_prints_the_exponents_that_its_help_promises(tmp_path, capsys, monkeypatch):
+    data = Path(__file__).parents[2] / "docs" / "data" / "synthetic.csv"
+    out = tmp_path / "synthetic.csv"
+    out.write_text(data.read_text())
+    monkeypatch.setattr("lwadamw.lab.sweep.sweep", lambda *_, **__: [])
+    assert main(["synthetic", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line in ("relu", "swiglu")] == ["relu", "swiglu"]
+    with out.open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["variant"], row["arm"]) == ("relu", "standard")]
+    line = next(line for line in printed.splitlines() if line.startswith("gain network"))
+    assert line.split()[2:5] == str(fit(rows, "gain_network")).split()
+    with pytest.raises(SystemExit):
+        main(["synthetic", "--help"])
+    assert "the fitted exponent" in " ".join(capsys.readouterr().out.split())
+
+
+def test_one_width_has_no_exponent(tmp_path, capsys):
+    data = (Path(__file__).parents[2] / "docs" / "data" / "synthetic.csv").read_text().splitlines()
+    (tmp_path / "one.csv").write_text("\n".join([data[0], next(line for line in data if ",relu,64," in line)]))
+    assert noise_report(tmp_path / "one.csv").splitlines()[2].split() == ["gain", "network", "-"]
