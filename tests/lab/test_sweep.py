@@ -270,7 +270,7 @@ def test_arms_are_rules_or_exponents():
         (["--widths", "64", "100"], "--widths: ModelConfig: width=100 is not a whole number of heads"),
         (["--cooldown", "1"], "--cooldown: 1.0 is not a share"),
         (["--data", "nowhere.txt"], "--data: cannot read 'nowhere.txt'"),
-        (["--out", "nowhere/runs.csv"], "--out: 'nowhere' does not exist"),
+        (["--out", "nowhere/runs.csv"], "--out: 'nowhere/runs.csv' is in a folder that does not exist, 'nowhere'"),
         (["--plot", "runs.jpg"], "--plot: 'runs.jpg' ends in none of .svg, .png, .pdf"),
     ],
 )

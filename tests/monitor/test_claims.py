@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from lwadamw import RULES, Rule, Scale
 from lwadamw.commands import main
 from lwadamw.monitor.calibration import Calibration, student
 from lwadamw.monitor.comparison import compare
+from tests.fixtures import write_widths
 from tests.monitor.profiles import made, written
 
 FAN = RULES["fan2025"]
@@ -155,3 +157,32 @@ def test_a_layer_that_is_all_zero_shrank():
     (row,) = compare(made(FAN, 1.0), target).drifted
     assert (row.layers, row.statistic, row.verdict) == ("layers.*.ffn.down.weight", "weight_rms", "shrank")
     assert [r.verdict for r in compare(target, made(FAN, 4.0)).drifted] == ["grew"]
+
+
+def trained(*names):
+    """Return the paths of profiles of real runs, which tests/fixtures/write_widths.py made."""
+    return [str(Path(write_widths.__file__).parent / "widths" / f"{name}.json") for name in names]
+
+
+@pytest.mark.parametrize("target", ["c", "target", "target1"])
+def test_real_runs_under_their_rule_pass_with_two_seeds_as_proxies(target, capsys):
+    assert main(["compare", *trained("a", "b", target)]) == 0
+    assert capsys.readouterr().out.startswith(
+        "held: fan2025 claims that top and gain stay equal; top and gain did in 5 kinds"
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [("standard", "ran under standard"), ("wrong", "but the rule scaled by m = 2. Check base_width")]
+)
+def test_real_runs_without_scaling_or_with_a_wrong_base_width_fail(target, why, capsys):
+    for proxies in ("a", "ab"):
+        assert main(["compare", *trained(*proxies, target)]) == 1
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith("not held: fan2025 claims that top and gain stay equal")
+        assert why in first
+
+
+def test_a_real_second_seed_fails_at_the_default_tolerance():
+    """So one proxy is not enough."""
+    assert main(["compare", *trained("a", "b")]) == 1
