@@ -57,6 +57,10 @@ class Measured(Protocol):
         """Call a function after every step. Return a handle with `remove()`."""
         ...
 
+    def register_load_state_dict_post_hook(self, hook: Any) -> Any:
+        """Call a function after state has been loaded. Return a handle with `remove()`."""
+        ...
+
 
 class Joined:
     """Several `AdamW` that together update one model, one after the other, as one optimizer to a `Monitor`.
@@ -131,3 +135,7 @@ class Joined:
     def register_step_post_hook(self, hook: Any) -> Any:
         """Call a function after the last optimizer has taken its step. Return a handle with `remove()`."""
         return self.optimizers[-1].register_step_post_hook(hook)
+
+    def register_load_state_dict_post_hook(self, hook: Any) -> Any:
+        """Call a function after the last optimizer has loaded its state. Return a handle with `remove()`."""
+        return self.optimizers[-1].register_load_state_dict_post_hook(hook)

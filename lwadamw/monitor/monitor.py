@@ -145,9 +145,8 @@ class Monitor:
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self.after_step()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._note_load()),
         ]
-        if hasattr(optimizer, "register_load_state_dict_post_hook"):
-            self._handles.append(optimizer.register_load_state_dict_post_hook(lambda *_: self._note_load()))
 
     @property
     def latest(self) -> Reading | None:

@@ -125,6 +125,10 @@ class Together:
         self._on_end.append(hook)
         return self
 
+    def register_load_state_dict_post_hook(self, hook: Callable[..., Any]) -> Any:
+        """Call a function after our optimizer has loaded its state. The result has `remove()`."""
+        return self._ours.register_load_state_dict_post_hook(hook)
+
     def remove(self) -> None:
         """Detach from all optimizers."""
         for handle in self._handles:
