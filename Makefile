@@ -2,8 +2,8 @@
 # make test   runs lint, types and tests: everything that CI runs
 # make test-matrix   runs every combination of what others may do; CI runs it after make test
 # make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it then
-# make test-engines   runs the tests inside real Megatron-core, on CPU; CI runs it then
-# make test-frameworks   runs the tests inside transformers, Lightning, torchtitan and others, on CPU; CI runs it last
+# make test-engines   runs the tests inside real Megatron-core, on CPU; CI runs it last
+# make test-frameworks   runs the tests inside transformers, Lightning, torchtitan and others, on CPU; CI does not run it yet
 # make check  runs lint and types
 # make docs   builds the documentation site in build/site; a warning is an error; CI runs it after make test
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
@@ -120,7 +120,7 @@ gpu-test gpu-bench gpu-tune: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-test gpu-bench gpu-tune: export PYTHONUNBUFFERED := 1
 
 gpu-test:
-	$(PYTHON) -m bench.gpu_test --out $(OUT)
+	$(PYTHON) -m bench.gpu_tests --out $(OUT)
 
 gpu-bench:
 	$(PYTHON) -m bench.gpu_bench --out $(OUT)

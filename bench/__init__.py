@@ -10,7 +10,7 @@ python -m bench.predict     How long should a step take on six devices, by bytes
 python -m bench.tune        Which launch constants of the kernels are fastest?
 python -m bench.scale       What does one process of a 405B model's run pay for each step?
 python -m bench.gpu_bench   Runs all of these except codegen, scale and tune on a machine with a GPU.
-python -m bench.gpu_test    Runs the tests of a machine with a GPU.
+python -m bench.gpu_tests    Runs the tests of a machine with a GPU.
 python -m bench.report      Writes the figure and the table in README from bench/results.
 python -m bench.workloads   Prints the parameter lists that are stepped.
 pytest bench/ --benchmark-only

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from . import kernels as kernels
     from . import loggers as loggers
     from . import schedules as schedules
     from .monitor.drift import DriftWarning, DriftWatch
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from .width.rules import RULES, Rule, Scale
     from .width.specs import Matrix, Output
     from .width.steady_state import SteadyState
+
+    kernels: Any  # compiled code has no types
 
 __all__ = [
     "RULES",

@@ -23,7 +23,7 @@ COMMANDS = (
     "scale",
     "train",
     "monitor",
-    "gpu_test",
+    "gpu_tests",
     "gpu_bench",
     "predict",
     "tune",

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from bench import gpu_bench, gpu_test, harness, tune
-from bench.gpu_test import Job
+from bench import gpu_bench, gpu_tests, harness, tune
+from bench.gpu_tests import Job
 from lwadamw.kernels import layout
 from lwadamw.state.combinations import COMBINATIONS
 from tests.bench.commands import ROOT
@@ -88,29 +88,29 @@ def test_the_summary_of_all_units_has_at_most_thirty_lines():
 
 def test_the_dry_run_of_gpu_test_starts_every_kind_of_process(monkeypatch, capsys, tmp_path):
     arguments = ["--dry-run", "--out", str(tmp_path), "--files", "state/test_codes.py"]
-    monkeypatch.setattr(sys, "argv", ["bench.gpu_test", *arguments])
-    gpu_test.main()
+    monkeypatch.setattr(sys, "argv", ["bench.gpu_tests", *arguments])
+    gpu_tests.main()
     (path,) = tmp_path.iterdir()
     found = {job["part"]: job for job in json.loads(path.read_text())["jobs"]}
-    assert {part: job["outcome"] for part, job in found.items()} == dict.fromkeys(gpu_test.PARTS, "passed")
-    assert found["functions"]["last"] == f"{len(gpu_test.gpu_tests())} passed, 0 failed"
+    assert {part: job["outcome"] for part, job in found.items()} == dict.fromkeys(gpu_tests.PARTS, "passed")
+    assert found["functions"]["last"] == f"{len(gpu_tests.gpu_tests())} passed, 0 failed"
     assert found["sanitizer"]["last"] == "1 storages stepped on cpu"
     assert "suite: 1 passed of 1 processes" in capsys.readouterr().out
 
 
 def test_every_function_is_in_one_process_and_every_file_exists():
-    jobs = gpu_test.jobs(gpu_test.PARTS, gpu_test.SUITE, dry=False)
+    jobs = gpu_tests.jobs(gpu_tests.PARTS, gpu_tests.SUITE, dry=False)
     functions = [name for job in jobs if job.part == "functions" for name in job.command if "::" in name]
-    assert sorted(functions) == sorted(gpu_test.gpu_tests())
+    assert sorted(functions) == sorted(gpu_tests.gpu_tests())
     files = [argument for job in jobs for argument in job.command if argument.startswith("tests/")]
-    assert len(files) == len(gpu_test.SUITE)
+    assert len(files) == len(gpu_tests.SUITE)
     assert [name for name in files if not (ROOT / name).is_file()] == []
-    assert {job.name for job in jobs if job.part == "sanitizer"} == set(gpu_test.SANITIZERS)
+    assert {job.name for job in jobs if job.part == "sanitizer"} == set(gpu_tests.SANITIZERS)
 
 
 def test_every_test_function_that_gpu_test_runs_takes_no_arguments():
-    """bench.gpu_test calls these functions without pytest, so no fixture can be filled in."""
-    tests = gpu_test.gpu_tests()
+    """bench.gpu_tests calls these functions without pytest, so no fixture can be filled in."""
+    tests = gpu_tests.gpu_tests()
     assert {test.__module__ for test in tests.values()} == {"tests.kernels.test_gpu", "tests.kernels.test_gpu_storage"}
     assert [name for name, test in tests.items() if inspect.signature(test).parameters] == []
 
@@ -119,8 +119,8 @@ def test_a_function_that_fails_does_not_end_the_others(monkeypatch, capsys):
     def fails():
         raise ValueError("3 is not 4\nand more")
 
-    monkeypatch.setattr(gpu_test, "gpu_tests", lambda: {"a.py::one": fails, "a.py::two": lambda: None})
-    assert gpu_test.run_functions(["a.py::one", "a.py::two"], dry=False) == 1
+    monkeypatch.setattr(gpu_tests, "gpu_tests", lambda: {"a.py::one": fails, "a.py::two": lambda: None})
+    assert gpu_tests.run_functions(["a.py::one", "a.py::two"], dry=False) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "FAILED a.py::one - ValueError: 3 is not 4"
     assert lines[1].startswith("passed a.py::two")
@@ -151,17 +151,17 @@ def test_processes_that_cannot_run_say_why():
         ("not run", "no time left"),
         ("not run", "pytest is not installed"),
     ]
-    assert gpu_test.table([late, missing]) == "suite: 2 not run of 2 processes: no time left; pytest is not installed"
+    assert gpu_tests.table([late, missing]) == "suite: 2 not run of 2 processes: no time left; pytest is not installed"
 
 
 def test_the_table_of_gpu_test_names_failures_of_every_part_in_at_most_thirty_lines():
     jobs = [
-        _job("", part, outcome="FAILED", failures=[(f"{part} {i}", "E") for i in range(30)]) for part in gpu_test.PARTS
+        _job("", part, outcome="FAILED", failures=[(f"{part} {i}", "E") for i in range(30)]) for part in gpu_tests.PARTS
     ]
-    table = gpu_test.table(jobs)
+    table = gpu_tests.table(jobs)
     assert table.count("\n") + 2 <= LONG
     assert "and 70 more" in table
-    assert all(f"{part}: 1 FAILED of 1 processes" in table for part in gpu_test.PARTS)
+    assert all(f"{part}: 1 FAILED of 1 processes" in table for part in gpu_tests.PARTS)
 
 
 def test_processes_keep_the_python_path_of_carried_wheels(monkeypatch):
@@ -170,7 +170,7 @@ def test_processes_keep_the_python_path_of_carried_wheels(monkeypatch):
     assert job.last == ".:/carried/wheels"
 
 
-@pytest.mark.parametrize("module", [gpu_bench, gpu_test])
+@pytest.mark.parametrize("module", [gpu_bench, gpu_tests])
 def test_gpu_commands_without_a_gpu_say_so(module, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [module.__name__])

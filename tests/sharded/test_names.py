@@ -240,4 +240,4 @@ def test_rebind_names_what_was_frozen_and_what_was_tied():
 def test_rebind_refuses_groups_without_names():
     model = Model()
     with pytest.raises(ValueError, match=r"group 0 .* without names"):
-        lwadamw.rebind(_groups(model, fold=True, lr=1e-3, weight_decay=0.1), model)
+        lwadamw.rebind([{"params": list(model.parameters())}], model)

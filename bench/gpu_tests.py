@@ -1,7 +1,7 @@
 """All tests that a GPU can answer, on a bare machine, and a table of what failed.
 
-    make gpu-test                                   # or: python -m bench.gpu_test --out results
-    python -m bench.gpu_test --only functions --minutes 3
+    make gpu-test                                   # or: python -m bench.gpu_tests --out results
+    python -m bench.gpu_tests --only functions --minutes 3
 
 It runs these parts side by side, in processes of their own, so that neither a failure nor a crash hides another test:
 
@@ -183,7 +183,7 @@ def jobs(parts: Sequence[str], files: Sequence[str], dry: bool) -> list[Job]:
         for i in range(at_once):
             own = names[i::at_once]
             out.append(
-                Job("functions", f"functions {i}", [python, "-m", "bench.gpu_test", *flags, "--functions", *own])
+                Job("functions", f"functions {i}", [python, "-m", "bench.gpu_tests", *flags, "--functions", *own])
             )
     if "sanitizer" in parts:
         sanitizer, steps = (
@@ -239,14 +239,14 @@ def main() -> None:
     arguments = parse()
     dry = arguments.dry_run
     if not torch.cuda.is_available() and not dry:
-        sys.exit("bench.gpu_test: torch sees no GPU on this machine. Use --dry-run to try the script on the CPU.")
+        sys.exit("bench.gpu_tests: torch sees no GPU on this machine. Use --dry-run to try the script on the CPU.")
     if arguments.functions:
         sys.exit(min(run_functions(arguments.functions, dry), 1))
     begin = time.monotonic()
     device = harness.choose_device("cpu" if dry else "cuda")
     described = harness.machine(device)
     name = "test_dry_run" if dry else "test_" + described["device"].replace(" ", "_").lower()
-    record: dict[str, Any] = {"command": harness.command_line("bench.gpu_test"), "machine": described}
+    record: dict[str, Any] = {"command": harness.command_line("bench.gpu_tests"), "machine": described}
     done: list[Job] = []
     with ThreadPoolExecutor(AT_ONCE if not dry else os.cpu_count()) as pool:
         started = [
