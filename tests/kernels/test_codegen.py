@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from bench.codegen import COMPLETE, SUPPORTED, access_width, loaded_early
 from lwadamw.kernels import layout
@@ -35,11 +36,17 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Reports of all variants, from another process. This process may have imported the kernels to interpret them."""
-    path = tmp_path_factory.mktemp("codegen") / "reports.json"
+    """Reports of all variants, from another process. This process may have imported the kernels to interpret them.
+
+    Compiling takes a minute, so the workers of one test run share the reports.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "codegen.json"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "bench.codegen", "--json", str(path)]
-    subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
     return json.loads(path.read_text())["reports"]
 
 
