@@ -24,7 +24,7 @@ from .layout import (
     K_TOTAL_BLOCK,
     K_TOTAL_STAGES,
 )
-from .storage import element_address, largest_of, load, pointer_to
+from .storage import element_address, largest_along, largest_of, load, pointer_to
 
 # A sum of squares in fp32 is exact enough if it is above LEAST: what underflowed is then far below its last digit.
 LEAST = tl.constexpr(2.0**-100)
@@ -89,7 +89,7 @@ def total_kernel(
     places = norms + tl.arange(0, ROWS)[:, None] * K_PARTIALS + tl.arange(0, K_PARTIALS)[None, :]
     largest = tl.zeros([K_PARTIALS], tl.float32)
     for i in tl.range(n_blocks, num_stages=K_TOTAL_STAGES):
-        largest = largest_of(largest, tl.reduce(tl.load(places + i * K_TOTAL_BLOCK), 0, largest_of))
+        largest = largest_of(largest, largest_along(tl.load(places + i * K_TOTAL_BLOCK), 0))
     # Without the sign bit, the bits of floats have the same order as integers. NaN is above inf.
     top = tl.max(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     units = tl.zeros([K_PARTIALS], tl.int64)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .layout import K_QUANT, K_THREADS
-from .storage import largest_of, load, load_raw, pointer_to, store, store_raw
+from .storage import largest_along, load, load_raw, pointer_to, store, store_raw
 
 TINY = tl.constexpr(2.0**-90)
 # y + FLOOR is 2^23 + k for the nearest integer k of y - 0.5. So the lower bits hold k, and subtracting FLOOR gives k + 0.5.
@@ -109,7 +109,7 @@ def store_codes(
     LARGEST: tl.constexpr = 127.0**4 if TYPE == tl.int8 else 255.0**4
     QUOTA: tl.constexpr = K_QUANT // EACH
     block_abs = tl.abs(block)
-    largest = tl.reduce(tl.reshape(block_abs, [K_THREADS, EACH]), 1, largest_of)
+    largest = largest_along(tl.reshape(block_abs, [K_THREADS, EACH]), 1)
     # Without the sign bit, the bits of floats have the same order as integers, and NaN is above inf. A warp has one
     # instruction for the maximum of integers.
     bits = tl.reshape(largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [K_THREADS // QUOTA, QUOTA])

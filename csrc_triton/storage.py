@@ -43,6 +43,18 @@ def largest_of(a, b):
 
 
 @triton.jit
+def largest_along(block, AXIS: tl.constexpr):
+    """The largest along an axis of floats that are not negative; NaN if one of them is NaN."""
+    if K_INTERPRETED:
+        # The interpreter takes the elements one by one if the reduction is a function of ours. The bits of floats have the same
+        # order as integers, and NaN is above inf.
+        bits = tl.max(block.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return tl.reduce(block, AXIS, largest_of)
+
+
+@triton.jit
 def load_raw(pointer, offsets, mask, MASKED: tl.constexpr):
     """Load a block of any type unchanged. Elements outside the mask are 0."""
     if MASKED:

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import lwadamw
 
@@ -23,13 +24,14 @@ PAGES = sorted(
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, request):
     """From top to bottom in one namespace. What a reader has already, a comment makes that the page does not show."""
     if page in ELSEWHERE:
         assert (ROOT / ELSEWHERE[page]).exists()
         pytest.skip(f"its code runs in {ELSEWHERE[page]}")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
+    request.addfinalizer(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     text = (ROOT / page).read_text()
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start()) + 1

@@ -18,8 +18,9 @@ from .training import Case
 
 pytestmark = pytest.mark.engines
 
-# Names that are bound beside the choice and decide nothing about it.
-IGNORED = {"SGD", "USING_APEX_OPTIMIZER"}
+# Names that are bound beside the choice and decide nothing about it. The flag of emerging-optimizers says whether its package
+# is there.
+IGNORED = {"SGD", "USING_APEX_OPTIMIZER", "HAVE_EMERGING_OPTIMIZERS"}
 
 
 def swap_in_and_out() -> dict[str, Any]:
