@@ -78,13 +78,13 @@ def round_code(power, u, SQUARED: tl.constexpr):
     code is k + 1 where `power` is above
 
         h^4 + 4 u h^3 + 1.5 h^2 + u h + 1/16                     the mean of k^4 and (k+1)^4, plus u times their distance
-        h^4 + 4 u h^3 + (3.5 - 8 u^2) h^2 + (32 u^3 - 7 u) h - 0.5     if SQUARED: nearly the root of the same for eighth
-                                                                        powers
+        h^4 + 4 u h^3 + (3.5 - 8 u^2) h^2 + (32 u^3 - 7 u) h + 1/16     if SQUARED: nearly the root of the same for eighth
+                                                                         powers, and k^4 for u = -0.5
 
-    The root's error moves the probability by less than 1e-3 for k >= 10, and by less than 3e-5 for k >= 32.
+    So a value that is a code, or is below the code 1 of a square, is never rounded up. The root's error moves the probability by less than 1e-3 for k >= 10, and by less than 3e-5 for k >= 32.
     """
     if SQUARED:
-        e_0: tl.constexpr = SHIFT_SQ - 0.5
+        e_0: tl.constexpr = SHIFT_SQ + 0.0625
         uu = u * u
         e_1 = u * tl.fma(uu, 32.0, -7.0)
         e_2 = tl.fma(uu, -8.0, 3.5)

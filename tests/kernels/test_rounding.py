@@ -57,3 +57,16 @@ def test_zero_keeps_the_code_zero_and_the_largest_value_the_largest_code(device)
     codes = _codes(torch.tensor([0.0, 255.0**4 * (1 - 2.0**-20)]), True, device)
     assert codes[0].max() == codes[0].min() == 1
     assert set(codes[1].unique().tolist()) <= {254, 255}
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_code_is_less_than_one_code_away_whatever_the_random_bits(squared, device):
+    """And at least 1 if the codes hold squares, so that what is below the code 1 has it."""
+    k = torch.tensor([0, 1, 2, 3, 5, 10, 100]).double()
+    place = torch.tensor([0.0, 0.05, 0.5, 0.9, 0.97, 0.999]).double()
+    roots = (k[:, None] + place).flatten()
+    codes = _codes(roots**4, squared, device).double()
+    distance = (codes - roots[:, None]).abs().amax(1)
+    allowed = roots.lt(1) & squared
+    assert (codes[allowed] == 1).all()
+    assert (distance[~allowed] <= 1 + 1e-5).all(), dict(zip(roots.tolist(), distance.tolist(), strict=True))
