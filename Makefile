@@ -8,7 +8,8 @@
 # make docs   builds the documentation site in build/site; a warning is an error; CI runs it after make test
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
 # make gpu-test   runs the tests that need a GPU; needs only python3, torch, triton and numpy, and pytest for some
-# make gpu-bench  runs the benchmarks on a GPU; make gpu-tune compares launch constants. Each of the three takes less than 9 minutes.
+# make gpu-bench  runs the benchmarks on a GPU; make gpu-tune compares launch constants. Each of the three takes less than
+#             9 minutes. make gpu runs all of them.
 # make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
 #             Runs that exist already are not repeated.
 # All targets but test-zoo, test-engines, test-frameworks, docs, gpu-... and clean build .venv first. PYTHON=python3.12 chooses the
@@ -21,7 +22,7 @@ BIN := .venv/bin
 ENGINES := .venv-engines
 FRAMEWORKS := .venv-frameworks
 
-.PHONY: demo test test-matrix test-zoo test-engines test-frameworks check docs bench study gpu-test gpu-bench gpu-tune clean
+.PHONY: demo test test-matrix test-zoo test-engines test-frameworks check docs bench study gpu gpu-test gpu-bench gpu-tune clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -115,6 +116,9 @@ study: .venv/.installed
 		--lr 0.000625 --weight-decay 0.3125
 	$(BIN)/python -m lwadamw sweep --out docs/data/series.csv --series --lr 0.005 --weight-decay 1.25 --seeds 1
 	$(BIN)/python -m lwadamw figures
+
+gpu:
+	$(MAKE) --keep-going gpu-test gpu-bench gpu-tune
 
 gpu-test gpu-bench gpu-tune: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-test gpu-bench gpu-tune: export PYTHONUNBUFFERED := 1

@@ -81,7 +81,8 @@ def round_code(power, u, SQUARED: tl.constexpr):
         h^4 + 4 u h^3 + (3.5 - 8 u^2) h^2 + (32 u^3 - 7 u) h + 1/16     if SQUARED: nearly the root of the same for eighth
                                                                          powers, and k^4 for u = -0.5
 
-    So a value that is a code, or is below the code 1 of a square, is never rounded up. The root's error moves the probability by less than 1e-3 for k >= 10, and by less than 3e-5 for k >= 32.
+    So a value that is a code, or is below the code 1 of a square, is never rounded up. The root's error moves the probability
+    by less than 1e-3 for k >= 10, and by less than 4e-5 for k >= 32.
     """
     if SQUARED:
         e_0: tl.constexpr = SHIFT_SQ + 0.0625

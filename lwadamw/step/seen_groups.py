@@ -20,9 +20,8 @@ class SeenGroups:
     def __init__(self) -> None:
         # Every object in every group at the last step, with copies of lists and dicts.
         self._referents: list[Any] = []
-        self._places: list[int] | None = (
-            None  # where `_MOVING` of each group are among the referents; None: not known yet
-        )
+        # Where `_MOVING` of each group are among the referents. None: not known yet.
+        self._places: list[int] | None = None
         self._naming: list[Any] = []  # names and segments of every group at the last step
         self._current: list[Any] | None = None  # every object in every group now, if `names_hold` has collected them
         self._moved: list[Any] = []  # what `accept` takes as the objects of the last step

@@ -1,4 +1,4 @@
-"""A script: a small network under DeepSpeed's ZeRO stage 1 on one process, with torch's AdamW, ours, and ours with a rule."""
+"""A script: a small network under DeepSpeed's ZeRO 1 on one process, with torch's AdamW and ours, without a rule and with one."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32, bias=False))
 
 
-def groups(model: nn.Module) -> Any:
-    return lwadamw.param_groups(model, {"1.weight": 8, "3.weight": 8})
+def groups(model: nn.Module, **fold: Any) -> Any:
+    return lwadamw.param_groups(model, {"1.weight": 8, "3.weight": 8}, **fold)
 
 
 def build(kind: str) -> tuple[Any, Any]:
     model = net()
     if kind == "torch":
         optimizer: Any = torch.optim.AdamW(model.parameters(), **VALUES)
+    elif kind == "folded":
+        optimizer = torch.optim.AdamW(groups(model, fold=True, **VALUES), **VALUES)
     else:
         optimizer = AdamW(groups(model) if kind == "rule" else model.named_parameters(), **VALUES)
     config = {
@@ -66,22 +68,10 @@ def train(engine: Any, steps: range) -> list[float]:
     return losses
 
 
-def plain() -> list[float]:
-    model, losses = net(), []
-    optimizer = lwadamw.AdamW(groups(model), **VALUES)
-    for step in range(STEPS):
-        x, y = batch(step)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 def first(folder: Path, noted: dict[str, Any]) -> None:
     deepspeed.init_distributed("gloo", init_method=f"file://{folder}/store1", rank=0, world_size=1)
-    noted["plain"] = plain()
+    # torch's AdamW takes other steps here than in a plain loop: losses differ by 3e-3. So a rule is compared with torch's here.
+    noted["plain"] = train(build("folded")[0], range(STEPS))
     noted["torch"] = train(build("torch")[0], range(STEPS))
     noted["ours"] = train(build("ours")[0], range(STEPS))
     engine, optimizer = build("rule")

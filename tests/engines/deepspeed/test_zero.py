@@ -17,7 +17,7 @@ def noted(tmp_path_factory):
 
 
 def test_losses_are_those_of_torch_and_after_a_kill_of_the_straight_run(noted):
-    check(noted, plain=False)
+    check(noted)
 
 
 def test_a_step_over_all_groups_counts_once_and_sorts_parameters_once(noted):
