@@ -12,12 +12,12 @@ REPORTS = json.loads(predict.CODE.read_text())["reports"]
 SIZES = [round(3e7 * 10 ** (i / 200)) for i in range(201)]  # 30M to 300M parameters
 
 
-def test_predictions_are_within_five_percent_of_an_h200():
+def test_predictions_are_within_three_percent_of_an_h200():
     predicted = predict.predictions(MEASURED["reports"])
     measured = predict.measured(MEASURED)
     assert len(predicted.keys() & measured.keys()) == 20
     for case in predicted.keys() & measured.keys():
-        assert predicted[case]["H200"]["ms"] == pytest.approx(measured[case]["ms"], rel=0.05), case
+        assert predicted[case]["H200"]["ms"] == pytest.approx(measured[case]["ms"], rel=0.03), case
 
 
 def test_the_committed_predictions_are_those_of_the_committed_code():

@@ -1,4 +1,4 @@
-"""A script: a small network under DeepSpeed's ZeRO 1 on one process, with torch's AdamW and ours, without a rule and with one."""
+"""A script: a small network under DeepSpeed's ZeRO 1 on one process: torch's AdamW and ours, without a rule and with one."""
 
 from __future__ import annotations
 
