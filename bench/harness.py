@@ -38,9 +38,7 @@ def choose_device(name: str | None) -> torch.device:
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit(
-            "torch sees no GPU on this machine. Use --dry-run, or --device cpu if the command has it."
-        )
+        sys.exit("torch sees no GPU on this machine. Use --dry-run, or --device cpu if the command has it.")
     if device.type == "cpu":
         # Triton reads this variable once, when the kernels are imported for the first time.
         os.environ.setdefault("TRITON_INTERPRET", "1")
