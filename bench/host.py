@@ -160,8 +160,7 @@ def take_turns(
     elsewhere = torch.zeros(COLD_BYTES // 8 if cold else 0, dtype=torch.float64)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     params = {name: [p for g in c.optimizer.param_groups for p in g["params"]] for name, c in contestants.items()}
-    plain = [[torch.zeros(NUMEL, device=device) for _ in next(iter(params.values()))] for _ in range(3)]
-    moving = {name: [_wrapped(c, params[name], grads) for grads in plain] for name, c in contestants.items()}
+    moving = {name: [_gradients(c, params[name], device) for _ in range(3)] for name, c in contestants.items()}
     gc.collect()
     gc.disable()
     try:
@@ -182,9 +181,13 @@ def take_turns(
     return times
 
 
-def _wrapped(contestant: Contestant, params: Sequence[Any], grads: list[torch.Tensor]) -> list[torch.Tensor]:
-    wrap = contestant.wrap
-    return grads if wrap is None else [wrap(p, grad) for p, grad in zip(params, grads, strict=True)]
+def _gradients(contestant: Contestant, params: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
+    # A backward pass makes the gradients in the order of the model, which is not the order of the groups.
+    grads = {}
+    for p in sorted(params, key=id):
+        plain = torch.zeros(NUMEL, device=device)
+        grads[p] = plain if contestant.wrap is None else contestant.wrap(p, plain)
+    return [grads[p] for p in params]
 
 
 def _prepare(contestant: Contestant, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:

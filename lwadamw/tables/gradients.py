@@ -17,6 +17,7 @@ from ..state.checks import check_gradient
 from ..state.geometry import Geometry
 from ..state.members import Member, gradients_of, local, locals_of, specs_of
 from ..state.storage import FLOATS
+from .memory_order import MemoryOrder
 
 _data_ptr = Tensor.data_ptr
 
@@ -29,16 +30,17 @@ class Gradients:
 
     Args:
         members: the parameters of the plan.
+        order: the order in which the parameters are read.
         attribute: the attribute of a parameter that holds its gradient, such as "grad".
         dtype: the dtype in which the kernels read every gradient.
     """
 
-    def __init__(self, members: Sequence[Member], attribute: str, dtype: torch.dtype) -> None:
-        self._members, self._attribute, self._dtype = members, attribute, dtype
+    def __init__(self, members: Sequence[Member], order: MemoryOrder, attribute: str, dtype: torch.dtype) -> None:
+        self._members, self._order, self._attribute, self._dtype = members, order, attribute, dtype
         self._params = [m.param for m in members]
         self._empty = [i for i, p in enumerate(self._params) if local(p).numel() == 0]
-        # Of what this process holds of gradients that the kernels could read as they were. None until a step had such a
-        # gradient for every parameter.
+        # Of what this process holds of gradients that the kernels could read as they were, in memory order. None until a step
+        # had such a gradient for every parameter.
         self._geometry: Geometry | None = None
         # Of these gradients, if all of them were DTensors: their placements, and the objects that hold the placements.
         self._placements: list[Any] | None = None
@@ -57,13 +59,13 @@ class Gradients:
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        grads = gradients_of(self._params, self._attribute)
+        grads = gradients_of(self._order.params, self._attribute)
         if self._geometry is not None and (held := self._held(grads)) is not None and self._geometry.holds(held):
-            addresses = list(map(_data_ptr, held))
+            addresses = self._order.by_row(list(map(_data_ptr, held)))
             for i in self._empty:
                 addresses[i] = _EMPTY
             return addresses
-        return self._checked(grads)
+        return self._checked(self._order.by_row(grads))
 
     def _held(self, grads: list[Any]) -> list[Any] | None:
         """Return what this process holds of the gradients; None if they are placed otherwise than those before."""
@@ -111,7 +113,9 @@ class Gradients:
                 self.copies.append(g)
             addresses.append(g.data_ptr() if g.numel() else _EMPTY)
         if self._geometry is None and len(grads) == len(self._params) and 0 not in addresses and not self.copies:
-            now = gradients_of(self._params, self._attribute)  # those that were placed otherwise have been replaced
+            now = gradients_of(
+                self._order.params, self._attribute
+            )  # those that were placed otherwise have been replaced
             held, specs = locals_of(now), specs_of(now)
             if specs is not None or all(map(is_, now, held)):
                 self._geometry, self._specs = Geometry(held), specs or []

@@ -20,6 +20,7 @@ from ..state.storage import STATE, Storage
 from .device_totals import DeviceTotals
 from .gradients import Gradients
 from .grouping import PlanKey
+from .memory_order import MemoryOrder
 from .plan import Plan
 from .row import NO_ROUNDING, Row
 
@@ -57,6 +58,7 @@ class TrackedPlan:
     ) -> None:
         self.members = members
         self.params = [m.param for m in members]
+        self._order = MemoryOrder(self.params)
         self.plan = Plan(
             key.device,
             key.storage,
@@ -69,7 +71,7 @@ class TrackedPlan:
         )
         for state, step in zip(states, self.plan.steps.unbind(), strict=True):
             state["step"] = step
-        self.gradients = Gradients(members, key.attribute, key.storage.grad)
+        self.gradients = Gradients(members, self._order, key.attribute, key.storage.grad)
         # A DTensor's local tensor may be replaced, so for DTensors every step asks for the local tensor again.
         self._distributed = any(map(is_not, map(local, self.params), self.params))
         self._state = [state[name] for state in states for name in _STATE if name in state]
@@ -81,7 +83,9 @@ class TrackedPlan:
         self._param_looks = list(map(look, self.params))
         self._state_looks = list(map(look, self._state))
         self._addresses = self._current_addresses(self.params)
-        self._geometry = Geometry(list(map(local, self.params)))
+        # These two are in memory order.
+        self._near_addresses = self._current_addresses(self._order.params)
+        self._geometry = Geometry(list(map(local, self._order.params)))
         self._state_addresses = self._current_addresses(self._state)
 
     def _current_addresses(self, tensors: Sequence[Tensor]) -> list[int]:
@@ -96,7 +100,7 @@ class TrackedPlan:
         Args:
             row: index of the only parameter that has been written to; None: all of them.
         """
-        torch._C._increment_version(self.params if row is None else [self.params[row]])
+        torch._C._increment_version(self._order.params if row is None else [self.params[row]])
 
     def is_fresh(self, verify_state: bool) -> bool:
         """Return whether all tensors are at the addresses that the tables hold, and the parameters have the same geometry.
@@ -104,8 +108,9 @@ class TrackedPlan:
         Args:
             verify_state: look at the state tensors too, not only at the parameters.
         """
-        held = locals_of(self.params) if self._distributed else self.params
-        if list(map(_data_ptr, held)) != self._addresses or not self._geometry.holds(held):
+        params = self._order.params
+        held = locals_of(params) if self._distributed else params
+        if list(map(_data_ptr, held)) != self._near_addresses or not self._geometry.holds(held):
             return False
         return not verify_state or self._current_addresses(self._state) == self._state_addresses
 
