@@ -19,6 +19,10 @@ from .text import aligned
 
 _HEADER = ("parameter", "shape", "role", "fan_in", "m", "lr", "wd", "tau", "why")
 _RIGHT = tuple(map(_HEADER.index, ("fan_in", "m", "lr", "wd", "tau")))
+_IGNORED = (
+    "{} does not read the width multipliers of these groups, so the rule has no effect. Make the groups with "
+    "param_groups(..., fold=True, lr=..., weight_decay=...), or take lwadamw.AdamW."
+)
 
 
 @dataclass
@@ -47,7 +51,8 @@ def summary(optimizer: Optimizer | Groups, *, steps: int | None = None, full: bo
     share a line. Their layer numbers are replaced by `*`, and the line says how many they are.
 
     Args:
-        optimizer: any optimizer. Or the groups that `param_groups` returned: then the columns lr and wd hold the width
+        optimizer: any optimizer. If it does not read width multipliers, as torch's do not, the columns lr and wd hold the
+            values of the group, and a line says so. Or the groups that `param_groups` returned: then they hold the width
             multipliers.
         steps: length of the run in steps. If given, the table also shows tau as a share of the run.
         full: whether every parameter gets its own line.
@@ -57,6 +62,10 @@ def summary(optimizer: Optimizer | Groups, *, steps: int | None = None, full: bo
         groups, evidence = optimizer, optimizer.evidence
     else:
         groups, evidence = optimizer.param_groups, getattr(optimizer, "evidence", {})
+    ignored = not isinstance(optimizer, Groups) and not _reads_multipliers(optimizer)
+    ignored = ignored and any(key.of(group) != 1 for group in groups for key in keys.WIDTH)
+    if ignored:
+        groups = [{k: v for k, v in group.items() if k not in keys.named(keys.WIDTH)} for group in groups]
     lines: dict[tuple[str, tuple[str, ...]], _Line] = {}
     totals: dict[str, _Total] = {}
     for index, group in enumerate(groups):
@@ -71,8 +80,20 @@ def summary(optimizer: Optimizer | Groups, *, steps: int | None = None, full: bo
             lines.setdefault((label, cells), _Line(label, cells)).names.append(name)
     rows = [(_label(line), *line.cells) for line in lines.values()]
     return "\n".join(
-        [_title(groups), *aligned([_HEADER, *rows], _RIGHT), _tail(totals, evidence), *_assumptions(evidence)]
+        [
+            _title(groups),
+            *aligned([_HEADER, *rows], _RIGHT),
+            _tail(totals, evidence),
+            *_assumptions(evidence),
+            *([_IGNORED.format(type(optimizer).__name__)] if ignored else []),
+        ]
     )
+
+
+def _reads_multipliers(optimizer: Any) -> bool:
+    """Return whether an optimizer, or the one that it wraps, is one of this package."""
+    wrapped = (optimizer, getattr(optimizer, "optim", None), getattr(optimizer, "optimizer", None))
+    return any(hasattr(inner, "effective") for inner in wrapped)
 
 
 def _named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:

@@ -82,7 +82,8 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     if all("param_names" in g for g in [*saved, *groups]) and groups:
         saved = _by_name(saved, groups)
     elif [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
-        return state_dict  # torch raises an error that names the group sizes
+        raise ValueError(_without_names(saved, groups))
+    _warn_of_base_values(saved, groups)
     saved = [_with_model_keys(s, g, i) for i, (s, g) in enumerate(zip(saved, groups, strict=True))]
     adapted = {**state_dict, "param_groups": saved, "state": dict(state_dict["state"])}
     for s, group in zip(saved, groups, strict=True):
@@ -91,6 +92,40 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
                 adapted["state"][i] = from_saved(adapted["state"][i], p)
     _check_state(adapted, groups)
     return adapted
+
+
+def _without_names(saved: list[StateDict], groups: list[StateDict]) -> str:
+    """Return what to do about a checkpoint whose groups are others than those of the optimizer, if names are missing."""
+    sizes, own = ([len(g["params"]) for g in of] for of in (saved, groups))
+    said = f"load_state_dict: the checkpoint has groups of {sizes} parameters, and this optimizer has groups of {own}. "
+    if not all("param_names" in g for g in groups):
+        return said + (
+            "They can be matched by name only if both have names. Build this optimizer with names: "
+            "AdamW(model.named_parameters(), ...) or AdamW(lwadamw.param_groups(model, ...), ...)."
+        )
+    return said + (
+        "The checkpoint has no names. Give each of its groups the names of its parameters, in the order in which the old "
+        "optimizer got them. If it got model.parameters():\n"
+        "    state_dict['param_groups'][0]['param_names'] = [name for name, _ in model.named_parameters()]"
+    )
+
+
+def _warn_of_base_values(saved: list[StateDict], groups: list[StateDict]) -> None:
+    """Warn if a rule will multiply values that were used without a rule."""
+    of_rule = any(key.name in g for g in saved for key in (keys.RULE, *keys.WIDTH))
+    scaled = next(
+        (i for i, g in enumerate(groups) if any(key.of(g) != 1 for key in (keys.WIDTH[0], keys.WIDTH[2]))), None
+    )
+    if of_rule or scaled is None or not saved[scaled]["params"]:
+        return
+    lr, factor = saved[scaled]["lr"], keys.WIDTH_LR_MULT.of(groups[scaled])
+    warnings.warn(
+        f"load_state_dict: the checkpoint was written without a width rule. Its lr and weight_decay become base values, so "
+        f"group {scaled} now takes steps with lr={float(lr) * factor:.4g} instead of {float(lr):.4g}. If they are not the "
+        "values that were tuned at the base width, set those after loading: "
+        "for g in optimizer.param_groups: g['lr'], g['weight_decay'] = lr, weight_decay",
+        stacklevel=5,
+    )
 
 
 def _by_name(saved: list[StateDict], groups: list[StateDict]) -> list[StateDict]:

@@ -86,6 +86,8 @@ def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output
             return Decision("output" if dims else None, why, dims, gives_logits=why.startswith("head"))
     if at.attribute == "weight" and heads.may_be_a_head(at):
         return Decision(None, f"{kind} after the numbered layers: is it a head?", dims)
+    if at.attribute == "weight" and heads.ends_a_stack(at):
+        return Decision(None, f"the last {kind}, with an output for each row of the embedding: is it a head?", dims)
     if dims and (embeds := inputs.embeds_the_input(at)) is not None:
         why, by_size = embeds
         return Decision("vector", f"{kind} {why}", dims, by_size)

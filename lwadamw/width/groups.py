@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..state import keys
 from ..state.names import layer_type
 from . import remedies
+from .arguments import check_values
 from .evidence import Decision
 from .patterns import first_match, matcher, separating
 from .ratios import Ratio, ratios
@@ -59,6 +60,14 @@ class Groups(list[dict[str, Any]]):
     def __init__(self, groups: Iterable[dict[str, Any]], evidence: Mapping[str, Evidence]) -> None:
         super().__init__(groups)
         self.evidence = dict(evidence)
+
+    def __add__(self, other: Iterable[dict[str, Any]]) -> Groups:  # type: ignore[override]
+        """Return the groups of both, with the evidence of both.
+
+        Args:
+            other: groups that follow these.
+        """
+        return Groups([*self, *other], {**self.evidence, **getattr(other, "evidence", {})})
 
 
 def param_groups(
@@ -135,6 +144,8 @@ def param_groups(
         raise ValueError(
             "param_groups: fold=True multiplies base values, so it needs lr and weight_decay. Give lr=... and weight_decay=...."
         )
+    if not fold:
+        check_values(lr, weight_decay, overrides)
 
     with _without_collection():
         found = decide(model, roles)

@@ -77,6 +77,22 @@ def head(site: Site) -> tuple[str, Part] | None:
     return None
 
 
+def ends_a_stack(site: Site) -> bool:
+    """Return whether a weight ends a model that is an `nn.Sequential`, with an output for each row of its embedding.
+
+    Such a matrix is mostly a head. The number of outputs only raises the doubt: it decides nothing.
+
+    Args:
+        site: where the weight sits, as `plain` gives it.
+    """
+    depth = len(site.path) - 1
+    if depth < 0 or not isinstance(site.module, nn.Linear) or not _is_held_by_the_model(site, depth):
+        return False
+    holder = site.trail[depth]
+    rows = {m.num_embeddings for m in children(holder).values() if isinstance(m, nn.Embedding)}
+    return isinstance(holder, nn.Sequential) and _is_last(site, depth) and site.module.out_features in rows
+
+
 def may_be_a_head(site: Site) -> bool:
     """Return whether a weight comes after the numbered layers of a model or of a part of it, under a name that says nothing.
 

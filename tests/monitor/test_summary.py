@@ -1,6 +1,9 @@
 """The summary shows effective values, tau and the evidence, with one line for layers that have equal values."""
 
+from types import SimpleNamespace
+
 import torch
+from torch import nn
 
 from lwadamw import AdamW, Matrix, param_groups, summary
 from tests import zoo
@@ -65,3 +68,18 @@ def test_summary_of_any_optimizer_and_of_bare_groups():
     lines = summary(param_groups(model, 1, width=4)).splitlines()
     assert "base lr not set" in lines[0]
     assert lines[2].split()[:7] == ["weight", "(4,4)", "matrix", "4", "4", "0.25", "2"]
+
+
+def test_the_summary_of_an_optimizer_that_ignores_width_multipliers_says_so():
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64, bias=False))
+    groups = param_groups(model, 16)
+    line = summary(torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1))
+    assert "AdamW does not read the width multipliers of these groups, so the rule has no effect" in line
+    assert all("0.01" in row and "0.0025" not in row for row in line.splitlines() if "weight" in row.split(" ")[0])
+    ours = AdamW(param_groups(model, 16), lr=0.01)
+    assert "does not read" not in summary(ours)
+    assert "0.0025" in summary(ours)
+    assert "does not read" not in summary(SimpleNamespace(param_groups=ours.param_groups, optim=ours))
+    assert "does not read" not in summary(
+        torch.optim.AdamW(param_groups(model, 16, fold=True, lr=0.01, weight_decay=0.1))
+    )

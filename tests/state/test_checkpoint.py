@@ -2,9 +2,11 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from lwadamw import AdamW, param_groups
 from tests.cases import clone_params, make_params, set_grads
@@ -205,10 +207,39 @@ def test_a_checkpoint_without_names_loads_by_position():
     assert torch.equal(named.state[params[1]]["exp_avg"], plain.state[params[1]]["exp_avg"])
 
 
-def test_another_number_of_groups_without_names_is_torchs_error():
+def test_other_groups_without_names_are_refused_with_a_remedy_that_loads_them():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    old = torch.optim.AdamW(model.parameters())
+    set_grads(list(model.parameters()))
+    old.step()
+    state_dict = old.state_dict()
+    new = AdamW([{"params": [pair]} for pair in model.named_parameters()])
+    with pytest.raises(
+        ValueError, match=r"groups of \[4\] parameters, and this optimizer has groups of \[1, 1, 1, 1\]"
+    ) as error:
+        new.load_state_dict(state_dict)
+    exec(str(error.value).splitlines()[-1].strip(), {"state_dict": state_dict, "model": model})
+    new.load_state_dict(state_dict)
+    for p in model.parameters():
+        assert torch.equal(new.state[p]["exp_avg"], old.state[p]["exp_avg"])
+
+
+def test_other_groups_are_refused_by_an_optimizer_without_names():
     params = make_params([(3,), (4,)])
-    with pytest.raises(ValueError, match="different number of parameter groups"):
+    with pytest.raises(ValueError, match="Build this optimizer with names"):
         AdamW([{"params": [p]} for p in params]).load_state_dict(AdamW(params).state_dict())
+
+
+def test_base_values_of_a_checkpoint_without_a_rule_are_told():
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64, bias=False))
+    plain = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    ruled = AdamW(param_groups(model, 16), lr=2e-3)
+    with pytest.warns(UserWarning, match=r"group 1 now takes steps with lr=0.00025 instead of 0.001"):
+        ruled.load_state_dict(plain.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ruled.load_state_dict(ruled.state_dict())
+        AdamW(param_groups(model, 64)).load_state_dict(plain.state_dict())
 
 
 def test_moments_keep_their_dtype(device):
@@ -263,7 +294,8 @@ def test_width_keys_a_checkpoint_lacks_stay_the_constructors():
             del group[key]
     saved["param_groups"][0]["lr"] = 7e-3
     target = _linear(8)
-    target.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="without a width rule"):
+        target.load_state_dict(saved)
     assert [g["width_lr_mult"] for g in target.param_groups] == [0.25, 1.0]
     assert [g["role"] for g in target.param_groups] == ["matrix", "vector"]
     assert target.param_groups[0]["lr"] == 7e-3
@@ -287,7 +319,8 @@ def test_checkpoint_of_a_plain_optimizer_loads_into_width_groups_and_back():
     plain = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
     _step(plain)
     widths = AdamW(param_groups(model, 8, width=32), lr=1e-2)
-    widths.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="without a width rule"):
+        widths.load_state_dict(plain.state_dict())
     assert torch.equal(widths.state[model.weight]["exp_avg"], plain.state[model.weight]["exp_avg"])
     same_groups = torch.optim.AdamW([{"params": [("weight", model.weight)]}, {"params": [("bias", model.bias)]}])
     same_groups.load_state_dict(widths.state_dict())

@@ -282,3 +282,20 @@ def test_a_head_that_the_user_names_is_among_the_assumptions_of_the_summary():
 
     groups = param_groups(model(generator=linear(96)), 2, width=8, roles={"generator.weight": "output"})
     assert "logits of generator.weight as they are" in summary(groups).splitlines()[-1]
+
+
+@pytest.mark.parametrize("shell", [False, True])
+def test_a_last_linear_with_an_output_for_each_row_of_the_embedding_is_in_doubt(shell):
+    def stack(out, *after):
+        layers = nn.Sequential(nn.Embedding(100, 8), linear(), nn.GELU(), linear(out), *after)
+        return _class("Wrapper", module=layers) if shell else layers
+
+    start = "module." if shell else ""
+    assert _roles(stack(100))[f"{start}3"] is None
+    assert _roles(stack(100))[f"{start}1"] == "matrix"
+    assert _roles(stack(96))[f"{start}3"] == "matrix"
+    assert _roles(stack(100, linear(8, 100)))[f"{start}3"] == "matrix"
+    with pytest.raises(ValueError, match="with an output for each row of the embedding: is it a head"):
+        param_groups(stack(100), base_width=4)
+    groups = param_groups(stack(100), base_width=4, roles={f"{start}3.weight": "output"})
+    assert "output" in {group["role"] for group in groups}

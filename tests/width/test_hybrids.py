@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lwadamw import AdamW, by_role, param_groups, summary
+from lwadamw.width.groups import Groups
 
 
 def model():
@@ -36,3 +37,11 @@ def test_folded_groups_hold_tensors_for_optimizers_that_know_no_pairs():
 def test_groups_without_a_role_are_refused():
     with pytest.raises(ValueError, match="group 0 with 1 parameters has no role"):
         by_role([{"params": [nn.Parameter(torch.ones(2))]}])
+
+
+def test_groups_that_are_joined_again_keep_their_evidence():
+    roles = by_role(param_groups(nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64)), 16))
+    joined = roles["vector"] + roles["matrix"]
+    assert list(joined) == [*roles["vector"], *roles["matrix"]]
+    assert isinstance(joined, Groups)
+    assert set(joined.evidence) == {"0.weight", "1.weight", "1.bias"}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lwadamw import RULES, AdamW, effective, param_groups, summary
 from tests import zoo
@@ -67,3 +68,30 @@ def test_the_summary_shows_the_override():
     (line,) = [line for line in summary(optimizer).splitlines() if "down_proj" in line]
     assert "overrides['*.down_proj.weight']: lr" in line
     assert " 0.0001 " in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"lr": 5e-2, "weight_decay": 0.3},
+            r"lr=0.05, weight_decay=0.3 would be ignored.*AdamW\(groups, lr=0.05, weight_decay=0.3\)",
+        ),
+        ({"weight_decay": 0.0}, r"weight_decay=0.0 would be ignored"),
+        (
+            {"overrides": {"*": {"weight_decy": 0.1}}},
+            "'weight_decy', which is no option of AdamW. Closest: 'weight_decay'",
+        ),
+        ({"overrides": {"*": {"wd": 0.1}}}, "'wd', which is no option of AdamW. Options are amsgrad, betas"),
+    ],
+)
+def test_values_that_no_step_would_read_are_refused(arguments, message):
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64, bias=False))
+    with pytest.raises(ValueError, match=message):
+        param_groups(model, 16, **arguments)
+
+
+def test_folded_groups_take_options_of_any_optimizer():
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64, bias=False))
+    groups = param_groups(model, 16, overrides={"1.*": {"momentum": 0.9}}, fold=True, lr=0.1, weight_decay=0.1)
+    assert [group.get("momentum") for group in groups] == [None, 0.9]
