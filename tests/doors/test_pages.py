@@ -23,6 +23,7 @@ PAGES = sorted(
 )
 
 
+@pytest.mark.filterwarnings("ignore:load_state_dict. the checkpoint was written without a width rule")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, request):
     """From top to bottom in one namespace. What a reader has already, a comment makes that the page does not show."""
