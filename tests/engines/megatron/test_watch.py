@@ -203,7 +203,7 @@ def test_readings_in_every_layout_are_those_of_one_process(world, some, job):
 def test_the_gradient_of_the_keys_bias_is_rounding(job):
     for result in worked(2, CORE[2]):
         assert len(result[job]["key gradients"]) > 0
-        assert max(result[job]["key gradients"]) < (1e-1 if job.case.half else 1e-5)
+        assert max(result[job]["key gradients"]) < (2e-2 if job.case.half else 1e-5)
 
 
 @pytest.mark.parametrize("job", of_kind("resumed", CORE[2]), ids=str)
