@@ -21,7 +21,7 @@ from .training import Case
 
 pytestmark = pytest.mark.engines
 
-BEFORE, AFTER = range(4), range(4, 8)
+BEFORE, AFTER = range(3), range(3, 6)
 SHARDINGS = ("dp_reshardable", "fully_reshardable")
 
 
@@ -101,12 +101,7 @@ WIDE = {
 }
 # On the kernels everything, by number of processes and layout: each is one start of processes that save, and one that load.
 WHOLE = {
-    layout: tuple(
-        on_kernels(case, sharding, width=width)
-        for case in cases
-        for sharding in (SHARDINGS if case.sharded else [""])
-        for width in (True, False)
-    )
+    layout: tuple(on_kernels(case, sharding) for case in cases for sharding in (SHARDINGS if case.sharded else [""]))
     for layout, cases in EVERY.items()
 }
 
