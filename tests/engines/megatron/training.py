@@ -129,8 +129,8 @@ def build(
         hidden: width.
         layers: number of layers.
         overrides: makes config overrides from the OptimizerConfig and the model chunks.
-        experts_alike: an expert has the same weights under every number of expert-parallel processes. Megatron draws the
-            same ones on every process.
+        experts_alike: a model of one layer has the same weights under every number of expert-parallel processes. Megatron
+            draws the same experts on every process.
     """
     from megatron.core import tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -240,7 +240,8 @@ def _draw_experts(model: Any, case: Case) -> None:
 
     rank = parallel_state.get_expert_model_parallel_rank()
     for name, p in model.named_parameters():
-        index = expert_index(name, case, rank)
+        # Megatron draws the output layer after the experts of this process, so its weights depend on their number.
+        index = EXPERTS if name == "output_layer.weight" else expert_index(name, case, rank)
         if index is not None:
             generator = torch.Generator().manual_seed(2 * index + name.endswith("linear_fc1.weight"))
             p.copy_(0.02 * torch.randn(p.shape, generator=generator))
