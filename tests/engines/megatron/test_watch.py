@@ -147,6 +147,13 @@ def check_readings(world: int, some: tuple[Job, ...], job: Job) -> None:
         alike = [expected["names"].index(name) for name in there]
         for column, values in expected["columns"].items():
             np.testing.assert_allclose(result["columns"][column], values[alike], rtol=loose, err_msg=column)
+        for i, name in enumerate(result["names"]):
+            if name.endswith("linear_qkv.bias"):
+                # Found: below 6e-3. With the rounding in the gradient of the keys' bias, it was 2.5e-2 to 6.5e-2.
+                for column, values in expected["columns"].items():
+                    np.testing.assert_allclose(
+                        result["columns"][column][i], values[alike[i]], rtol=1.5e-2, err_msg=column
+                    )
         shared = [i for i, name in enumerate(result["names"]) if "experts" not in name]
         assert {name: values[shared].tobytes() for name, values in result["columns"].items()} == {
             name: values[shared].tobytes() for name, values in results[0]["columns"].items()
