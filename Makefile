@@ -3,6 +3,7 @@
 # make test-matrix   runs every combination of what others may do; CI runs it after make test
 # make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it then
 # make test-engines   runs the tests inside real Megatron-core, on CPU; CI runs it last
+# make test-engines-whole   runs every wrapper of Megatron-core in every layout, on the kernels too. CI runs a few of them.
 # make test-frameworks   runs the tests inside transformers, Lightning, torchtitan and others, on CPU; CI does not run it yet
 # make check  runs lint and types
 # make docs   builds the documentation site in build/site; a warning is an error; CI runs it after make test
@@ -12,8 +13,8 @@
 #             9 minutes. make gpu runs all of them.
 # make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
 #             Runs that exist already are not repeated.
-# All targets but test-zoo, test-engines, test-frameworks, docs, gpu-... and clean build .venv first. PYTHON=python3.12 chooses the
-# interpreter for .venv.
+# All targets but test-zoo, test-engines, test-engines-whole, test-frameworks, docs, gpu-... and clean build .venv first.
+# PYTHON=python3.12 chooses the interpreter for .venv.
 
 PYTHON ?= python3
 OUT ?= bench/results
@@ -22,7 +23,7 @@ BIN := .venv/bin
 ENGINES := .venv-engines
 FRAMEWORKS := .venv-frameworks
 
-.PHONY: demo test test-matrix test-zoo test-engines test-frameworks check docs bench study gpu gpu-test gpu-bench gpu-tune clean
+.PHONY: demo test test-matrix test-zoo test-engines test-engines-whole test-frameworks check docs bench study gpu gpu-test gpu-bench gpu-tune clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -71,8 +72,11 @@ $(ENGINES)/.installed: tests/engines/requirements.txt constraints.txt Makefile
 
 # The widest combinations run in one version each, so that each version takes less than 8 minutes on 2 cores.
 test-engines: $(ENGINES)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not four"
-	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.16.1 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not wide"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not four and not whole"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.16.1 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not wide and not whole"
+
+test-engines-whole: $(ENGINES)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines/megatron -m whole
 
 # The pages are made from the sources as text, so this environment needs no torch.
 .venv-docs/.installed: constraints.txt Makefile

@@ -33,3 +33,10 @@ TWO = tuple(
 )
 # Tensor parallelism times data parallelism over four processes.
 FOUR = tuple(Case(wrapper, tp=2, slim=True) for wrapper in WRAPPERS)
+# Every wrapper in every layout, by number of processes and name of the layout.
+EVERY = {
+    (2, "tp 2"): tuple(Case(wrapper, tp=2, slim=True) for wrapper in WRAPPERS),
+    (2, "dp 2"): tuple(Case(wrapper, slim=True) for wrapper in WRAPPERS),
+    (2, "ep 2"): tuple(Case(wrapper, ep=2, slim=True) for wrapper in WRAPPERS),
+    (4, "tp 2, dp 2"): FOUR,
+}

@@ -16,12 +16,12 @@ import pytest
 from tests.sharded.processes import run
 
 from . import checkpoints, training
-from .cases import FOUR, WRAPPERS
+from .cases import EVERY, FOUR, WRAPPERS
 from .training import Case
 
 pytestmark = pytest.mark.engines
 
-BEFORE, AFTER = range(4), range(4, 8)
+BEFORE, AFTER = range(3), range(3, 6)
 SHARDINGS = ("dp_reshardable", "fully_reshardable")
 
 
@@ -43,7 +43,12 @@ class Exchange(NamedTuple):
     width: bool = False
 
     def __str__(self) -> str:
-        return f"{self.case}, {self.sharding}, {self.saver} to {self.loader}"
+        width = ", width groups" if self.width else ""
+        return f"{self.case}, {self.sharding}, {self.saver} to {self.loader}{width}"
+
+
+def on_kernels(case: Case, sharding: str = "", *, width: bool = True) -> Exchange:
+    return Exchange(case, sharding, "ours on triton", "ours on triton", width)
 
 
 AWARE, REMAINDER = Case("aware", slim=True), Case("aware remainder", slim=True)
@@ -60,8 +65,10 @@ CORE = (
     *OURS,
     Exchange(Case("bf16")),
     Exchange(Case("distributed bf16"), "dp_reshardable"),
-    Exchange(REMAINDER, "fully_reshardable", "ours on triton", "ours on triton"),
-    Exchange(Case("distributed fp32", slim=True), "dp_reshardable", "ours on triton", "ours on triton"),
+    on_kernels(REMAINDER, "fully_reshardable", width=False),
+    on_kernels(Case("distributed fp32", slim=True), "dp_reshardable", width=False),
+    on_kernels(Case("distributed bf16", tp=2, slim=True), "dp_reshardable"),
+    on_kernels(AWARE, "fully_reshardable"),
     *(Exchange(AWARE, sharding, "stand-in", "ours") for sharding in SHARDINGS),
     *(Exchange(AWARE, sharding, "ours", "stand-in") for sharding in SHARDINGS),
     *(Exchange(REMAINDER, sharding, "stand-in", "ours") for sharding in SHARDINGS),
@@ -86,9 +93,16 @@ def widened(cases: tuple[Case, ...]) -> tuple[Exchange, ...]:
 LAYOUTS: tuple[dict[str, int], ...] = ({"tp": 2}, {}, {"ep": 2})
 WIDE = {
     2: widened(tuple(Case(wrapper, slim=True, **sizes) for wrapper in WRAPPERS for sizes in LAYOUTS)),
-    4: tuple(
-        Exchange(case, sharding, width=True) for case in FOUR for sharding in (SHARDINGS if case.sharded else [""])
+    4: (
+        *(Exchange(case, sharding, width=True) for case in FOUR for sharding in (SHARDINGS if case.sharded else [""])),
+        on_kernels(Case("distributed bf16", tp=2, slim=True), "fully_reshardable"),
+        on_kernels(Case("aware remainder", tp=2, slim=True), "dp_reshardable"),
     ),
+}
+# On the kernels everything, by number of processes and layout: each is one start of processes that save, and one that load.
+WHOLE = {
+    layout: tuple(on_kernels(case, sharding) for case in cases for sharding in (SHARDINGS if case.sharded else [""]))
+    for layout, cases in EVERY.items()
 }
 
 
@@ -184,3 +198,16 @@ def test_a_killed_run_of_two_processes_with_width_groups_goes_on_to_the_last_bit
 @pytest.mark.parametrize("exchange", WIDE[4], ids=str)
 def test_a_killed_run_of_four_processes_with_width_groups_goes_on_to_the_last_bit(exchange):
     check(4, WIDE[4], exchange)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("world", "exchanges", "exchange"),
+    [
+        pytest.param(world, exchanges, exchange, id=f"{world} processes: {exchange}")
+        for (world, _), exchanges in WHOLE.items()
+        for exchange in exchanges
+    ],
+)
+def test_a_killed_run_on_the_kernels_goes_on_to_the_last_bit_in_every_layout(world, exchanges, exchange):
+    check(world, exchanges, exchange)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.sharded.processes import run
-
 from . import training
+from .cases import EVERY
 from .training import Case
+from .watching import COLUMNS, Job, worked
 
 pytestmark = pytest.mark.engines
 
@@ -38,181 +37,69 @@ FOUR = (
 )
 # On the torch backend every case, on the Triton backend one case of each wrapper.
 ON_TRITON = (TWO[0], TWO[2], TWO[4], TWO[7], TWO[8], TWO[10])
-# The wrappers of one process that others are compared with.
-WRAPPERS = ("fp32", "bf16", "distributed bf16", "aware", "aware remainder")
-MONITORED = (TWO[0], TWO[3], TWO[4], TWO[5], TWO[7], TWO[8], TWO[9])
-COLUMNS = ("weight", "update", "grad", "angle")
+MONITORED = (TWO[0], TWO[3], TWO[4], TWO[5], TWO[7], TWO[8], TWO[9], TWO[11])
 RESUMED = (TWO[0], TWO[7])
-SPECTRA = ("top", "second", "bulk")
-STEPS = 12
+WRONG = Job("errors", Case("bf16", tp=2))
 
 
-def work(
-    cases: tuple[Case, ...], on_triton: tuple[Case, ...], monitored: tuple[Case, ...], folder: str
-) -> dict[Any, Any]:
-    """In each process: what the watch has of every case, and what follows from all that it is wrong to do."""
-    out: dict[Any, Any] = {}
-    for some, backend in ((cases, "torch"), (on_triton, "triton")):
-        for case in sorted(some, key=_layout):
-            with training.layout(case), training.optimizer_of("ours", case, backend=backend):
-                out["norms", case, backend] = _measure(case)
-    for case in sorted(monitored, key=_layout):
-        with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
-            out["monitor", case] = _watch(case)
-    if len(cases) == len(TWO):
-        out["errors"] = _errors()
-        for i, case in enumerate(RESUMED):
-            with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
-                out["resumed", case] = _resume(case, f"{folder}/{i}")
-    return out
+def jobs(kind: str, cases: tuple[Case, ...], backend: str = "torch") -> tuple[Job, ...]:
+    return tuple(Job(kind, case, backend) for case in cases)
 
 
-def _layout(case: Case) -> tuple[int, int]:
-    """Cases of one layout follow each other, so that process groups are made once."""
-    return case.tp, case.ep
+# By number of processes: what always runs, and by layout what runs only if it is asked for.
+CORE = {
+    2: (
+        *jobs("norms", TWO),
+        *jobs("norms", ON_TRITON, "triton"),
+        *jobs("readings", MONITORED),
+        Job("readings", Case("distributed bf16", tp=2, slim=True), "triton"),
+        *jobs("resumed", RESUMED),
+        WRONG,
+    ),
+    4: (
+        *jobs("norms", FOUR),
+        Job("norms", Case("aware remainder", tp=2, slim=True), "triton"),
+        *jobs("readings", FOUR[1:]),
+        Job("readings", Case("distributed fp32", tp=2, slim=True), "triton"),
+    ),
+}
+WHOLE = {
+    layout: tuple(
+        Job(kind, case, backend)
+        for kind in ("norms", "readings")
+        for backend in ("torch", "triton")
+        for case in cases
+        # The interpreter has fewer tensors in a slim model.
+        for case in [dataclasses.replace(case, slim=backend == "triton")]
+    )
+    for layout, cases in EVERY.items()
+}
 
 
-def _measure(case: Case) -> dict[str, Any]:
-    """Norms of the third step as the watch has them, and as float64 has them of gathered parameters."""
-    from lwadamw.engines.megatron import attach
-
-    from . import gathering
-
-    made = training.build(case, layers=1)
-    watch = attach(made.optimizer, [made.model])
-    training.train(made, range(2))
-    expected = gathering.step_and_gather(made, 2)
-    found = watch.norms()
-    own = [name for inner in made.inner() for name in inner.norms().names]
-    return {
-        "names": (found.names, expected.names, own),
-        "found": {column: getattr(found, column) for column in COLUMNS},
-        "expected": {column: getattr(expected, column) for column in COLUMNS},
-    }
+def of_kind(kind: str, some: tuple[Job, ...]) -> list[Job]:
+    return [job for job in some if job.kind == kind]
 
 
-def _watch(case: Case) -> dict[str, Any]:
-    """The last reading of a run in which matrices forget their initial weights in two or three steps, and its verdicts."""
-    from lwadamw.engines.megatron import attach, config_overrides
-    from lwadamw.monitor import profile_file
-
-    def overrides(config: Any, chunks: list[Any]) -> Any:
-        return config_overrides(config, chunks, base_width=8, rule="kosson2025")
-
-    made = training.build(case, layers=1, overrides=overrides)
-    made.scheduler.start_wd = made.scheduler.end_wd = 40.0
-    watch = attach(made.optimizer, [made.model])
-    with watch.monitor(every=2, spectrum_every=4, steps=40) as monitor:
-        training.train(made, range(STEPS))
-    reading = monitor.latest
-    with tempfile.TemporaryDirectory() as folder:
-        profile = profile_file.save(monitor, f"{folder}/profile.json")
-    return {
-        "step": reading.step,
-        "names": reading.names,
-        "roles": reading.roles,
-        "m": reading.m,
-        "columns": dict(reading.columns),
-        "verdicts": monitor.verdicts,
-        "report": monitor.report(),
-        "writes": reading.writes,
-        "shapes": {s.name: (s.shape, s.fan_in) for s in profile.segments},
-    }
+def whole(kind: str) -> list[Any]:
+    """World, jobs of one start of processes, and each job, of all that runs only if it is asked for."""
+    return [
+        pytest.param(world, some, job, id=f"{world} processes: {job}")
+        for (world, _), some in WHOLE.items()
+        for job in of_kind(kind, some)
+    ]
 
 
-def _errors() -> dict[str, str]:
-    """Wrong uses by name, and the error of each."""
-    import torch
-    import torch.distributed as dist
-
-    from lwadamw.engines.megatron import attach, config_overrides
-
-    out: dict[str, str] = {}
-
-    def note(name: str, call: Any, *arguments: Any) -> None:
-        try:
-            call(*arguments)
-        except (TypeError, ValueError, RuntimeError) as error:
-            out[name] = f"{type(error).__name__}: {error}"
-
-    case = Case("distributed bf16")
-    with training.layout(case):
-        with training.optimizer_of("torch", case):
-            theirs = training.build(case, layers=1)
-        with training.optimizer_of("ours", case, backend="torch"):
-            made, other = training.build(case, layers=1), training.build(case, layers=1)
-
-            def unused(config: Any, chunks: list[Any]) -> None:
-                config_overrides(config, chunks, base_width=8)
-
-            without = training.build(case, layers=1, overrides=unused)
-        with training.optimizer_of("ours", case, norms=False):
-            blind = training.build(case, layers=1)
-        (wrapper,) = made.optimizer.chained_optimizers
-        note("no optimizer yet", attach, None, [made.model])
-        note("its config", attach, wrapper.config, [made.model])
-        note("no list", attach, made.optimizer, made.model)
-        note("torch's", attach, theirs.optimizer, [theirs.model])
-        # Only one process makes these two mistakes.
-        note("another model", attach, made.optimizer, [(other if dist.get_rank() else made).model])
-        more = [torch.nn.Linear(3, 2)] if dist.get_rank() else []
-        note("another chunk", attach, made.optimizer, [made.model, *more])
-        note("unused overrides", attach, without.optimizer, [without.model])
-        note("overrides too late", config_overrides, wrapper.config, [made.model], 8)
-        note("no norms", attach(blind.optimizer, [blind.model]).norms)
-        note("no monitor", attach(blind.optimizer, [blind.model]).monitor)
-    case = Case("bf16", tp=2)
-    with training.layout(case), training.optimizer_of("ours", case, backend="torch"):
-        made = training.build(case, layers=1)
-        watch = attach(made.optimizer, [made.model])
-        (wrapper,) = getattr(made.optimizer, "chained_optimizers", [made.optimizer])
-        replacement = wrapper.fp32_from_float16_groups[0][-1].clone()
-        wrapper.fp32_from_float16_groups[0][-1] = wrapper.optimizer.param_groups[0]["params"][-1] = replacement
-        training.step(made, 0)
-        note("replaced", watch.norms)
-        watch = attach(made.optimizer, [made.model])
-        training.step(made, 1)
-        note("attached again", watch.norms)
-    return out
+def reference_of(job: Job) -> Job:
+    """The same on one process. Every wrapper in fp32 is compared with FP32Optimizer."""
+    case = job.case
+    wrapper = case.wrapper if case.half else "fp32"
+    return Job("readings", Case(wrapper, ep=min(1, case.ep), slim=case.slim), job.backend)
 
 
-def _resume(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last readings of a run, and of a run that went on from its checkpoint with another model, optimizer and monitor."""
-    from lwadamw.engines.megatron import attach
-
-    from . import checkpoints
-
-    def monitored(made: Any) -> Any:
-        return attach(made.optimizer, [made.model]).monitor(every=2, spectrum_every=0)
-
-    made = training.build(case, layers=1)
-    monitor = monitored(made)
-    training.train(made, range(3))
-    checkpoints.save(made, case, folder)
-    state = monitor.state_dict()
-    training.train(made, range(3, 6))
-    again = training.build(case, seed=5, layers=1)
-    checkpoints.load(again, case, folder)
-    resumed = monitored(again)
-    resumed.load_state_dict(state)
-    training.train(again, range(3, 6))
-    return tuple({"step": m.latest.step, **m.as_dict(), **m.verdicts} for m in (monitor, resumed))
-
-
-@functools.cache
-def worked(world: int) -> list[dict[Any, Any]]:
-    chosen: dict[int, Any] = {
-        1: ((), (), tuple(map(Case, WRAPPERS))),
-        2: (TWO, ON_TRITON, MONITORED),
-        4: (FOUR, (), FOUR[1:]),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        return run(world, work, *chosen[world], folder, seconds=500)
-
-
-def check_norms(world: int, case: Case, backend: str) -> None:
-    results = [result["norms", case, backend] for result in worked(world)]
+def check_norms(world: int, some: tuple[Job, ...], job: Job) -> None:
+    results = [result[job] for result in worked(world, some)]
     for result in results:
+        assert result["on triton"] == {job.backend == "triton"}
         found, expected, own = result["names"]
         assert found == expected
         assert sorted(own) == sorted(found)
@@ -229,66 +116,113 @@ def check_norms(world: int, case: Case, backend: str) -> None:
             assert result["found"][column][shared].tolist() == results[0]["found"][column][shared].tolist()
 
 
-def check_readings(world: int, case: Case) -> None:
-    expected = worked(1)[0]["monitor", Case(case.wrapper if case.half else "fp32")]
-    results = [result["monitor", case] for result in worked(world)]
-    assert "steady from step" in expected["verdicts"]["decoder.layers.0.mlp.linear_fc1.weight"]
-    matrices = [i for i, role in enumerate(expected["roles"]) if role == "matrix"]
-    assert len(matrices) == 4
-    assert (expected["m"][matrices] == training.HIDDEN / 8).all()
-    assert expected["shapes"]["decoder.layers.0.mlp.linear_fc2.weight"] == (
-        (training.HIDDEN, 4 * training.HIDDEN),
-        4 * training.HIDDEN,
-    )
-    assert np.isfinite([expected["columns"][column][matrices] for column in SPECTRA]).all()
-    for result in results:
-        for key in ("step", "names", "roles", "verdicts", "shapes"):
-            assert result[key] == expected[key]
-        np.testing.assert_array_equal(result["m"], expected["m"])
-        # The gradient of the keys' bias is 0 but for rounding, which Adam blows up: its steps depend on the layout.
-        alike = [i for i, name in enumerate(expected["names"]) if not name.endswith("linear_qkv.bias")]
+def check_readings(world: int, some: tuple[Job, ...], job: Job) -> None:
+    case, references = job.case, tuple(sorted({reference_of(job) for job in of_kind("readings", some)}, key=str))
+    expected = worked(1, references)[0][reference_of(job)]
+    results = [result[job] for result in worked(world, some)]
+    fc1 = "decoder.layers.0.mlp" + (".experts.local_experts.1" if case.ep else "") + ".linear_fc1.weight"
+    assert "steady from step" in expected["verdicts"][fc1]
+    matrices = [name for name, role in expected["roles"].items() if role == "matrix"]
+    assert len(matrices) == (2 + 2 * training.EXPERTS if case.ep else 4)
+    assert all(expected["m"][name] == training.HIDDEN / 8 for name in matrices)
+    shape = (training.HIDDEN, 4 * training.HIDDEN)
+    assert expected["shapes"][fc1.replace("fc1", "fc2")] == (shape, shape[1])
+    at = [expected["names"].index(name) for name in matrices]
+    assert all(np.isfinite(expected["columns"][column][at]).all() for column in ("top", "second", "bulk"))
+    for rank, result in enumerate(results):
+        assert result["on triton"] == {job.backend == "triton"}
+        assert result["step"] == expected["step"]
+        there = [name_on_one_process(name, case, rank) for name in result["names"]]
+        assert there == [name for name in expected["names"] if name in there]
+        if not case.ep:
+            assert there == list(expected["names"])
+        for key in ("roles", "verdicts", "shapes"):
+            assert result[key] == {
+                a: expected[key][b] for a, b in zip(result["names"], there, strict=True) if b in expected[key]
+            }
+        np.testing.assert_array_equal(
+            [result["m"][name] for name in result["names"]], [expected["m"][name] for name in there]
+        )
         loose = 5e-2 if case.half else 1e-3
+        alike = [expected["names"].index(name) for name in there]
         for column, values in expected["columns"].items():
-            np.testing.assert_allclose(result["columns"][column][alike], values[alike], rtol=loose, err_msg=column)
-        assert {name: values.tobytes() for name, values in result["columns"].items()} == {
-            name: values.tobytes() for name, values in results[0]["columns"].items()
+            np.testing.assert_allclose(result["columns"][column], values[alike], rtol=loose, err_msg=column)
+        for i, name in enumerate(result["names"]):
+            if name.endswith("linear_qkv.bias"):
+                # Found: below 6e-3. With the rounding in the gradient of the keys' bias, it was 2.5e-2 to 6.5e-2.
+                for column, values in expected["columns"].items():
+                    np.testing.assert_allclose(
+                        result["columns"][column][i], values[alike[i]], rtol=1.5e-2, err_msg=column
+                    )
+        shared = [i for i, name in enumerate(result["names"]) if "experts" not in name]
+        assert {name: values[shared].tobytes() for name, values in result["columns"].items()} == {
+            name: values[shared].tobytes() for name, values in results[0]["columns"].items()
         }
-        assert result["report"] == results[0]["report"]
+        if not case.ep:
+            assert result["report"] == results[0]["report"]
     assert [result["writes"] for result in results] == [True] + [False] * (world - 1)
 
 
+def name_on_one_process(name: str, case: Case, rank: int) -> str:
+    """The name that a parameter of a process has where one process has all experts."""
+    index = training.expert_index(name, case, rank)
+    if index is None:
+        return name
+    before, after = name.split(".local_experts.")
+    return f"{before}.local_experts.{index}.{after.partition('.')[2]}"
+
+
+@pytest.mark.parametrize("job", of_kind("norms", CORE[2]), ids=str)
+def test_norms_over_two_processes_are_those_of_the_gathered_parameters(job):
+    check_norms(2, CORE[2], job)
+
+
+@pytest.mark.parametrize("job", of_kind("norms", CORE[4]), ids=str)
+def test_norms_over_four_processes_are_those_of_the_gathered_parameters(job):
+    check_norms(4, CORE[4], job)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("world", "some", "job"), whole("norms"))
+def test_norms_in_every_layout_are_those_of_the_gathered_parameters(world, some, job):
+    check_norms(world, some, job)
+
+
+@pytest.mark.parametrize("job", of_kind("readings", CORE[2]), ids=str)
+def test_readings_over_two_processes_are_those_of_one(job):
+    check_readings(2, CORE[2], job)
+
+
+@pytest.mark.parametrize("job", of_kind("readings", CORE[4]), ids=str)
+def test_readings_over_four_processes_are_those_of_one(job):
+    check_readings(4, CORE[4], job)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("world", "some", "job"), whole("readings"))
+def test_readings_in_every_layout_are_those_of_one_process(world, some, job):
+    check_readings(world, some, job)
+
+
 @pytest.mark.parametrize(
-    ("case", "backend"), [*((case, "torch") for case in TWO), *((case, "triton") for case in ON_TRITON)], ids=str
+    "job", [job for job in of_kind("readings", CORE[2]) if not job.case.slim and not job.case.ep], ids=str
 )
-def test_norms_over_two_processes_are_those_of_the_gathered_parameters(case, backend):
-    check_norms(2, case, backend)
+def test_the_gradient_of_the_keys_bias_is_rounding(job):
+    for result in worked(2, CORE[2]):
+        assert len(result[job]["key gradients"]) > 0
+        assert max(result[job]["key gradients"]) < (2e-2 if job.case.half else 1e-5)
 
 
-@pytest.mark.parametrize("case", FOUR, ids=str)
-def test_norms_over_four_processes_are_those_of_the_gathered_parameters(case):
-    check_norms(4, case, "torch")
-
-
-@pytest.mark.parametrize("case", MONITORED, ids=str)
-def test_readings_over_two_processes_are_those_of_one(case):
-    check_readings(2, case)
-
-
-@pytest.mark.parametrize("case", FOUR[1:], ids=str)
-def test_readings_over_four_processes_are_those_of_one(case):
-    check_readings(4, case)
-
-
-@pytest.mark.parametrize("case", RESUMED, ids=str)
-def test_a_monitor_goes_on_after_a_resume(case):
-    for result in worked(2):
-        went_on, resumed = result["resumed", case]
+@pytest.mark.parametrize("job", of_kind("resumed", CORE[2]), ids=str)
+def test_a_monitor_goes_on_after_a_resume(job):
+    for result in worked(2, CORE[2]):
+        went_on, resumed = result[job]
         assert went_on["step"] == 6
         assert resumed == went_on
 
 
 def test_wrong_uses_have_the_same_error_on_every_process():
-    first, second = (result["errors"] for result in worked(2))
+    first, second = (result[WRONG] for result in worked(2, CORE[2]))
     assert first == second
     told = "Give what get_megatron_optimizer returned, after megatron.use()."
     assert first["no optimizer yet"] == f"TypeError: attach: the optimizer is NoneType. {told}"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from . import shim, stand_in
 
-BATCH, LENGTH, VOCABULARY, HIDDEN = 4, 8, 32, 16
+BATCH, LENGTH, VOCABULARY, HIDDEN, HEADS, EXPERTS = 4, 8, 32, 16, 4, 4
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Case:
         wrapper: "fp32" (FP32Optimizer), "bf16" (Float16OptimizerWithFloat16Params), "distributed fp32", "distributed bf16", or
             precision-aware: "aware" with float32 master weights, "aware remainder" with remainders and bfloat16 moments.
         tp: number of tensor-parallel processes.
-        ep: number of expert-parallel processes; 0 for a dense model.
+        ep: number of expert-parallel processes; 1 for experts on one process, 0 for a dense model.
         slim: the model has no biases and no position embeddings, so that Triton's interpreter has fewer tensors.
     """
 
@@ -119,6 +119,7 @@ def build(
     hidden: int = HIDDEN,
     layers: int = 2,
     overrides: Callable[..., Any] | None = None,
+    experts_alike: bool = False,
 ) -> Run:
     """Build a model and its optimizer. Every process calls it.
 
@@ -128,6 +129,8 @@ def build(
         hidden: width.
         layers: number of layers.
         overrides: makes config overrides from the OptimizerConfig and the model chunks.
+        experts_alike: a model of one layer has the same weights under every number of expert-parallel processes. Megatron
+            draws the same experts on every process.
     """
     from megatron.core import tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -144,7 +147,7 @@ def build(
     options: dict[str, Any] = {"add_bias_linear": False, "normalization": "RMSNorm"} if case.slim else {}
     if case.ep:
         options |= {
-            "num_moe_experts": 4,
+            "num_moe_experts": EXPERTS,
             "expert_model_parallel_size": case.ep,
             "moe_token_dispatcher_type": "allgather",
             # In bfloat16 every token goes to all experts. With a choice of two, torch's own losses move by up to 4e-3 where one
@@ -155,7 +158,7 @@ def build(
     config = TransformerConfig(
         num_layers=layers,
         hidden_size=hidden,
-        num_attention_heads=4,
+        num_attention_heads=HEADS,
         use_cpu_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -166,9 +169,13 @@ def build(
         gradient_accumulation_fusion=False,
         **options,
     )
-    spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False) if case.ep else get_gpt_layer_local_spec()
+    spec = (
+        get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False) if case.ep else get_gpt_layer_local_spec()
+    )
     positions: dict[str, Any] = {"position_embedding_type": "none"} if case.slim else {}
     model: Any = GPTModel(config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False, **positions)
+    if experts_alike and case.ep:
+        _draw_experts(model, case)
     if case.half:
         model = Float16Module(config, model)
     # Small buckets, so that shards begin and end inside parameters.
@@ -213,6 +220,31 @@ def build(
         wd_incr_style="constant",
     )
     return Run(model, optimizer, scheduler)
+
+
+def expert_index(name: str, case: Case, rank: int) -> int | None:
+    """Return the number of an expert among all experts from the name of its parameter. None: it is no expert's.
+
+    Args:
+        name: of a parameter of the model of one process.
+        case: the layout.
+        rank: of the process in the expert-parallel group.
+    """
+    _, found, after = name.partition(".local_experts.")
+    return rank * EXPERTS // case.ep + int(after.split(".")[0]) if found else None
+
+
+@torch.no_grad()
+def _draw_experts(model: Any, case: Case) -> None:
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_expert_model_parallel_rank()
+    for name, p in model.named_parameters():
+        # Megatron draws the output layer after the experts of this process, so its weights depend on their number.
+        index = EXPERTS if name == "output_layer.weight" else expert_index(name, case, rank)
+        if index is not None:
+            generator = torch.Generator().manual_seed(2 * index + name.endswith("linear_fc1.weight"))
+            p.copy_(0.02 * torch.randn(p.shape, generator=generator))
 
 
 def step(run: Run, index: int) -> float:
