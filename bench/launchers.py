@@ -158,7 +158,7 @@ def steps(package: ModuleType, storage: str, recorder: Recorder) -> Watch:
     combination = COMBINATIONS[storage]
     params = [torch.nn.Parameter(torch.randn(shape).to(combination.param)) for shape in SHAPES]
     named = [(f"p{i}", p) for i, p in enumerate(params)]
-    with mock.patch.object(backends, "interpreting", lambda: True), Watch(package, recorder) as watch:
+    with mock.patch.object(backends, "interpreting", return_value=True), Watch(package, recorder) as watch:
         optimizer = package.AdamW(named, backend="triton", max_grad_norm=1.0, **combination.options)
         for recorder.stream in STREAMS:
             for p in params:

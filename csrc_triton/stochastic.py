@@ -21,9 +21,9 @@ def chunk_place(start, first, run, stride):
     """Where the elements of a chunk lie in the whole parameter: (base, passed, run, gap).
 
     The shard consists of runs of `run` elements. In the whole parameter, the runs begin `stride` elements apart, the
-    first at `first`. The chunk begins at element `start` of the shard. Its element i lies n = (i + passed) // run runs after its
-    first one, and has the index base + i + n gap in the whole parameter. `base` and `gap` are int64. `passed` and `run` are
-    int32: runs that are longer than a chunk look alike from inside of it.
+    first at `first`. The chunk begins at element `start` of the shard. Its element i lies n = (i + passed) // run runs
+    after its first one, and has the index base + i + n gap in the whole parameter. `base` and `gap` are int64. `passed`
+    and `run` are int32: runs that are longer than a chunk look alike from inside of it.
     """
     gap = stride - run
     # A quotient in float64 is exact here, because a shard has fewer than 2^52 elements. It takes fewer registers than one of
