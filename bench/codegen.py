@@ -111,7 +111,8 @@ def variants(target: str) -> list[Variant]:
     """All variants for COMPLETE, and a sample of them for another target."""
     out = [update_variant(name) for name in (COMBINATIONS if target == COMPLETE else SAMPLE)]
     out += [update_variant("fp32", norms=False), update_variant("fp32", amsgrad=True)]
-    out.append(update_variant("bf16, stochastic", strided=True))
+    drawing = [name for name in dict.fromkeys(v.combination for v in out) if COMBINATIONS[name].storage.draws]
+    out += [update_variant(name, strided=True) for name in drawing]
     out += [update_variant(name, huber=True) for name in ("fp32", "bf16, remainder")]
     for split in (False, True):
         name = "split" if split else ""
@@ -130,8 +131,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     signature = {n: "constexpr" if n in variant.constants else POINTERS.get(n, "i32") for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in POINTERS}
     source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
-    strided = bool(variant.constants.get("STRIDED"))
-    options = launch_options(target.backend, variant.storage, variant.block if variant.storage else 0, strided)
+    options = launch_options(target.backend, variant.storage, variant.block if variant.storage else 0)
     return triton.compile(source, target=target, options=options)
 
 

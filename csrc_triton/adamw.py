@@ -74,7 +74,7 @@ from .layout import (
     K_WEIGHT_STATISTIC,
 )
 from .moments import dither, load_moment, store_moment
-from .stochastic import hash_bits, hash_key, random_bits
+from .stochastic import chunk_place, hash_bits, hash_key, random_bits
 from .storage import element_address, load, pointer_to, store
 from .sums import add_products
 from .weights import load_weight, store_weight
@@ -103,12 +103,12 @@ def update_blocks(
     c_address,  # in the companion of the weight
     ms_address,  # in the scales of exp_avg
     vs_address,  # in the scales of exp_avg_sq
-    start,  # int64, the chunk's first element within the parameter
-    seed,  # the next seven say how random bits are drawn, see stochastic.py
-    stream,
-    first,
+    base,  # the next eight say how random bits are drawn, see stochastic.py
+    passed,
     run,
-    stride,
+    gap,
+    seed,
+    stream,
     step,
     key,
     begin,  # int32: the call updates the elements [begin, end) of the chunk; begin is a multiple of SIZE
@@ -178,11 +178,11 @@ def update_blocks(
         b_new = b_w + b_d
         random = 0
         if WEIGHT == K_STOCHASTIC:
-            random = random_bits(start + i, seed, stream, first, run, stride, step, STRIDED, SIZE, EACH)
+            random = random_bits(base, i, passed, run, gap, seed, stream, step, STRIDED, SIZE, EACH)
         b_kept = store_weight(p_address, c_address, offsets, b_new, random, mask, PARAM, WEIGHT, MASKED)
         u = 0
         if CODED:
-            u = dither(hash_bits(start + i, first, run, stride, key, STRIDED, SIZE, EACH))
+            u = dither(hash_bits(base, i, passed, run, gap, key, STRIDED, SIZE, EACH))
         store_moment(m_address, ms_address, i, offsets, b_m, b_m, u, mask, end, EXP_AVG, EACH, MASKED)
         store_moment(v_address, vs_address, i, offsets, b_v, b_root, u, mask, end, EXP_AVG_SQ, EACH, MASKED)
         if HUBER:
@@ -276,7 +276,7 @@ def adamw_kernel(
         limit = tl.load(tl.load(address).to(tl.pointer_type(tl.float32))) * (1.0 + shrinkage)
         shrinkage = tl.div_rn(shrinkage, 1.0 + shrinkage)
     aligned = ((p_address | g_address | m_address | v_address | x_address | c_address) & 15) == 0
-    seed, stream, first, run, stride, step, key = 0, 0, 0, 0, 0, 0, 0
+    base, passed, run, gap, seed, stream, step, key = 0, 0, 0, 0, 0, 0, 0, 0
     if WEIGHT == K_STOCHASTIC or (EXP_AVG == tl.int8 or EXP_AVG_SQ == tl.uint8):
         word = rounding + i_row
         seed = tl.load(word + K_ROUNDING_SEED * n_rows)
@@ -284,26 +284,33 @@ def adamw_kernel(
         first = tl.load(word + K_ROUNDING_FIRST * n_rows)
         step = tl.load(steps + i_row).to(tl.uint32)
         key = hash_key(seed, stream, step)
-        if STRIDED:
-            run = tl.load(word + K_ROUNDING_RUN * n_rows)
-            stride = tl.load(word + K_ROUNDING_STRIDE * n_rows)
         # Words of random bits belong to several elements. The aligned loop draws each word once.
-        SHARED: tl.constexpr = K_DRAW if WEIGHT == K_STOCHASTIC else K_HASH_DRAW
-        aligned = aligned & (((start | first | run | stride) & (SHARED - 1)) == 0)
+        SHARED: tl.constexpr = K_DRAW if WEIGHT == K_STOCHASTIC or STRIDED else K_HASH_DRAW
+        if STRIDED:
+            whole_run = tl.load(word + K_ROUNDING_RUN * n_rows)
+            stride = tl.load(word + K_ROUNDING_STRIDE * n_rows)
+            # The aligned loop looks up the run of a thread's elements once, so they all have to lie in it.
+            aligned = aligned & (((start | whole_run) & (K_DRAW - 1)) == 0)
+            base, passed, run, gap = chunk_place(start, first, whole_run, stride)
+        else:
+            base = first + start
+        aligned = aligned & (((base | gap) & (SHARED - 1)) == 0)
     full = tl.where(aligned, count // BLOCK * BLOCK, 0)
 
     w_1, d_1, g_1, wd_1, abs_1 = update_blocks(
         p_address, g_address, m_address, v_address, x_address, c_address, ms_address, vs_address,
-        start, seed, stream, first, run, stride, step, key, 0, full,
+        base, passed, run, gap, seed, stream, step, key, 0, full,
         one_minus_beta1, one_minus_beta2, shrinkage, step_size, scaled_eps, grad_factor, limit,
         PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, HUBER, NORMS, BLOCK, False,
     )  # fmt: skip
     w_2, d_2, g_2, wd_2, abs_2 = update_blocks(
         p_address, g_address, m_address, v_address, x_address, c_address, ms_address, vs_address,
-        start, seed, stream, first, run, stride, step, key, full, count,
+        base, passed, run, gap, seed, stream, step, key, full, count,
         one_minus_beta1, one_minus_beta2, shrinkage, step_size, scaled_eps, grad_factor, limit,
         PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, STRIDED, AMSGRAD, HUBER, NORMS, K_TAIL, True,
     )  # fmt: skip
+    if STRIDED:
+        active = count  # 0 in the same rows, because no chunk is empty. Registers are short in this variant.
     if HUBER:
         absolutes = tl.load(address + n_rows).to(tl.pointer_type(tl.float32))
         if active != 0:

@@ -93,9 +93,12 @@ PLAIN, MASTER, REMAINDER, KAHAN, STOCHASTIC = range(5)
 # Elements that share a scale in an 8-bit moment. A warp holds at least this many, so their maximum stays within a warp.
 QUANT = 128
 # Elements that share one draw of 128 random bits. Each element gets 16 of them.
-DRAW = 8
+DRAW_BITS = 3
+DRAW = 1 << DRAW_BITS
 # Elements that share one hash of 32 random bits, which rounds 8-bit moments. Each element gets 16 of them.
 HASH_DRAW = 2
+# A power of two that no chunk is longer than. Runs of a shard that are longer count as this long.
+LONG_RUN = 1 << 16
 # Rounds of Philox 4x32. Seven rounds pass BigCrush (Salmon et al. 2011, table 2).
 PHILOX_ROUNDS = 7
 # Rows of the rounding table, int64[ROUNDING, n_rows]. The last three say where the local elements are in the whole parameter.
@@ -185,8 +188,10 @@ K_REMAINDER = tl.constexpr(REMAINDER)
 K_KAHAN = tl.constexpr(KAHAN)
 K_STOCHASTIC = tl.constexpr(STOCHASTIC)
 K_QUANT = tl.constexpr(QUANT)
+K_DRAW_BITS = tl.constexpr(DRAW_BITS)
 K_DRAW = tl.constexpr(DRAW)
 K_HASH_DRAW = tl.constexpr(HASH_DRAW)
+K_LONG_RUN = tl.constexpr(LONG_RUN)
 K_PHILOX_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 K_ROUNDING_SEED = tl.constexpr(ROUNDING_SEED)
 K_ROUNDING_STREAM = tl.constexpr(ROUNDING_STREAM)

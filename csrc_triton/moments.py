@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .layout import K_QUANT, K_THREADS
-from .storage import largest_along, load, load_raw, pointer_to, store, store_raw
+from .storage import largest_along, load, load_raw, of_threads, pointer_to, store, store_raw
 
 TINY = tl.constexpr(2.0**-90)
 # y + FLOOR is 2^23 + k for the nearest integer k of y - 0.5. So the lower bits hold k, and subtracting FLOOR gives k + 0.5.
@@ -29,12 +29,6 @@ SHIFT = tl.constexpr(0.00390625)  # 0.25^4
 SHIFT_SQ = tl.constexpr(1.001)  # y > 1, so the code is never 0
 # Keeps the largest value of a block at or below the largest code, whatever rsqrt loses.
 BELOW = tl.constexpr(1.0 - 2.0**-20)
-
-
-@triton.jit
-def of_threads(block, EACH: tl.constexpr):
-    """Repeat the value of each thread, [K_THREADS], for each of its elements, [K_THREADS * EACH]."""
-    return tl.reshape(tl.broadcast_to(block[:, None], [K_THREADS, EACH]), [K_THREADS * EACH])
 
 
 @triton.jit

@@ -15,7 +15,7 @@ Names, in every file of kernels:
 import triton
 import triton.language as tl
 
-from .layout import K_INTERPRETED, K_LOAD_CACHE, K_LOAD_EVICTION, K_STORE_CACHE, K_STORE_EVICTION
+from .layout import K_INTERPRETED, K_LOAD_CACHE, K_LOAD_EVICTION, K_STORE_CACHE, K_STORE_EVICTION, K_THREADS
 
 
 @triton.jit
@@ -34,6 +34,12 @@ def element_address(address, index, TYPE: tl.constexpr):
     # size comes from a value, because a constexpr has no attributes in Triton 3.2.
     BITS: tl.constexpr = tl.full([], 0, TYPE).dtype.primitive_bitwidth
     return address + index * (BITS // 8)
+
+
+@triton.jit
+def of_threads(block, EACH: tl.constexpr):
+    """Repeat the value of each thread, [K_THREADS], for each of its elements, [K_THREADS * EACH]."""
+    return tl.reshape(tl.broadcast_to(block[:, None], [K_THREADS, EACH]), [K_THREADS * EACH])
 
 
 @triton.jit

@@ -134,7 +134,7 @@ class Launches:
     def _update_launch(self, first: int, last: int, norms: bool) -> Launch:
         """Launch the update kernel for chunks [first, last)."""
         tables, static = self._tables, self._tables.static
-        options = launch_options(current_backend(), self._storage, self._constants["BLOCK"], static.strided)
+        options = launch_options(current_backend(), self._storage, self._constants["BLOCK"])
         return make_launch(
             kernels.adamw_kernel, last - first,
             static.chunk_row, static.chunk_span, static.addresses, self._dynamic.gradients, tables.coefficients,

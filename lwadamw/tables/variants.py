@@ -42,8 +42,6 @@ def update_constants(storage: Storage, strided: bool, amsgrad: bool, huber: bool
         Constants by the name of the kernel's argument.
     """
     short = all(dtype in HALVES or dtype in CODES for dtype in storage[:4]) and storage.weight != "master"
-    # The index of an element of a strided shard takes many registers.
-    short = short and not (strided and any(dtype in CODES for dtype in storage[:4]))
     return {
         "PARAM": TRITON_TYPES[storage.param],
         "GRAD": TRITON_TYPES[storage.grad],
@@ -57,9 +55,7 @@ def update_constants(storage: Storage, strided: bool, amsgrad: bool, huber: bool
     }
 
 
-def launch_options(
-    backend: str, storage: Storage | None = None, block: int = 0, strided: bool = False
-) -> dict[str, Any]:
+def launch_options(backend: str, storage: Storage | None = None, block: int = 0) -> dict[str, Any]:
     """Return the compiler options of a kernel.
 
     Only the update kernel has options of its own, so only for this kernel give the arguments after `backend`.
@@ -68,7 +64,6 @@ def launch_options(
         backend: the compiler's backend, "cuda" or "hip".
         storage: how the rows that the update kernel works on are stored; None for every other kernel.
         block: the update kernel's constant BLOCK, elements per iteration; 0 for every other kernel.
-        strided: the update kernel's constant STRIDED.
 
     Returns:
         Options by the name that Triton gives them.
@@ -76,7 +71,7 @@ def launch_options(
     options: dict[str, Any] = {"num_warps": layout.WARPS[backend], "enable_fp_fusion": False}
     if backend == "cuda" and block > layout.BLOCK:
         options["maxnreg"] = layout.DOUBLE_REGISTERS
-    elif backend == "cuda" and storage is not None and storage.draws and not strided:
+    elif backend == "cuda" and storage is not None and storage.draws:
         options["maxnreg"] = layout.RANDOM_REGISTERS
     return options
 

@@ -66,6 +66,8 @@ def test_every_variant_compiles_for_every_target(reports):
     assert all(found == KERNELS for found in kernels.values())
     assert {r["target"] for r in reports} == kernels.keys()
     assert {r["combination"] for r, *_ in _updates(reports) if r["target"] == COMPLETE} == COMBINATIONS.keys()
+    strided = {r["combination"] for r, *_ in _updates(reports) if r["target"] == COMPLETE and "strided" in r["variant"]}
+    assert strided == {name for name, combination in COMBINATIONS.items() if combination.storage.draws}
 
 
 def test_no_variant_spills(reports):
@@ -116,6 +118,7 @@ def test_instructions_per_element_stay_below_their_limits(reports):
         (COMPLETE, f"{weight}, 8-bit moments"): 104 for weight in ("fp32", "bf16, remainder", "bf16, stochastic")
     }
     limits |= {(target, "bf16, stochastic, 8-bit moments"): 104 for target in NVIDIA}
+    limits |= {(target, f"{name} / strided"): limit for (target, name), limit in limits.items() if "8-bit" in name}
     found = {
         (r["target"], r["variant"]): r["instructions"]
         for r, *_ in _updates(reports)
