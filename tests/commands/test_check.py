@@ -43,14 +43,31 @@ def infinite(model):
 
 def test_without_scaling_changes_grow_and_under_mup_they_do_not(tmp_path, capsys):
     out = tmp_path / "out.json"
-    assert main(["check", f"{HERE}:build", *WIDTHS, "--rule", "standard", "--json", str(out), "--args", "depth=2"]) == 1
+    assert (
+        main(
+            [
+                "check",
+                f"{HERE}:build",
+                *WIDTHS,
+                "--rule",
+                "standard",
+                "--json",
+                str(out),
+                "--seeds",
+                "1",
+                "--args",
+                "depth=2",
+            ]
+        )
+        == 1
+    )
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("not flat: ")
     assert "the change of layers.*.ffn.down grows as width^+" in first
     found = {layer["name"]: layer for layer in json.loads(out.read_text())["layers"]}
-    assert found["layers.*.ffn.down"]["update_slope"] > 0.5
+    assert found["layers.*.ffn.down"]["update_slope"] > 0.35
     assert any(line.split()[-2:] == ["+0.75", "+0.00"] for line in lines)
-    assert main(["check", f"{HERE}:build", *WIDTHS, "--rule", "mup"]) == 0
+    assert main(["check", f"{HERE}:build", *WIDTHS, "--rule", "mup", "--seeds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "flat: no output grows, and no change of an output depends on the width"
     assert {line.split()[-1] for line in lines if line.startswith("matrix")} == {"flat"}
@@ -102,7 +119,7 @@ def test_what_is_wrong_is_named(arguments, message, capsys):
 
 
 def test_slopes_are_exact_for_powers_and_verdicts_follow_them():
-    for power, said in ((0.5, "grows"), (0.1, "flat"), (-0.1, "flat"), (-1.0, "shrinks")):
+    for power, said in ((0.5, "grows"), (0.3, "flat"), (-0.3, "flat"), (-1.0, "shrinks")):
         values = [3 * width**power for width in (64, 128, 512)]
         assert slope((64, 128, 512), values) == pytest.approx(power)
         assert verdict(slope((64, 128, 512), values)) == said
