@@ -17,8 +17,8 @@ from ..state.names import layer_type
 from ..step.optimizer import AdamW
 from ..width.groups import param_groups
 
-# Octaves per octave of width. Without scaling, changes grow by 0.5 to 0.8. Under muP they fall by up to 0.3 at widths below 128,
-# where updates are not yet aligned with their inputs.
+# Octaves per octave of width. Without scaling, changes grow by 0.5 to 0.8. Under muP they fall by up to 0.3 at widths below
+# 128, where updates are not yet aligned with their inputs.
 FLAT: Final = 0.35
 Loss = Callable[[nn.Module, Any], Tensor]
 
