@@ -33,7 +33,7 @@ def build(argument: str, path: str, arguments: Mapping[str, Any]) -> nn.Module:
     import torch
     from torch import nn
 
-    factory = _find(argument, path)
+    factory = find(argument, path)
     try:
         signature = inspect.signature(factory)
     except ValueError:
@@ -67,7 +67,16 @@ def build(argument: str, path: str, arguments: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _find(argument: str, path: str) -> Callable[..., object]:
+def find(argument: str, path: str) -> Callable[..., object]:
+    """Import a class or function.
+
+    Args:
+        argument: name of the command's argument that gave the path, for messages.
+        path: `module:factory`. The module is also looked for in the current folder.
+
+    Raises:
+        ValueError: it cannot be imported, or it is no class or function.
+    """
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"argument {argument}: {path!r} is not of the form module:factory, like {EXAMPLE}.")

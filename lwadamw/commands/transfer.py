@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .arguments import output_file, positive, refuse, whole
@@ -17,10 +19,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "transfer",
         help="how well learning rates transferred over width, from a CSV file of runs",
         description="Print for every arm: the best learning rate at each width, how it drifts with width, and how much loss "
-        "the proxy's best learning rate costs at the other widths.",
-        epilog="The CSV file may come from any program. It needs the columns arm (or rule), width, lr and loss (or val_loss, "
-        "validation_loss). The columns weight_decay (or wd), seed and status are optional. lr and weight decay are base "
-        "values. A run has diverged if its loss is empty, nan or inf, or if its status is diverged.",
+        "the proxy's best learning rate costs at the other widths. With --next, also print which learning rate to run next.",
+        epilog="The file may come from any program or tracker: a header and one run per line, with commas, semicolons or tabs "
+        "between the cells. It needs the columns width (or d_model, n_embd, hidden_size), lr (or learning_rate) and loss (or "
+        "val_loss, val/loss, eval/loss). The columns arm (or rule), weight_decay (or wd), seed and status (or state) are "
+        "optional. Names with a path in front, like config.optimizer.lr, are found too; --column names others. lr and weight "
+        "decay are base values. A run has diverged if its loss is empty, nan or inf, or if its status is diverged. A run that "
+        "crashed or still runs is left out.",
     )
     option = parser.add_argument
     option("runs", type=Path, metavar="runs.csv", help="a file with a header and one run per line")
@@ -34,6 +39,23 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="standard deviation of the loss of one run, for arms without two seeds (default: %(default)s)",
     )
     option("--loss", metavar="COLUMN", help="name of the column with the losses")
+    option(
+        "--column",
+        action="append",
+        default=[],
+        metavar="KIND=NAME",
+        help="name of the column for arm, width, lr, weight_decay, seed, loss or status; an arm may be several columns, like "
+        "arm=tokens,batch; width=256 is the width of all runs. May be given several times",
+    )
+    option(
+        "--over",
+        metavar="COLUMN",
+        help="of the runs that differ in this column alone, use the one with the lowest loss",
+    )
+    option(
+        "--effective-decay", action="store_true", help="weight decays are effective values: turn them into base values"
+    )
+    option("--next", action="store_true", help="say which learning rate to run next at every width, and along a ridge")
     option("--plot", type=Path, metavar="OUT", help="draw loss against learning rate into a .svg, .png or .pdf file")
     option("--json", type=Path, metavar="OUT", help="write the numbers into a file")
     parser.set_defaults(command=lambda args: run(parser, args))
@@ -44,10 +66,38 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     check_plot(parser, args.plot)
     output_file(parser, "--json", args.json)
     try:
-        report(args.runs, args.plot, args.json, loss=args.loss, proxy=args.proxy, lr=args.lr, noise=args.noise)
+        report(
+            args.runs,
+            args.plot,
+            args.json,
+            loss=args.loss,
+            proxy=args.proxy,
+            lr=args.lr,
+            noise=args.noise,
+            columns=_columns(parser, args.column),
+            over=args.over,
+            effective_decay=args.effective_decay,
+            plan=args.next,
+        )
     except (ValueError, OSError) as error:
         refuse(parser, error)
     return 0
+
+
+def _columns(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, str]:
+    """Return the columns of --column by kind."""
+    from ..lab.transfer_columns import ALIASES
+
+    found = {}
+    for text in given:
+        kind, equals, name = text.partition("=")
+        if kind not in ALIASES or not (equals and name.strip()):
+            parser.error(
+                f"argument --column: {text!r} is not KIND=NAME with a kind among {', '.join(ALIASES)}. Write, for instance, "
+                "--column width=n_embd."
+            )
+        found[kind] = name
+    return found
 
 
 def check_plot(parser: argparse.ArgumentParser, path: Path | None) -> None:
@@ -70,6 +120,10 @@ def report(
     proxy: int | None = None,
     lr: float | None = None,
     noise: float = NOISE,
+    columns: Mapping[str, str] | None = None,
+    over: str | None = None,
+    effective_decay: bool = False,
+    plan: bool = False,
 ) -> None:
     """Analyse a file of runs, print the tables, and write the figure and the numbers.
 
@@ -83,16 +137,25 @@ def report(
         proxy: width of the proxy; see `transfer.analyse`.
         lr: learning rate of the regrets; see `transfer.analyse`.
         noise: standard deviation of the loss of one run; see `transfer.analyse`.
+        columns: names of columns by kind; see `outcomes.read`.
+        over: name of a column over which the lowest loss counts; see `outcomes.read`.
+        effective_decay: whether the weight decays are effective values; see `transfer_decay.to_base`.
+        plan: whether to say what to run next.
 
     Raises:
         ValueError: the file or an argument is not as it has to be.
         OSError: a file cannot be written.
     """
-    from ..lab import outcomes, plots, plots_runs, transfer, transfer_table
+    from ..lab import outcomes, plots, plots_runs, transfer, transfer_decay, transfer_table
 
-    found = outcomes.read(runs, loss)
+    found = outcomes.read(runs, loss, columns, over)
+    if effective_decay:
+        base = proxy or min(row.width for row in found.rows)
+        found = replace(found, rows=tuple(transfer_decay.to_base(found.rows, base)))
+    elif note := transfer_decay.note(transfer_decay.exponents(found.rows)):
+        found = replace(found, notes=(*found.notes, note))
     result = transfer.analyse(found.rows, proxy=proxy, lr=lr, noise=noise)
-    print(transfer_table.table(result, found))
+    print(transfer_table.table(result, found, plan))
     if numbers is not None:
         numbers.write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
     if plot is not None:

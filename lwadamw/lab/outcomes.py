@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-# A column may have any of these names, in small letters or capitals. If a file has several of them, the first name counts.
-COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
-    "arm": ("arm", "rule"),
-    "width": ("width",),
-    "lr": ("base_lr", "lr", "learning_rate"),
-    "weight_decay": ("base_weight_decay", "weight_decay", "wd"),
-    "seed": ("seed",),
-    "loss": ("validation_loss", "val_loss", "loss"),
-    "status": ("status",),
-}
-OPTIONAL: Final = ("weight_decay", "seed", "status")
+from .transfer_columns import Place, cells, places
+from .transfer_runs import check_conditions, ended, lowest_over
+
 # Columns that say how the runs were made. A figure shows those that the file has.
 CONDITIONS: Final = ("steps", "tokens", "seed", "batch", "context", "depth", "data", "commit", "version")
 DIVERGED: Final = ("div", "diverged")
@@ -56,58 +47,66 @@ class Outcomes:
         loss: name of the column that holds the losses.
         rows: the runs.
         caption: how the runs were made, in one line, like '600 steps, 2 seeds, version 0.1.0+1a2b3c4'.
+        width: name of the column that holds the widths.
+        notes: what was left out of the file, one sentence each.
     """
 
     source: str
     loss: str
     rows: tuple[Outcome, ...]
     caption: str = ""
+    width: str = "width"
+    notes: tuple[str, ...] = ()
 
 
-def read(path: Path, loss: str | None = None) -> Outcomes:
-    """Read the runs of a CSV file with a header and one run per line.
+def read(
+    path: Path, loss: str | None = None, columns: Mapping[str, str] | None = None, over: str | None = None
+) -> Outcomes:
+    """Read the runs of a file with a header and one run per line. Commas, semicolons or tabs separate the cells.
 
-    The columns are found by name: arm, width, lr and loss are needed; weight_decay, seed and status are optional.
-    `COLUMNS` lists the other names that a column may have. Further columns are ignored.
+    The columns are found by name: width, lr and loss are needed; arm, weight_decay, seed and status are optional.
+    `transfer_columns.ALIASES` lists the other names that a column may have. Names with a path in front, like
+    config.optimizer.lr, are found too. Further columns are ignored, unless runs with equal settings differ in them.
 
     A run has diverged if its status is "diverged" or "div", or if its loss is empty, nan, inf or one of these words. A run
-    that diverged is kept, with loss inf.
+    that diverged is kept, with loss inf. A run that did not end (running, crashed, killed) is left out, and so is a line that
+    repeats another one. `Outcomes.notes` says so.
 
     Args:
         path: path of the file.
-        loss: name of the column with the losses. By default the first name of `COLUMNS` that the file has.
+        loss: name of the column with the losses. By default the first name of `ALIASES` that the file has.
+        columns: kind -> name of the column, where the names are others; see `transfer_columns.places`.
+        over: name of a column. Of the runs that differ in it alone, only the one with the lowest loss counts.
 
     Raises:
-        ValueError: the file cannot be read or lacks a column, a cell holds neither a number nor a known status, or the same
-            run is there twice. The message names the file, the line and the column.
+        ValueError: the file cannot be read or lacks a column, a cell holds neither a number nor a known status, the same run is
+            there twice, or runs with equal settings differ in how they were made. The message names file, line and column.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            (_, header), *lines = [(reader.line_num, row) for row in reader if any(map(str.strip, row))] or [(0, [])]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}. Give a CSV file with a header.") from error
-    if not lines:
-        raise ValueError(f"{path}: no runs. Give a CSV file with a header and one run per line.")
-    names = [name.strip().lower() for name in header]
-    places = _places(path, names, loss)
-    rows, seen = [], dict[tuple[object, ...], int]()
-    for number, cells in lines:
-        if len(cells) != len(names):
-            raise ValueError(
-                f"{path}, line {number}: {len(cells)} cells, the header has {len(names)}. Correct the line."
-            )
-        row = _Line(path, number, {kind: (header[i], cells[i].strip()) for kind, i in places.items()}).outcome()
-        setting = (row.arm, row.width, row.lr, row.weight_decay, row.seed)
+    table = cells(path)
+    found = places(table, {**(columns or {}), **({} if loss is None else {"loss": loss})})
+    lines, notes = ended(table, found)
+    rows = [_Line(path, number, row, found, table.decimal_comma).outcome() for number, row in lines]
+    settings = [(row.arm, row.width, row.lr, row.weight_decay, row.seed) for row in rows]
+    if over is not None:
+        name = over.strip().lower()
+        if name not in table.names:
+            known = ", ".join(repr(column.strip()) for column in table.header)
+            raise ValueError(f"{path}: --over: no column {over!r}; there are {known}. Name one of them.")
+        kinds = len({row[table.names.index(name)] for _, row in lines})
+        kept = lowest_over(lines, settings, [row.loss for row in rows])
+        lines, rows, settings = [x for _, x in kept], [rows[i] for i, _ in kept], [settings[i] for i, _ in kept]
+        notes.append(f"each loss is the lowest over {kinds} values of {over}, so it is a little too low.")
+    check_conditions(table, lines, settings, found)
+    seen = dict[tuple[object, ...], int]()
+    for setting, (number, _), row in zip(settings, lines, rows, strict=True):
         if row.seed is not None and seen.setdefault(setting, number) != number:
             raise ValueError(
                 f"{path}, lines {seen[setting]} and {number}: the same arm, width, lr, weight decay and seed twice. Delete one "
                 "of the lines; or if the runs differ in something else, give them different arms."
             )
-        rows.append(row)
-    ended = [cells for (_, cells), row in zip(lines, rows, strict=True) if math.isfinite(row.loss)]
-    caption = conditions([dict(zip(names, cells, strict=True)) for cells in ended])
-    return Outcomes(path.name, header[places["loss"]].strip(), tuple(rows), caption)
+    finite = [row for (_, row), outcome in zip(lines, rows, strict=True) if math.isfinite(outcome.loss)]
+    caption = conditions([dict(zip(table.names, row, strict=True)) for row in finite])
+    return Outcomes(path.name, found["loss"].name, tuple(rows), caption, found["width"].name, tuple(notes))
 
 
 def conditions(rows: Sequence[Mapping[str, str]]) -> str:
@@ -134,62 +133,52 @@ def conditions(rows: Sequence[Mapping[str, str]]) -> str:
     return ", ".join(parts)
 
 
-def _places(path: Path, names: Sequence[str], loss: str | None) -> dict[str, int]:
-    """Map each kind of column to its position in a line."""
-    places = {}
-    for kind, aliases in COLUMNS.items():
-        if kind == "loss" and loss is not None:
-            aliases = (loss.strip().lower(),)
-        found = next((names.index(alias) for alias in aliases if alias in names), None)
-        if found is not None:
-            places[kind] = found
-        elif kind not in OPTIONAL:
-            remedy = "Name the column with --loss" if kind == "loss" else "Rename the column that holds these values"
-            raise ValueError(
-                f"{path}: no column {' or '.join(map(repr, aliases))}; there are {', '.join(map(repr, names))}. {remedy}."
-            )
-    return places
-
-
 @dataclass(frozen=True)
 class _Line:
-    """The cells of one line that are used. `cells` maps each kind of column to its name and the text of the cell."""
+    """The cells of one line, and where the values are."""
 
     path: Path
     number: int
-    cells: Mapping[str, tuple[str, str]]
+    row: Sequence[str]
+    places: Mapping[str, Place]
+    decimal_comma: bool
 
     def outcome(self) -> Outcome:
         width = self._number("width", minimum=1)
         if width != int(width):
             raise self._error("width", "is not a whole number", "Give the model's width, 256 for instance")
-        if not self.cells["arm"][1]:
+        if not self._text("arm"):
             raise self._error("arm", "names no arm", "Give every run an arm")
         lr = self._number("lr")
         if lr == 0:
             raise self._error("lr", "has no logarithm", "Leave out runs with a learning rate of 0")
-        weight_decay = self._number("weight_decay") if "weight_decay" in self.cells else None
-        seed = self.cells.get("seed", ("", ""))[1] or None
-        return Outcome(self.cells["arm"][1], int(width), lr, weight_decay, seed, self._loss())
+        weight_decay = self._number("weight_decay") if "weight_decay" in self.places else None
+        return Outcome(self._text("arm"), int(width), lr, weight_decay, self._text("seed") or None, self._loss())
+
+    def _text(self, kind: str) -> str:
+        return self.places[kind].of(self.row) if kind in self.places else ""
 
     def _loss(self) -> float:
-        status = self.cells.get("status", ("", ""))[1].lower()
+        status = self._text("status").lower()
         if status not in (*DIVERGED, *FINISHED):
             remedy = f"Write {', '.join(DIVERGED + FINISHED[1:])} or leave the cell empty; and leave out runs that did not end"
             raise self._error("status", "says neither that the run ended nor that it diverged", remedy)
-        text = self.cells["loss"][1].lower()
+        text = self._text("loss").lower()
         if status in DIVERGED or text in ("", *DIVERGED):
             return math.inf
         try:
-            loss = float(text)
+            loss = self._float(text)
         except ValueError:
             remedy = "Give a loss; or nan or an empty cell if the run diverged"
             raise self._error("loss", "is no number", remedy) from None
         return loss if math.isfinite(loss) else math.inf
 
+    def _float(self, text: str) -> float:
+        return float(text.replace(",", ".") if self.decimal_comma else text)
+
     def _number(self, kind: str, minimum: float = 0.0) -> float:
         try:
-            value = float(self.cells[kind][1])
+            value = self._float(self._text(kind))
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value >= minimum):
@@ -197,5 +186,5 @@ class _Line:
         return value
 
     def _error(self, kind: str, problem: str, remedy: str) -> ValueError:
-        name, text = self.cells[kind]
+        name, text = self.places[kind].name, self._text(kind)
         return ValueError(f"{self.path}, line {self.number}, column {name!r}: {text!r} {problem}. {remedy}.")

@@ -14,9 +14,13 @@ from lwadamw.state.arrays import Array
 
 from .curves import Curve, Edge, Reached, combined, interval, lowest, noise_of, slope_weights
 from .outcomes import Outcome
+from .paired import Difference, differences
 from .ridge import Ridge, ridge
+from .transfer_next import Next, along, suggest
+from .transfer_shape import problem
 
 NOISE: Final = 0.01
+MOST_PAIRED: Final = 12  # With more arms than this, differences of pairs are left out: nobody reads so many.
 NoiseFrom = Literal["seeds", "given"]
 
 
@@ -34,6 +38,7 @@ class Optimum:
         best_loss: mean loss over seeds at best_lr. inf: every run diverged.
         runs: number of runs.
         diverged: number of runs that diverged.
+        shape: why the loss around the optimum is no parabola. Empty if it is one, as far as the noise shows.
     """
 
     width: int
@@ -45,6 +50,7 @@ class Optimum:
     best_loss: float
     runs: int
     diverged: int
+    shape: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +133,16 @@ class Transfer:
         given_lr: learning rate of the regrets, if it was given instead of taken from the proxy's best run.
         arms: results of every arm at every weight decay.
         ridges: ridges of the arms with several weight decays.
+        differences: differences of the drifts of all pairs of arms.
+        next: what to run next, for every arm, weight decay and width, and along every ridge.
     """
 
     proxy: int
     given_lr: float | None
     arms: tuple[Arm, ...]
     ridges: tuple[Ridge, ...]
+    differences: tuple[Difference, ...] = ()
+    next: tuple[Next, ...] = ()
 
     def best(self) -> dict[int, tuple[Arm, Optimum]]:
         """Return the arm with the lowest loss at every width, and its optimum there."""
@@ -177,15 +187,22 @@ def analyse(
     if proxy not in widths:
         raise ValueError(f"transfer: no run has the proxy's width {proxy}. Widths are {', '.join(map(str, widths))}.")
     curves = curves_of(rows)
-    arms, ridges = [], []
+    arms, ridges, planned = [], [], []
     for name in dict.fromkeys(curve.arm for curve in curves):
         of_arm = [curve for curve in curves if curve.arm == name]
         seen = noise_of(of_arm)
         level: tuple[float, NoiseFrom] = (noise, "given") if seen is None else (seen, "seeds")
         decays = dict.fromkeys(curve.weight_decay for curve in of_arm)
         arms += [_arm([c for c in of_arm if c.weight_decay == wd], proxy, lr, *level) for wd in decays]
-        ridges += [found for width in widths if (found := ridge([c for c in of_arm if c.width == width], level[0]))]
-    return Transfer(proxy, lr, tuple(arms), tuple(ridges))
+        planned += [suggest(c, level[0]) for c in of_arm]
+        for width in widths:
+            here = [c for c in of_arm if c.width == width]
+            if (found := ridge(here, level[0])) is not None:
+                ridges.append(found)
+                planned.append(along(found, here, level[0]))
+    names = dict.fromkeys(curve.arm for curve in curves)
+    pairs = differences(curves, noise) if len(names) <= MOST_PAIRED else []
+    return Transfer(proxy, lr, tuple(arms), tuple(ridges), tuple(pairs), tuple(planned))
 
 
 def curves_of(rows: Iterable[Outcome]) -> list[Curve]:
@@ -210,7 +227,7 @@ def _arm(curves: Sequence[Curve], proxy: int, lr: float | None, noise: float, no
     fits = [lowest(c.log2_lr, c.mean)[0] for c in curves]
     drawn = [c.redraw(noise, generator) for c in curves]
     low, high = np.array([c.bounds(d) for c, d in zip(curves, drawn, strict=True)]).swapaxes(0, 1)
-    optima = tuple(_optimum(c, fit, *ends) for c, fit, *ends in zip(curves, fits, low, high, strict=True))
+    optima = tuple(_optimum(c, noise, fit, *ends) for c, fit, *ends in zip(curves, fits, low, high, strict=True))
     at_proxy = next((o for o in optima if o.width == proxy and math.isfinite(o.best_loss)), None)
     moved = lr if lr is not None else at_proxy.best_lr if at_proxy else None
     regrets = () if moved is None else tuple(_regret(c, moved, d) for c, d in zip(curves, drawn, strict=True))
@@ -221,7 +238,7 @@ def _arm(curves: Sequence[Curve], proxy: int, lr: float | None, noise: float, no
     return Arm(first.arm, first.weight_decay, noise, noise_from, optima, regrets, drift)
 
 
-def _optimum(curve: Curve, fit: float, lower: Array, upper: Array) -> Optimum:
+def _optimum(curve: Curve, noise: float, fit: float, lower: Array, upper: Array) -> Optimum:
     low, high = (math.nan, math.nan) if curve.edge == "no run ended" else 2.0 ** np.array(interval(lower, upper))
     return Optimum(
         curve.width,
@@ -233,6 +250,7 @@ def _optimum(curve: Curve, fit: float, lower: Array, upper: Array) -> Optimum:
         float(curve.mean[curve.best]),
         int(curve.runs.sum()),
         int(np.isinf(curve.losses).sum()),
+        problem(curve, noise),
     )
 
 

@@ -9,45 +9,65 @@ from collections.abc import Sequence
 from lwadamw.monitor.text import aligned
 
 from .outcomes import Outcomes
+from .paired import Difference
 from .ridge import Ridge
 from .transfer import Arm, Optimum, Regret, Transfer
+from .transfer_next import Next
 
-_HEADER = ("width", "best lr", "95 %", "of the runs", "loss", "at lr", "loss", "regret", "")
+_HEADER = ("best lr", "95 %", "of the runs", "loss", "at lr", "loss", "regret", "")
 
 
-def table(found: Transfer, outcomes: Outcomes) -> str:
+def table(found: Transfer, outcomes: Outcomes, plan: bool = False) -> str:
     """Return the results as tables of text.
 
-    Each arm has a table with a line per width. Then follow a table with drift and regret of all arms, the ridges, the best
-    arm at every width, and notes that explain the numbers.
+    Each arm has a table with a line per width. Then follow a table with drift and regret of all arms, the differences of
+    drifts, the ridges, the best arm at every width, and notes that explain the numbers.
 
     Args:
         found: the results.
         outcomes: the runs behind the results.
+        plan: whether to say what to run next.
     """
     rows = outcomes.rows
     diverged = sum(math.isinf(row.loss) for row in rows)
     count = f"{len(rows)} runs, {diverged} of them diverged; losses are column {outcomes.loss!r}"
-    blocks = [f"{outcomes.source}: {count}; proxy width {found.proxy}"]
+    axis = outcomes.width
+    blocks = ["\n".join([f"{outcomes.source}: {count}; proxy {axis} {found.proxy}", *outcomes.notes])]
     labels = _labels(found.arms)
     for arm in found.arms:
         noise = f"noise of a run {arm.noise:.2g}, {'from its seeds' if arm.noise_from == 'seeds' else 'as given'}"
         blocks.append(
-            "\n".join([f"{labels[arm]}   ({noise})", *aligned([_HEADER, *_lines(arm)], range(1, len(_HEADER) - 1))])
+            "\n".join(
+                [f"{labels[arm]}   ({noise})", *aligned([(axis, *_HEADER), *_lines(arm)], range(1, len(_HEADER)))]
+            )
         )
     if any(arm.drift for arm in found.arms):
         blocks.append(
             "\n".join(
-                aligned([_SUMMARY, *(_summary(arm, labels[arm]) for arm in found.arms)], range(1, len(_SUMMARY) - 1))
+                aligned([_summary_header(axis), *(_summary(arm, labels[arm]) for arm in found.arms)], range(1, 5))
             )
+        )
+    if found.differences:
+        several = len({d.weight_decay for d in found.differences}) > 1
+        blocks.append(
+            "\n".join(aligned([_pairs_header(axis), *(_pair(d, several) for d in found.differences)], range(1, 2)))
         )
     blocks += ["\n".join(map(_ridge, found.ridges))] if found.ridges else []
     best = [(str(w), labels[arm], f"{o.best_lr:g}", _loss(o.best_loss)) for w, (arm, o) in found.best().items()]
-    blocks.append("\n".join(aligned([("width", "arm with the lowest loss", "at lr", "loss"), *best], right=(0, 2))))
+    blocks.append("\n".join(aligned([(axis, "arm with the lowest loss", "at lr", "loss"), *best], right=(0, 2))))
+    if plan:
+        lines = aligned([("arm", axis, "weight decay", "lr", ""), *map(_next, found.next)], range(1, 4))
+        blocks.append("\n".join(["next runs", *lines]))
     return "\n\n".join([*blocks, _notes(found)])
 
 
-_SUMMARY = ("arm", "widths", "drift, octaves of lr per octave of width", "in all, octaves", "regret at the widest", "")
+def _summary_header(axis: str) -> Sequence[str]:
+    drift = f"drift, octaves of lr per octave of {axis}"
+    return ("arm", f"{axis}s" if axis == "width" else axis, drift, "in all, octaves", "regret at the widest", "")
+
+
+def _pairs_header(axis: str) -> Sequence[str]:
+    return ("difference of two drifts", f"octaves of lr per octave of {axis}", f"runs in common at {axis}")
 
 
 def _lines(arm: Arm) -> Sequence[Sequence[str]]:
@@ -72,6 +92,7 @@ def _of_regret(r: Regret | None) -> tuple[str, ...]:
 
 def _remark(optimum: Optimum, regret: Regret | None) -> str:
     parts = [f"best lr: {optimum.edge}"] if optimum.edge else []
+    parts += [optimum.shape] if optimum.shape else []
     parts += [f"regret: {regret.reached}"] if regret and regret.reached != "run" else []
     parts += [f"{optimum.diverged} of {optimum.runs} diverged"] if optimum.diverged else []
     return "; ".join(parts)
@@ -92,6 +113,18 @@ def _summary(arm: Arm, label: str) -> Sequence[str]:
         else ""
     )
     return (label, reach, slope, total, regret, edge)
+
+
+def _pair(d: Difference, several: bool) -> Sequence[str]:
+    decay = f", wd {d.weight_decay:g}" if several else ""
+    slope = f"{d.slope:+.2f} ({signed_span(d.slope_low, d.slope_high, 2)})"
+    return (f"{d.arm} - {d.other}{decay}", slope, ", ".join(map(str, d.shared)) or "-")
+
+
+def _next(n: Next) -> Sequence[str]:
+    decays = ", ".join("-" if wd is None else f"{wd:.3g}" for wd in dict.fromkeys(n.weight_decay)) or "-"
+    lr = ", ".join(f"{x:.3g}" for x in n.lr) or "none"
+    return (n.arm, str(n.width), decays, lr, f"{'another seed each: ' if n.seeds else ''}{n.why}")
 
 
 def _ridge(r: Ridge) -> str:
@@ -115,6 +148,11 @@ def _notes(found: Transfer) -> str:
     ]
     if found.ridges:
         notes.append("ridge: the exponent is -1 where lr·wd decides the loss, and +1 where lr/wd does.")
+    if found.differences:
+        notes.append(
+            "difference of two drifts: runs that both arms have in common do not count as noise, so the interval is narrower "
+            "than the two intervals of the drifts suggest."
+        )
     single = [arm for arm in found.arms if arm.drift is None and arm.weight_decay is not None]
     if single and len({o.width for arm in found.arms for o in arm.optima}) > 1:
         where = f"{single[0].name} has one width at weight decay {single[0].weight_decay:g}, so no drift"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
-from .calibration import Types
+from .calibration import Calibration, Types
 from .laws import mean_of
 from .profile import Profile, SegmentProfile
 
@@ -44,12 +44,20 @@ class Claim:
 
 
 def judge(
-    proxies: Sequence[Profile], target: Profile, ours: Types, theirs: Types, findings: Sequence[Finding]
+    proxies: Sequence[Profile],
+    target: Profile,
+    ours: Types,
+    theirs: Types,
+    findings: Sequence[Finding],
+    calibration: Calibration,
 ) -> Claim:
     """Judge what the rule of a run claims.
 
     The rule is that of the target. If the target has none, or "standard", the rule is that of the proxies, because then the
     question is whether the target follows it. Only matrices count: rules make no claim about embeddings and heads.
+
+    A wrong rule moves all kinds of matrices by about the same factor. What a kind learns moves it alone. So the median over the
+    kinds decides; a single kind counts if it is further off than what learning explains.
 
     Args:
         proxies: the profiles of the proxies.
@@ -57,6 +65,7 @@ def judge(
         ours: the segments of all proxies by type.
         theirs: the segments of the target by type.
         findings: what the comparison found, with `predicted` and `tolerance`.
+        calibration: the tolerances.
     """
     base = proxies[0]
     rule = next((name for name in (target.rule, base.rule) if name in CLAIMED), "")
@@ -73,7 +82,13 @@ def judge(
     why, certain = _reason(rule, proxies, target, ours, theirs)
     rows = [f for f in findings if f.role == "matrix" and f.statistic in claims and not math.isnan(f.settled)]
     judged = [f for f in rows if f.verdict != "too early"]
-    apart = [f for f in judged if not 1 / f.tolerance <= f.settled <= f.tolerance]
+    apart = [f for f in judged if not _within(f.settled, f.tolerance)]
+    for statistic in claims:
+        some = [f for f in judged if f.statistic == statistic]
+        limit = calibration.of_median(statistic)
+        if some and not _within(middle := median(f.settled for f in some), limit):
+            side = [f for f in some if (f.settled > 1) == (middle > 1) and not _within(f.settled, limit)]
+            apart += [f for f in side if f not in apart]
     if apart:
         why = why or _cause(apart)
         return Claim(False, f"not held: {said}, but {_told(apart, judged)}: {why}", certain)
@@ -86,10 +101,15 @@ def judge(
         return Claim(None, f"not known: {said}, but {reason}")
     kinds = len({f.layers for f in judged})
     span = f"x{min(f.settled for f in judged):.2f} to x{max(f.settled for f in judged):.2f}"
+    span = f"median x{median(f.settled for f in judged):.2f}, {span}"
     measured = _listed(dict.fromkeys(f.statistic for f in judged))
     skipped = len({f.layers for f in rows}) - kinds
     late = f"; for {skipped} it is too early" if skipped else ""
     return Claim(True, f"held: {said}; {measured} did in {_kinds(kinds)} ({span}){late}")
+
+
+def _within(factor: float, tolerance: float) -> bool:
+    return 1 / tolerance <= factor <= tolerance
 
 
 def width_ratio(ours: Types, theirs: Types) -> float:
@@ -118,9 +138,17 @@ def _reason(rule: str, proxies: Sequence[Profile], target: Profile, ours: Types,
     if rule and target.rule != rule and abs(grown - 1) > SAME:
         ran = "without a rule" if target.rule == "none" else f"under {target.rule}"
         return f"the target ran {ran}, and its fan_in is {grown:.3g} times as large", True
+    if lost := [name for (role, name), some in theirs.items() if _lost_decay(role, ours.get((role, name), ()), some)]:
+        more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+        return f"the target has no weight decay in {', '.join(lost[:MOST_NAMED])}{more}, and the proxy has", True
     if not rule:
         return f"nothing was scaled, and the fan_in grew by {grown:.3g}", False
     return "", False
+
+
+def _lost_decay(role: str, ours: Sequence[SegmentProfile], theirs: Sequence[SegmentProfile]) -> bool:
+    """Return whether a kind of matrix has weight decay in the proxies, and none in the target."""
+    return role == "matrix" and any(x.weight_decay > 0 for x in ours) and not any(x.weight_decay for x in theirs)
 
 
 def _cause(apart: Sequence[Finding]) -> str:

@@ -14,8 +14,8 @@ from .profile import WINDOW, Profile
 from .profile_file import load
 from .reading import Reading
 
-# This is wider than COMPARE_TOLERANCE = 1.25, which is for the ends of two runs. While a model still learns, top singular
-# values at four times the width were off by a factor of up to 1.4 (docs/gain.md).
+# Wider than COMPARE_TOLERANCE, which is for the ends of two runs. While a model still learns, the median of the gains at
+# four times the width was off by a factor of up to 1.43 in good runs.
 DRIFT_TOLERANCE: Final = 1.5
 MOST_NAMED: Final = 3  # at most so many segments are named in a warning
 STATISTICS: Final = ("weight_rms", "relative_update", "top", "gain")
@@ -32,7 +32,7 @@ class DriftWatch:
     it with the proxy at the same step. So both runs should have the same batch size and schedule. After the end of the proxy's
     run it compares with that end.
 
-    A type of layer drifts if, at two readings in a row, one of its statistics differs from the prediction by more than the
+    A type of layer drifts if, at two readings in a row, one of its statistics differs from the prediction by more than its
     tolerance. The prediction follows from the learning rates and weight decays of both runs (see
     `lwadamw.monitor.comparison.compare`). A type of layer is not judged before `after` tau have passed in all its layers, in
     both runs. The warning is a `DriftWarning`.
@@ -44,7 +44,8 @@ class DriftWatch:
     Args:
         reference: the profile of the proxy, or the path of its file. Or several of them, for instance two seeds: how much they
             differ then calibrates the tolerance.
-        tolerance: factor by which a statistic may be larger or smaller than predicted. Several proxies can make it larger.
+        tolerance: factor by which the median of a statistic over the types may be larger or smaller than what the rule claims.
+            A single type may be off by more: see `compare`. Several proxies can make it larger.
         after: number of tau that must have passed. In one tau, weights forget a factor e of what they were.
         statistics: the statistics to watch. `compare` must have a law for them. A statistic that a run does not have is
             skipped.
@@ -121,7 +122,7 @@ class DriftWatch:
         confirmed = [told for key, told in problems.items() if key in self._suspects]
         self._suspects = set(problems)
         listed = "".join(f"\n  {told}" for told in confirmed)
-        return f"not what the profile predicts, by more than {self.tolerance:g}:{listed}" if confirmed else ""
+        return f"not what the profile predicts:{listed}" if confirmed else ""
 
     def _warn(self, message: str, writes: bool) -> None:
         self.warned = True

@@ -51,7 +51,7 @@ def test_the_rules_of_two_runs_can_differ():
     assert compare(made(RULES["mup"], 1.0), wrong).drifted == ()
 
 
-@pytest.mark.parametrize(("factor", "verdict"), [(1.4, "grew"), (1 / 1.4, "shrank"), (1.15, "as predicted")])
+@pytest.mark.parametrize(("factor", "verdict"), [(2.5, "grew"), (1 / 2.5, "shrank"), (2.0, "as predicted")])
 def test_a_difference_is_named_by_type_and_statistic(factor, verdict):
     target = made(RULES["fan2025"], 4.0, factors={("ffn.down", "top"): factor})
     found = compare(made(RULES["fan2025"], 1.0), target)
@@ -64,7 +64,7 @@ def test_a_difference_is_named_by_type_and_statistic(factor, verdict):
 
 def test_one_layer_of_many_is_found_with_by_layer():
     def off(segment):
-        return dataclasses.replace(segment, values={**segment.values, "weight_rms": 1.5 * segment.values["weight_rms"]})
+        return dataclasses.replace(segment, values={**segment.values, "weight_rms": 2.5 * segment.values["weight_rms"]})
 
     target = made(RULES["mup"], 2.0, depth=6)
     target = dataclasses.replace(

@@ -34,18 +34,18 @@ def test_drift_warns_once_and_as_early_as_it_is_certain(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch(live(target, 10, 2.9, factor=3.0))  # too early, although the factor is large
-        watch(live(target, 20, 3.0, factor=1.8))  # the first reading that counts; one reading can be chance
+        watch(live(target, 20, 3.0, factor=2.8))  # the first reading that counts; one reading can be chance
         watch(live(target, 30, 3.1))
-        watch(live(target, 40, 3.2, factor=1.8))
+        watch(live(target, 40, 3.2, factor=2.8))
     with pytest.warns(DriftWarning) as caught:
-        watch(live(target, 50, 3.3, factor=1.8))
+        watch(live(target, 50, 3.3, factor=2.8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        watch(live(target, 60, 3.4, factor=1.8))
+        watch(live(target, 60, 3.4, factor=2.8))
     (message,) = (str(w.message) for w in caught)
-    assert "step 50: not what the profile predicts, by more than 1.5:" in message
+    assert "step 50: not what the profile predicts:" in message
     assert "layers.*.ffn.down.weight: weight_rms grew to " in message
-    assert ", 1.8" in message.partition("weight_rms grew to")[2]
+    assert ", 2.8" in message.partition("weight_rms grew to")[2]
     assert "qkv" not in message
     assert watch.warned
 
@@ -107,7 +107,7 @@ def test_weights_that_are_not_finite_are_warned_of_at_once():
 
 def test_top_and_gain_are_watched_under_standard_which_has_no_width_ratio():
     standard = RULES["standard"]
-    proxy, target = made(standard, 1.0), made(standard, 4.0, factors={("ffn.down", "top"): 2.4})
+    proxy, target = made(standard, 1.0), made(standard, 4.0, factors={("ffn.down", "top"): 2.8})
 
     def unscaled(given):
         return dataclasses.replace(given, segments=tuple(dataclasses.replace(x, m=np.nan) for x in given.segments))
@@ -133,7 +133,7 @@ def test_two_proxies_widen_the_tolerance():
     rule = RULES["fan2025"]
     some = [made(rule, 1.0, noise=0.25, seed=seed) for seed in (1, 2)]
     target = made(rule, 4.0)
-    readings = [standing(live(target, step, 4.0, factor=1.7), target, "fan2025") for step in (100, 110)]
+    readings = [standing(live(target, step, 4.0, factor=2.8), target, "fan2025") for step in (100, 110)]
     assert told(DriftWatch(made(rule, 1.0)), *readings)
     assert not told(DriftWatch(some), *readings)
     with pytest.raises(ValueError, match="there is no reference"):
