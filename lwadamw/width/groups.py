@@ -90,7 +90,7 @@ def param_groups(
         model: the model, before any wrapper flattens its parameters. DTensors count with their global shape.
         base_width: the width of the proxy, in one of three forms.
             An int: every matrix has the width ratio m = width / base_width. Each fan_in has to be a multiple of the width.
-            A mapping from patterns to the fan_in of a matrix at the proxy, for example {"*.down.weight": 1024, "*": 256}.
+            A mapping from patterns to the fan_in of a matrix at the proxy, for example `{"*.down.weight": 1024, "*": 256}`.
             A model: the proxy itself, for example built under torch.device("meta"). It may have fewer layers.
         rule: a name from `lwadamw.RULES`, or a `lwadamw.Rule`.
         roles: patterns to roles: "matrix", "vector", "output", `Matrix(fan_in=dim)` or `Output(fan_in=dim)`.
@@ -99,7 +99,7 @@ def param_groups(
         width: the width of this model, for an int `base_width`. None: the hidden size of the model's config, or else the
             width of its embedding.
         output: "vector" if the model divides its logits by m itself.
-        overrides: patterns to group keys that win over the rule, for example {"*.A_log": {"lr": 1e-4}}. A base value that is
+        overrides: patterns to group keys that win over the rule, for example `{"*.A_log": {"lr": 1e-4}}`. A base value that is
             given here is the effective value: its width multiplier is 1.
         segments: patterns to the segments of a parameter, which have norms of their own. An int is a number of equal parts
             of the first dimension (experts). A sequence has the number of rows of each part (q, k, v of a fused projection).
