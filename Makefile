@@ -2,9 +2,9 @@
 # make test   runs lint, types and tests: everything that CI runs
 # make test-matrix   runs every combination of what others may do; CI runs it after make test
 # make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it then
-# make test-engines   runs the tests inside real Megatron-core, on CPU; CI runs it last
+# make test-engines   runs the tests inside real Megatron-core, on CPU; CI runs it then
 # make test-engines-whole   runs every wrapper of Megatron-core in every layout, on the kernels too. CI runs a few of them.
-# make test-frameworks   runs the tests inside transformers, Lightning, torchtitan and others, on CPU; CI does not run it yet
+# make test-frameworks   runs the tests inside transformers, Lightning, torchtitan and others, on CPU; CI runs it last
 # make check  runs lint and types
 # make docs   builds the documentation site in build/site; a warning is an error; CI runs it after make test
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
@@ -72,8 +72,8 @@ $(ENGINES)/.installed: tests/engines/requirements.txt constraints.txt Makefile
 
 # The widest combinations run in one version each, so that each version takes less than 8 minutes on 2 cores.
 test-engines: $(ENGINES)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not four and not whole"
-	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.16.1 $(ENGINES)/bin/python -m pytest tests/engines -m "engines and not wide and not whole"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines/megatron -m "engines and not four and not whole"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.16.1 $(ENGINES)/bin/python -m pytest tests/engines/megatron -m "engines and not wide and not whole"
 
 test-engines-whole: $(ENGINES)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(ENGINES)/megatron-core-0.19.2 $(ENGINES)/bin/python -m pytest tests/engines/megatron -m whole
@@ -89,13 +89,15 @@ docs: .venv-docs/.installed
 
 $(FRAMEWORKS)/.installed: tests/engines/requirements-frameworks.txt constraints.txt
 	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
-	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton numpy pytest
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		torch triton numpy pytest pytest-xdist
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 		-r tests/engines/requirements-frameworks.txt
 	touch $@
 
 test-frameworks: $(FRAMEWORKS)/.installed
-	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m pytest tests/engines --ignore=tests/engines/megatron -m "engines and not slow"
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m pytest tests/engines --ignore=tests/engines/megatron -m "engines and not slow" \
+		-n $(JOBS) --dist loadfile
 
 bench: .venv/.installed
 	$(BIN)/python -m bench.codegen --json bench/results/codegen.json

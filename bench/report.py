@@ -221,7 +221,9 @@ def _bars(ax: Any, panel: Panel) -> None:
     ax.set_xticks(range(len(panel.positions)), panel.positions, fontsize=7 if len(panel.positions) > 4 else 9)
     ax.set_title(panel.title, fontsize=9)
     ax.set_ylabel(panel.unit)
-    ax.legend(frameon=False, fontsize=8)
+    # Below the axes, because inside them it would cover bars.
+    columns = len(panel.series) if len(panel.positions) > 4 else 2
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=columns)
 
 
 def replaced(text: str, section: str) -> str:

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO stages 1 and 2: an AdamW for an engine that flattens groups and steps one group at a time.
 
-Nothing of DeepSpeed is imported. Run with deepspeed 0.19.8, stage 1, on one process. There, torch's AdamW takes other steps
-than in a plain loop (losses differ by 3e-3 in 8 steps, with a rule and without), and this class takes those of torch's AdamW.
+Nothing of DeepSpeed is imported. Run with deepspeed 0.19.8, stages 1 and 2, on one process. DeepSpeed 0.19 clips gradients at a
+global norm of 1 unless its config says "gradient_clipping": 0.
 
 ZeRO puts one flat vector in the place of the parameters of a group, and calls `step()` once for each group, with
 `param_groups` cut to this group. `lwadamw.AdamW` would build its tables anew in each call, and step hooks would run in each.
@@ -29,7 +29,8 @@ class AdamW(Base):
     those of what this process holds. With shard_group=torch.distributed.group.WORLD they are those of the whole group. Step
     hooks and a `Monitor` see one step for all groups.
 
-    Arguments are those of `lwadamw.AdamW`. Set "gradient_clipping" in DeepSpeed's config and not `max_grad_norm`.
+    Arguments are those of `lwadamw.AdamW`. Set "gradient_clipping" in DeepSpeed's config and not `max_grad_norm`. DeepSpeed's
+    default is 1.0.
 
     Raises:
         RuntimeError: by `step()`, if `max_grad_norm` is set: a group would be clipped by its own norm.

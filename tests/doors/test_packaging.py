@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import lwadamw
+
 ROOT = Path(__file__).parents[2]
 CHECK = """
 import pathlib, lwadamw
@@ -78,6 +80,9 @@ def _contents(wheel):
 
 def test_the_wheel_has_the_package_and_nothing_else(wheel):
     files = _contents(wheel)
+    (metadata,) = (text.decode() for name, text in files.items() if name.endswith(".dist-info/METADATA"))
+    assert f"\nVersion: {lwadamw.__version__}\n" in metadata
+    assert "\nLicense-File: LICENSE\n" in metadata
     assert {
         "lwadamw/py.typed",
         "lwadamw/kernels/adamw.py",
@@ -118,6 +123,37 @@ def test_a_bare_checkout_imports_in_its_own_folder(source, python):
 def test_import_of_a_bare_checkout_makes_the_warm_ups_and_the_loggers_usable(source, python, tmp_path):
     """CHECK uses both before it imports anything else of the package."""
     assert str(source / "csrc_triton") in _run(python, "-c", CHECK, cwd=tmp_path, PYTHONPATH=str(source))
+
+
+USERS = """
+import torch
+import lwadamw
+from lwadamw.engines import huggingface, lightning
+
+model = torch.nn.Linear(8, 8)
+groups = lwadamw.param_groups(model, base_width=4, width=8, roles={"weight": "matrix"})
+optimizer = lwadamw.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), max_grad_norm=1.0, exp_avg_dtype=torch.bfloat16)
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+monitor = lwadamw.Monitor(optimizer, model, every=10)
+norms: lwadamw.Norms = optimizer.norms()
+names: list[str] = list(norms.names)
+text: str = lwadamw.summary(optimizer, steps=100)
+print(monitor.report(), names, text)
+"""
+
+
+@pytest.mark.matrix
+def test_a_strict_project_of_a_user_is_type_checked_against_the_installed_package(wheel, python, tmp_path):
+    _install(python, wheel, cwd=tmp_path)
+    (tmp_path / "right.py").write_text(USERS)
+    (tmp_path / "wrong.py").write_text(USERS.replace("base_width=4", "base_width='4'") + "monitor.raport()\n")
+    check = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python)]
+    assert "no issues" in _run(*check, "right.py", cwd=tmp_path)
+    done = subprocess.run([*check, "wrong.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert {line.rpartition("[")[2] for line in done.stdout.splitlines()[:-1]} == {"arg-type]", "attr-defined]"}, (
+        done.stdout
+    )
 
 
 def test_the_link_to_the_kernels_is_relative():

@@ -14,6 +14,7 @@ DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$|^<!-- python\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
 # Pages whose code other tests run, because it needs a GPU or a training framework.
 ELSEWHERE = {
+    "docs/examples.md": "tests/engines/test_examples.py",
     "docs/frameworks.md": "tests/engines/test_examples.py",
     "docs/graphs.md": "tests/driver/test_graphs.py",
     "docs/megatron.md": "tests/engines/megatron",

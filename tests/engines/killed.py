@@ -1,4 +1,4 @@
-"""Runs a training script in a process that kills itself after its checkpoint, then in a new process that resumes from it."""
+"""Runs a script in a process that is killed a few steps after its checkpoint, then in a new process that resumes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 STEPS, HALF = 20, 10
+LAST = HALF + 3  # the step in which the process is killed
 TOLERANCE = 5e-7
 
 
@@ -37,11 +38,15 @@ def run_twice(module: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "noted.json").read_text())
 
 
-def main(first: Callable[[Path, dict[str, Any]], None], second: Callable[[Path, dict[str, Any]], None]) -> None:
-    """Run one part of a script: the first one ends by killing its own process.
+Part = Callable[[Path, dict[str, Any]], None]
+
+
+def main(first: Part, doomed: Callable[[Path], None], second: Part) -> None:
+    """Run one part of a script.
 
     Args:
-        first: trains, notes and saves.
+        first: trains and notes.
+        doomed: in the first process too: trains, saves after HALF steps, and calls `kill_at` in every step.
         second: resumes and notes.
     """
     part, folder = sys.argv[1], Path(sys.argv[2])
@@ -50,13 +55,13 @@ def main(first: Callable[[Path, dict[str, Any]], None], second: Callable[[Path, 
     {"first": first, "second": second}[part](folder, noted)
     path.write_text(json.dumps(noted))
     if part == "first":
-        kill()
+        doomed(folder)
 
 
-def kill() -> NoReturn:
-    """End this process as a machine that fails does."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise SystemExit
+def kill_at(step: int) -> None:
+    """End this process as a machine that fails does, if the step is LAST."""
+    if step == LAST:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def check(noted: dict[str, Any]) -> None:

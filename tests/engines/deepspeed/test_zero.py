@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engines.killed import STEPS, check, run_twice
+from tests.engines.killed import STEPS, TOLERANCE, check, run_twice
 
 pytestmark = pytest.mark.engines
 
@@ -12,12 +12,28 @@ pytest.importorskip("deepspeed")
 
 
 @pytest.fixture(scope="module")
-def noted(tmp_path_factory):
-    return run_twice("tests.engines.deepspeed.script", tmp_path_factory.mktemp("zero"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("zero")
 
 
-def test_losses_are_those_of_torch_and_after_a_kill_of_the_straight_run(noted):
+@pytest.fixture(scope="module")
+def noted(folder):
+    return run_twice("tests.engines.deepspeed.script", folder)
+
+
+def test_losses_are_those_of_torch_of_a_plain_loop_and_after_a_kill_of_the_straight_run(noted):
     check(noted)
+
+
+def test_stage_2_takes_the_steps_of_stage_1(noted):
+    assert noted["torch, stage 2"] == pytest.approx(noted["torch"], abs=TOLERANCE, rel=0)
+    assert noted["rule, stage 2"] == pytest.approx(noted["rule"], abs=TOLERANCE, rel=0)
+
+
+def test_norms_are_in_the_logs_of_deepspeed(noted, folder):
+    rows = (folder / "logs" / "run" / "norms_weight_rms_flat.0.csv").read_text().splitlines()
+    assert [int(row.split(",")[0]) for row in rows[1:]] == [1, 5, 10, 15, 20]
+    assert all(float(row.split(",")[1]) > 0 for row in rows[1:])
 
 
 def test_a_step_over_all_groups_counts_once_and_sorts_parameters_once(noted):

@@ -1,4 +1,4 @@
-"""A script: a small Llama under transformers.Trainer, with torch's AdamW, with ours, and with ours and a rule."""
+"""A script: a small Llama under transformers.Trainer and under accelerate: torch's AdamW, ours, and ours with a rule."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lwadamw
 from lwadamw.engines import huggingface
-from tests.engines.killed import HALF, STEPS, main
+from tests.engines.killed import HALF, STEPS, kill_at, main
 
 VALUES = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 RULE = {"base_width": 16}
@@ -50,7 +51,11 @@ class Recorded(Trainer):
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(Data())
 
+    doomed = False
+
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        if self.doomed:
+            kill_at(self.state.global_step)
         loss = super().compute_loss(model, inputs, *rest, **options)
         self.losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
         return loss
@@ -58,6 +63,10 @@ class Recorded(Trainer):
 
 class Ours(huggingface.WidthTrainer, Recorded):
     pass
+
+
+class Doomed(Ours):
+    doomed = True
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
@@ -87,12 +96,16 @@ def train(
     return trainer
 
 
+def batch(step: int) -> torch.Tensor:
+    return torch.stack([Data()[i]["input_ids"] for i in range(8 * step, 8 * step + 8)])
+
+
 def plain() -> list[float]:
     """The rule in a plain loop, with the clipping that Trainer does by default."""
-    net, losses, data = model(), [], Data()
+    net, losses = model(), []
     optimizer = lwadamw.AdamW(lwadamw.param_groups(net, **RULE), max_grad_norm=1.0, **VALUES)
     for step in range(STEPS):
-        x = torch.stack([data[i]["input_ids"] for i in range(8 * step, 8 * step + 8)])
+        x = batch(step)
         loss = net(input_ids=x, labels=x).loss
         loss.backward()
         optimizer.step()
@@ -101,15 +114,57 @@ def plain() -> list[float]:
     return losses
 
 
+class Accelerated:
+    """A loop of accelerate: what it prepared, and its losses."""
+
+    def __init__(self, kind: str) -> None:
+        net = model()
+        made: Any = {
+            "torch": lambda: torch.optim.AdamW(net.parameters(), fused=True, **VALUES),  # as Trainer does
+            "ours": lambda: lwadamw.AdamW(net.named_parameters(), **VALUES),
+            "rule": lambda: lwadamw.AdamW(lwadamw.param_groups(net, **RULE), **VALUES),
+        }
+        self.accelerator = Accelerator(cpu=True)
+        self.model, self.optimizer = self.accelerator.prepare(net, made[kind]())
+
+    def train(self, steps: range, doomed: bool = False) -> list[float]:
+        losses = []
+        for step in steps:
+            x = batch(step)
+            loss = self.model(input_ids=x, labels=x).loss
+            self.accelerator.backward(loss)
+            if doomed:
+                kill_at(step)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(float(loss))
+        return losses
+
+
 def first(folder: Path, noted: dict[str, Any]) -> None:
     noted["torch"] = train(folder, Recorded).losses
     noted["ours"] = train(folder, Ours).losses
     noted["plain"] = plain()
     watch = huggingface.callback(every=5, prefix="norms/")
-    kept = {"save_strategy": "steps", "save_steps": HALF}
-    noted["rule"] = (trainer := train(folder, Ours, RULE, callbacks=[watch], **kept)).losses
+    noted["rule"] = (trainer := train(folder, Ours, RULE, callbacks=[watch])).losses
     noted["logged"] = [entry for entry in trainer.state.log_history if "loss" in entry]
     noted["last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
+    noted["accelerate"] = {kind: Accelerated(kind).train(range(STEPS)) for kind in ("torch", "ours")}
+    loop = Accelerated("rule")
+    monitor = lwadamw.Monitor(loop.optimizer, every=5)
+    noted["accelerate"]["rule"] = loop.train(range(STEPS))
+    noted["accelerate"]["plain"] = noted["plain"]
+    noted["accelerate logged"] = monitor.as_dict()
+    noted["norms inside"] = float(loop.optimizer.optimizer.norms().weight.min())
+
+
+def doomed(folder: Path) -> None:
+    loop = Accelerated("rule")
+    loop.train(range(HALF))
+    loop.accelerator.save_state(str(folder / "accelerate"))
+    watch = huggingface.callback(every=5, prefix="norms/")
+    train(folder, Doomed, RULE, callbacks=[watch], save_strategy="steps", save_steps=HALF)
 
 
 def second(folder: Path, noted: dict[str, Any]) -> None:
@@ -118,7 +173,10 @@ def second(folder: Path, noted: dict[str, Any]) -> None:
     noted["resumed"] = trainer.losses
     noted["resumed last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
     noted["multipliers"] = sorted({group["width_lr_mult"] for group in trainer.optimizer.param_groups})
+    loop = Accelerated("rule")
+    loop.accelerator.load_state(str(folder / "accelerate"))
+    noted["accelerate"]["resumed"] = loop.train(range(HALF, STEPS))
 
 
 if __name__ == "__main__":
-    main(first, second)
+    main(first, doomed, second)

@@ -1,4 +1,4 @@
-"""Under transformers.Trainer, lwadamw takes the steps of torch's AdamW, follows a rule, logs norms, and resumes exactly."""
+"""Under transformers.Trainer and accelerate, lwadamw steps as torch's AdamW, follows a rule, logs norms, resumes exactly."""
 
 from __future__ import annotations
 
@@ -31,3 +31,12 @@ def test_norms_are_in_the_logs_of_the_trainer(noted):
 def test_the_monitor_resumes_with_what_it_knew(noted):
     for name in ("weight_rms", "relative_update", "taus", "expected_rms"):
         assert noted["resumed last"][name] == pytest.approx(noted["last"][name], rel=1e-12, nan_ok=True)
+
+
+def test_under_accelerate_losses_are_those_of_torch_of_a_plain_loop_and_after_a_kill_of_the_straight_run(noted):
+    check(noted["accelerate"])
+
+
+def test_the_optimizer_that_accelerate_returns_is_watched_and_the_one_inside_has_norms(noted):
+    assert noted["norms inside"] > 0
+    assert noted["accelerate logged"]["weight_rms/model.layers.0.mlp.up_proj.weight"] > 0

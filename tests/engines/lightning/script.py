@@ -14,7 +14,7 @@ from torch import nn
 
 import lwadamw
 from lwadamw.engines.lightning import callback, clip_gradients
-from tests.engines.killed import HALF, STEPS, main
+from tests.engines.killed import HALF, STEPS, kill_at, main
 
 VALUES = {"lr": 1e-2, "weight_decay": 0.1}
 CLIP = 0.2
@@ -49,6 +49,8 @@ def make(kind: str, model: nn.Module, **options: Any) -> Any:
 
 
 class Module(lightning.LightningModule):
+    doomed = False
+
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.net, self.kind, self.seen = net(), kind, []
@@ -56,6 +58,8 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
         # A loader that cannot be resumed begins anew after a checkpoint in the middle of an epoch.
+        if self.doomed:
+            kill_at(self.global_step)
         x, y = batch_of(self.global_step)
         loss = F.cross_entropy(self.net(x), y)
         self.seen.append(float(loss))
@@ -86,53 +90,83 @@ def fit(
         devices=1,
         logger=logger,
         log_every_n_steps=1,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         gradient_clip_val=CLIP,
         default_root_dir=str(folder),
         callbacks=list(callbacks),
-        **options,
+        **{"enable_checkpointing": False, **options},
     )
     trainer.fit(module, torch.utils.data.DataLoader(Data(), batch_size=8), ckpt_path=resume)
     return trainer, module
 
 
-def plain(kind: str = "rule", fabric: bool = False) -> list[float]:
+def plain() -> list[float]:
     model, losses = net(), []
-    optimizer = make(kind, model, max_grad_norm=None if fabric else CLIP)
-    wrapped: Any = optimizer
-    runner: Any = None
-    if fabric:
-        runner = lightning.Fabric(accelerator="cpu", devices=1)
-        model, wrapped = runner.setup(model, optimizer)
+    optimizer = make("rule", model, max_grad_norm=CLIP)
     for x, y in torch.utils.data.DataLoader(Data(), batch_size=8):
         loss = F.cross_entropy(model(x), y)
-        if fabric:
-            runner.backward(loss)
-            clip_gradients(wrapped, CLIP) if kind == "rule" else runner.clip_gradients(model, wrapped, max_norm=CLIP)
-        else:
-            loss.backward()
-        wrapped.step()
-        wrapped.zero_grad()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+class Fabricated:
+    """A loop of Fabric."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, model = kind, net()
+        self.fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        self.model, self.optimizer = self.fabric.setup(model, make(kind, model))
+
+    def train(self, steps: range, doomed: bool = False) -> list[float]:
+        losses = []
+        for step in steps:
+            x, y = batch_of(step)
+            loss = F.cross_entropy(self.model(x), y)
+            self.fabric.backward(loss)
+            if doomed:
+                kill_at(step)
+            if self.kind == "rule":
+                clip_gradients(self.optimizer, CLIP)
+            else:
+                self.fabric.clip_gradients(self.model, self.optimizer, max_norm=CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        return losses
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer}
 
 
 def first(folder: Path, noted: dict[str, Any]) -> None:
     noted["torch"] = fit("torch", folder)[1].seen
     noted["ours"] = fit("ours", folder)[1].seen
     noted["plain"] = plain()
-    noted["fabric torch"], noted["fabric ours"] = plain("torch", fabric=True), plain("ours", fabric=True)
-    noted["fabric rule"] = plain(fabric=True)
+    noted["fabric"] = {kind: Fabricated(kind).train(range(STEPS)) for kind in ("torch", "ours")}
+    loop = Fabricated("rule")
+    monitor = lwadamw.Monitor(loop.optimizer, every=5)
+    noted["fabric"]["rule"], noted["fabric"]["plain"] = loop.train(range(STEPS)), noted["plain"]
+    noted["fabric logged"] = monitor.as_dict()
+    noted["norms of the wrapper"] = float(loop.optimizer.norms().weight.min())
     watch, logger = callback(every=5, prefix="norms/"), CSVLogger(str(folder), name="", version="logs")
     trainer, module = fit("rule", folder, callbacks=[watch], logger=logger)
     logger.save()
     noted["rule"], noted["inside"], noted["clips"] = module.seen, module.inside, trainer.optimizers[0].max_grad_norm
     noted["last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
     noted["bf16"] = clipped_in_bf16(folder)
-    half, _ = fit("rule", folder, HALF, callbacks=[callback(every=5)])
-    half.save_checkpoint(folder / "half.ckpt")
+
+
+def doomed(folder: Path) -> None:
+    loop = Fabricated("rule")
+    loop.train(range(HALF))
+    loop.fabric.save(folder / "fabric.ckpt", loop.state())
+    saved = lightning.pytorch.callbacks.ModelCheckpoint(folder, "half", every_n_train_steps=HALF)
+    Module.doomed = True
+    fit("rule", folder, callbacks=[callback(every=5), saved], enable_checkpointing=True)
 
 
 def clipped_in_bf16(folder: Path) -> list[Any]:
@@ -161,7 +195,10 @@ def second(folder: Path, noted: dict[str, Any]) -> None:
     noted["resumed"] = module.seen
     noted["resumed last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
     noted["multipliers"] = sorted({group["width_lr_mult"] for group in trainer.optimizers[0].param_groups})
+    loop = Fabricated("rule")
+    loop.fabric.load(folder / "fabric.ckpt", loop.state())
+    noted["fabric"]["resumed"] = loop.train(range(HALF, STEPS))
 
 
 if __name__ == "__main__":
-    main(first, second)
+    main(first, doomed, second)

@@ -17,7 +17,7 @@ from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersCon
 
 import lwadamw
 from lwadamw.engines import torchtitan
-from tests.engines.killed import HALF, STEPS, main
+from tests.engines.killed import HALF, STEPS, kill_at, main
 
 VALUES = {"lr": 1e-2, "weight_decay": 0.1}
 WIDTHS = {"layers.0.weight": 8, "out.weight": 8}
@@ -60,13 +60,15 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, (x * 3 + 1) % 32
 
 
-def train(model: nn.Module, optimizers: Any, schedulers: Any, steps: range) -> list[float]:
+def train(model: nn.Module, optimizers: Any, schedulers: Any, steps: range, doomed: bool = False) -> list[float]:
     losses = []
     for step in steps:
         x, y = batch(step)
         optimizers.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
+        if doomed:
+            kill_at(step)
         optimizers.step()
         schedulers.step()
         losses.append(float(loss.detach()))
@@ -106,11 +108,16 @@ def first(folder: Path, noted: dict[str, Any]) -> None:
     noted["ours"] = train(*build("ours"), range(STEPS))
     made = build("rule")
     monitor = lwadamw.Monitor(made[1].optimizers[0], every=5)
-    rule = train(*made, range(HALF))
-    dcp.save(states(*made), checkpoint_id=folder / "checkpoint")
-    noted["rule"] = rule + train(*made, range(HALF, STEPS))
+    noted["rule"] = train(*made, range(STEPS))
     noted["logged"] = sorted(monitor.as_dict("norms/"))
     noted["names"] = [name for group in made[1].optimizers[0].param_groups for name in group["param_names"]]
+
+
+def doomed(folder: Path) -> None:
+    made = build("rule")
+    train(*made, range(HALF))
+    dcp.save(states(*made), checkpoint_id=folder / "checkpoint")
+    train(*made, range(HALF, STEPS), doomed=True)
 
 
 def second(folder: Path, noted: dict[str, Any]) -> None:
@@ -127,4 +134,4 @@ def second(folder: Path, noted: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(first, second)
+    main(first, doomed, second)
