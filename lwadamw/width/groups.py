@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..state import keys
 from ..state.names import layer_type
 from . import remedies
+from .blocks import DepthRatio, depth_ratios
 from .evidence import Decision
 from .patterns import first_match, matcher, separating
 from .ratios import Ratio, ratios
@@ -38,6 +39,8 @@ class Evidence:
         frozen: whether the parameter is in no group because it does not require a gradient.
         logits: what the rule assumes that the forward pass does to the logits that this parameter gives; "" where it gives none
             or the rule does not follow the width.
+        branch: the factor by which the model has to multiply the output of the residual branch of this parameter, relative to
+            the proxy; None outside of the blocks, and where the depth is not scaled.
     """
 
     role: Role
@@ -46,6 +49,7 @@ class Evidence:
     why: str
     frozen: bool = False
     logits: str = ""
+    branch: float | None = None
 
 
 class Groups(list[dict[str, Any]]):
@@ -69,6 +73,8 @@ def param_groups(
     strict: bool = True,
     *,
     width: int | None = None,
+    base_depth: int | Mapping[str, int] | None = None,
+    depth: int | None = None,
     output: Literal["output", "vector"] = "output",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     segments: Mapping[str, int | Sequence[int]] | None = None,
@@ -92,12 +98,16 @@ def param_groups(
             An int: every matrix has the width ratio m = width / base_width. Each fan_in has to be a multiple of the width.
             A mapping from patterns to the fan_in of a matrix at the proxy, for example {"*.down.weight": 1024, "*": 256}.
             A model: the proxy itself, for example built under torch.device("meta"). It may have fewer layers.
-        rule: a name from `lwadamw.RULES`, or a `lwadamw.Rule`.
+        rule: a name from `lwadamw.RULES` or `lwadamw.RECIPES`, or a `lwadamw.Rule`.
         roles: patterns to roles: "matrix", "vector", "output", `Matrix(fan_in=dim)` or `Output(fan_in=dim)`.
         strict: whether a parameter without a role, or a pattern that matches nothing, is an error. If False it is a warning,
             and a parameter without a role becomes a matrix whose fan_in is its last dimension.
         width: the width of this model, for an int `base_width`. None: the hidden size of the model's config, or else the
             width of its embedding.
+        base_depth: the number of residual blocks of the proxy, for a rule with depth exponents. An int: the model has one list of
+            numbered layers, and these are its blocks. A mapping from patterns to numbers: the parameters that are inside
+            blocks, and the number of such blocks at the proxy. What the model itself has to do is in `summary`.
+        depth: the number of blocks of the whole model. None: counted. Needed where this process holds a part of the blocks.
         output: "vector" if the model divides its logits by m itself.
         overrides: patterns to group keys that win over the rule, for example {"*.A_log": {"lr": 1e-4}}. A base value that is
             given here is the effective value: its width multiplier is 1.
@@ -116,7 +126,7 @@ def param_groups(
         `Evidence` for the name of every parameter.
 
     Raises:
-        ValueError: a role is not decided, a pattern matches nothing, or a width ratio is not determined.
+        ValueError: a role is not decided, a pattern matches nothing, or a width ratio or depth ratio is not determined.
         TypeError: `base_width` or `rule` has a wrong type.
         RuntimeError: parameters are flattened or partitioned shards.
 
@@ -128,6 +138,7 @@ def param_groups(
         matrix 0.25 2.0
     """
     resolved = with_output(get_rule(rule), output)
+    _check_depth(resolved, base_depth, depth)
     roles, overrides, segments = dict(roles or {}), dict(overrides or {}), dict(segments or {})
     for spec in roles.values():
         check_spec(spec)
@@ -141,11 +152,12 @@ def param_groups(
     _check_patterns({"roles": roles, "overrides": overrides, "segments": segments}, found, strict)
     left_out = {d.name for d in found if not (include_frozen or d.param.requires_grad)}
     found = _settle_undecided(found, left_out, strict)
-    scaled = [d for d in found if d.name not in left_out and not _is_constant(resolved[d.role])]
+    in_depth = _outside if base_depth is None else depth_ratios(model, base_depth, depth, found)
+    scaled = [d for d in found if d.name not in left_out and not _is_constant(_scale_of(resolved, d, in_depth))]
     with _without_collection():
         ratio = ratios(model, base_width, width, found, scaled, roles)
-        evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, resolved)
-    groups = _merged([d for d in found if d.name not in left_out], evidence, resolved, overrides, segments)
+        evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, in_depth, resolved)
+    groups = _merged([d for d in found if d.name not in left_out], evidence, resolved, in_depth, overrides, segments)
     if fold:
         groups = [_folded(group, float(lr or 0.0), float(weight_decay or 0.0), eps) for group in groups]
     return Groups(groups, evidence)
@@ -161,6 +173,43 @@ def _without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _check_depth(rule: Rule, base_depth: object, depth: int | None) -> None:
+    """Raise a ValueError if the arguments for the depth and the rule do not belong together."""
+    if base_depth is not None and rule.depth is None:
+        raise ValueError(
+            f"param_groups: base_depth is given, but the rule {rule.name!r} says nothing of the depth. Give it depth exponents: "
+            f'rule=dataclasses.replace(lwadamw.RULES[...], depth=lwadamw.DEPTHS["completep"]), or take rule="completep", or leave '
+            "base_depth out."
+        )
+    if base_depth is None and (rule.depth is not None or rule.block_vector is not None):
+        raise ValueError(
+            f"param_groups: the rule {rule.name!r} scales residual blocks, so it has to know the blocks. Give "
+            "base_depth=<number of blocks of the proxy>; this model may have as many."
+        )
+    if base_depth is None and depth is not None:
+        raise ValueError(f"param_groups: depth={depth} needs base_depth, the number of blocks of the proxy.")
+
+
+def _outside(found: Decided) -> tuple[None, str]:
+    return None, ""
+
+
+def _scale_of(rule: Rule, found: Decided, in_depth: DepthRatio) -> Scale:
+    """Return the exponents of the width ratio of a parameter."""
+    if found.role == "vector" and rule.block_vector is not None and in_depth(found)[0] is not None:
+        return rule.block_vector
+    return rule[found.role]
+
+
+def _multipliers(rule: Rule, found: Decided, m: float | None, in_depth: DepthRatio) -> Multipliers:
+    by_width = _scale_of(rule, found, in_depth).at(1.0 if m is None else m)
+    m_depth, _ = in_depth(found)
+    if rule.depth is None or m_depth is None:
+        return by_width
+    by_depth = rule.depth.at(found.role, m_depth)
+    return Multipliers(*(a * b for a, b in zip(by_width, by_depth, strict=True)))
 
 
 def _is_constant(scale: Scale) -> bool:
@@ -223,13 +272,17 @@ def _settle_undecided(found: Sequence[Decided], left_out: set[str], strict: bool
 
 
 def _evidence(
-    found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio, rule: Rule
+    found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio, in_depth: DepthRatio, rule: Rule
 ) -> dict[str, Evidence]:
     evidence = {}
     for d in found:
         m, remark = ratio(d) if d.name in scaled else (None, "")
-        frozen = d.name in left_out
-        evidence[d.name] = Evidence(d.role, d.fan_in, m, d.decision.why + remark, frozen, _logits(d, rule))
+        m_depth, of_depth = in_depth(d)
+        branch = None if rule.depth is None or m_depth is None else rule.depth.factor(m_depth)
+        if branch is not None and d.role == "output":
+            of_depth += ", not scaled: no source says how a router follows the depth"
+        frozen, why = d.name in left_out, d.decision.why + remark + of_depth
+        evidence[d.name] = Evidence(d.role, d.fan_in, m, why, frozen, _logits(d, rule), branch)
     return evidence
 
 
@@ -244,14 +297,14 @@ def _merged(
     parameters: Sequence[Decided],
     evidence: dict[str, Evidence],
     rule: Rule,
+    in_depth: DepthRatio,
     overrides: Mapping[str, Mapping[str, Any]],
     segments: Mapping[str, int | Sequence[int]],
 ) -> list[dict[str, Any]]:
     """Return groups of the parameters that have the same role, width multipliers and overrides."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for d in parameters:
-        m = evidence[d.name].m
-        multipliers = rule[d.role].at(1.0 if m is None else m)
+        multipliers = _multipliers(rule, d, evidence[d.name].m, in_depth)
         pattern, own = first_match(overrides, d.names) or ("", {})
         if own:
             # The user's value is the effective value, so the rule has nothing to multiply.
