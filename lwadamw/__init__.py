@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .width.depth import DEPTHS, Depth
     from .width.groups import Groups, param_groups
     from .width.hybrids import by_role
+    from .width.modules import Module
     from .width.rebinding import rebind
     from .width.registry import register_role
     from .width.rules import RECIPES, RULES, Rule, Scale
@@ -45,6 +46,7 @@ __all__ = [
     "DriftWatch",
     "Groups",
     "Matrix",
+    "Module",
     "Monitor",
     "Norms",
     "Output",
@@ -76,6 +78,7 @@ _HOMES: Final = {
     "width.depth": ("DEPTHS", "Depth"),
     "width.groups": ("Groups", "param_groups"),
     "width.hybrids": ("by_role",),
+    "width.modules": ("Module",),
     "width.rebinding": ("rebind",),
     "width.registry": ("register_role",),
     "width.rules": ("RECIPES", "RULES", "Rule", "Scale"),

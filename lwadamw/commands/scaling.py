@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 from .arguments import device, output_file, refuse, whole
 
-DEPTH: str = "depth.csv"
-HORIZON: str = "horizon.csv"
+DEPTH: Final = "depth.csv"
+HORIZON: Final = "horizon.csv"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,9 +19,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "scaling",
         help="make the laboratory's runs of width with depth, and of batch size with horizon",
-        description="Train the laboratory's model at several depths, with and without depth exponents, and at several batch sizes "
-        f"and lengths of the run under several weight decays. The runs are appended to {DEPTH} and {HORIZON} in a folder. The "
-        "command may be killed at any moment; the same command then does the runs that are missing.",
+        description="Train the laboratory's model at several depths, with and without depth exponents, and at several "
+        f"batch sizes and lengths of the run under several weight decays. The runs are appended to {DEPTH} and {HORIZON} in a "
+        "folder. The command may be killed at any moment; the same command then does the runs that are missing.",
     )
     option = parser.add_argument
     option("--out", type=Path, default=Path(), metavar="FOLDER", help="folder of the files (default: this one)")
@@ -36,7 +38,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from ..lab.sweep import sweep
 
     failed = 0
-    studies = {"horizon": (HORIZON, horizon_runs), "depth": (DEPTH, deep_runs)}
+    studies: dict[str, tuple[str, Callable[[], Sequence[Any]]]] = {
+        "horizon": (HORIZON, horizon_runs),
+        "depth": (DEPTH, deep_runs),
+    }
     chosen = [studies[args.only]] if args.only else list(studies.values())
     for name, _ in chosen:
         output_file(parser, "--out", args.out / name)

@@ -104,8 +104,8 @@ def _stack(found: Decided) -> tuple[str, str]:
 def _stacks(found: Sequence[Decided]) -> dict[str, int]:
     """Return the lists of blocks of a model and the number of blocks in each, by path.
 
-    A block is a numbered layer that holds modules itself. A list with other layers, such as a sequence of an embedding, blocks and a
-    head, is no list of blocks.
+    A block is a numbered layer that holds modules itself. A list with other layers too, such as an embedding and a head, is no
+    list of blocks.
     """
     stacks: dict[str, int] = {}
     for d in found:
@@ -121,7 +121,7 @@ def _stacks(found: Sequence[Decided]) -> dict[str, int]:
 def _unclear(base_depth: int, stacks: Mapping[str, int]) -> str:
     if not stacks:
         return (
-            "param_groups: base_depth is given, but the model has no list of numbered layers that could be its residual blocks. "
+            "param_groups: base_depth is given, but the model has no list of numbered layers that could be its blocks. "
             f'Say which parameters are inside blocks: base_depth={{"<pattern>": {base_depth}}}.'
         )
     listed = ", ".join(f"{path!r} of {count}" for path, count in stacks.items())

@@ -1,6 +1,6 @@
 """Depth as data: how values follow the depth ratio m_L = depth / base depth, and what the model itself has to do.
 
-The depth is the number of residual blocks. The exponents of a width rule are in `rules.py`. Both are multiplied: a matrix inside a
+The depth is the number of residual blocks. The exponents of a width rule are in `rules.py`. Both are multiplied: a matrix in a
 block has the learning rate base * m^a * m_L^c.
 
     item                              CompleteP, Dey et al. 2505.01618, Table 1
@@ -22,13 +22,15 @@ from typing import Final
 
 from .scale import Multipliers, Scale
 
+_SAME: Final = Scale()
+
 
 @dataclass(frozen=True, slots=True)
 class Depth:
     """Exponents of the depth ratio m_L = depth / base depth for what is inside the residual blocks.
 
-    What is outside of the blocks does not follow the depth: the embedding, the last norm, the head. Routers inside the blocks do
-    not follow it either, because no source that we have read says how.
+    What is outside of the blocks does not follow the depth: the embedding, the last norm, the head. Routers inside the blocks
+    do not follow it either, because no source that we have read says how.
 
     Args:
         name: name of these exponents.
@@ -50,8 +52,8 @@ class Depth:
 
     name: str
     branch: float
-    matrix: Scale = Scale()
-    vector: Scale = Scale()
+    matrix: Scale = _SAME
+    vector: Scale = _SAME
     source: str = ""
     known: str = ""
     unknown: str = ""
@@ -129,8 +131,8 @@ def completep(alpha: float = 1.0, name: str | None = None) -> Depth:
         source=f"Dey et al. 2505.01618, Table 1, alpha = {alpha:g}",
         known="one paper and its code, which agree on branches, lr and weight decay of hidden layers; "
         + ("the paper recommends this alpha" if alpha == 1 else "the paper recommends alpha = 1 instead"),
-        unknown="routers and experts; eps outside of the blocks, which the table leaves alone and the code scales; weight decay "
-        "outside of hidden matrices, of which the table says nothing",
+        unknown="routers and experts; eps outside of the blocks, which the table leaves alone and the code scales; the weight "
+        "decay of all but hidden matrices, of which the table says nothing",
     )
 
 

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from ..state import keys
 from ..state.names import layer_type
 from . import remedies
-from .blocks import DepthRatio, depth_ratios
+from .applied import Applied, check_depth, outside
+from .blocks import depth_ratios
 from .evidence import Decision
+from .kinds import check_kinds
+from .modules import Kind, Module
 from .patterns import first_match, matcher, separating
 from .ratios import Ratio, ratios
 from .roles import Decided, decide
-from .rules import Multipliers, Role, Rule, Scale, get_rule, with_output
+from .rules import Multipliers, Role, Rule, Scale, get_rule, with_modules, with_output
 from .specs import RoleSpec, check_spec
 
 # For each width multiplier, the key of the base value that it multiplies.
@@ -76,6 +79,7 @@ def param_groups(
     base_depth: int | Mapping[str, int] | None = None,
     depth: int | None = None,
     output: Literal["output", "vector"] = "output",
+    modules: Mapping[Kind, Module] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     segments: Mapping[str, int | Sequence[int]] | None = None,
     include_frozen: bool = False,
@@ -104,11 +108,13 @@ def param_groups(
             and a parameter without a role becomes a matrix whose fan_in is its last dimension.
         width: the width of this model, for an int `base_width`. None: the hidden size of the model's config, or else the
             width of its embedding.
-        base_depth: the number of residual blocks of the proxy, for a rule with depth exponents. An int: the model has one list of
-            numbered layers, and these are its blocks. A mapping from patterns to numbers: the parameters that are inside
-            blocks, and the number of such blocks at the proxy. What the model itself has to do is in `summary`.
+        base_depth: the number of residual blocks of the proxy, for a rule with depth exponents. An int: the model has one list
+            of numbered layers, and these are its blocks. A mapping from patterns to numbers: the parameters that are inside
+            blocks, and the number of such blocks at the proxy. `summary` says what the model itself has to do.
         depth: the number of blocks of the whole model. None: counted. Needed where this process holds a part of the blocks.
         output: "vector" if the model divides its logits by m itself.
+        modules: kinds of modules ("embedding", "head", "router", "norm", "bias", "expert") to a `Module` with factors, and
+            exponents if they differ from those of the role. They are added to those of the rule.
         overrides: patterns to group keys that win over the rule, for example {"*.A_log": {"lr": 1e-4}}. A base value that is
             given here is the effective value: its width multiplier is 1.
         segments: patterns to the segments of a parameter, which have norms of their own. An int is a number of equal parts
@@ -137,8 +143,8 @@ def param_groups(
         vector 1.0 0.0
         matrix 0.25 2.0
     """
-    resolved = with_output(get_rule(rule), output)
-    _check_depth(resolved, base_depth, depth)
+    resolved = with_output(with_modules(get_rule(rule), modules), output)
+    check_depth(resolved, base_depth, depth)
     roles, overrides, segments = dict(roles or {}), dict(overrides or {}), dict(segments or {})
     for spec in roles.values():
         check_spec(spec)
@@ -150,14 +156,15 @@ def param_groups(
     with _without_collection():
         found = decide(model, roles)
     _check_patterns({"roles": roles, "overrides": overrides, "segments": segments}, found, strict)
+    check_kinds(modules or {}, found)
     left_out = {d.name for d in found if not (include_frozen or d.param.requires_grad)}
     found = _settle_undecided(found, left_out, strict)
-    in_depth = _outside if base_depth is None else depth_ratios(model, base_depth, depth, found)
-    scaled = [d for d in found if d.name not in left_out and not _is_constant(_scale_of(resolved, d, in_depth))]
+    applied = Applied(resolved, outside if base_depth is None else depth_ratios(model, base_depth, depth, found))
+    scaled = [d for d in found if d.name not in left_out and not _is_constant(applied.scale(d))]
     with _without_collection():
         ratio = ratios(model, base_width, width, found, scaled, roles)
-        evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, in_depth, resolved)
-    groups = _merged([d for d in found if d.name not in left_out], evidence, resolved, in_depth, overrides, segments)
+        evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, applied)
+    groups = _merged([d for d in found if d.name not in left_out], evidence, applied, overrides, segments)
     if fold:
         groups = [_folded(group, float(lr or 0.0), float(weight_decay or 0.0), eps) for group in groups]
     return Groups(groups, evidence)
@@ -173,43 +180,6 @@ def _without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _check_depth(rule: Rule, base_depth: object, depth: int | None) -> None:
-    """Raise a ValueError if the arguments for the depth and the rule do not belong together."""
-    if base_depth is not None and rule.depth is None:
-        raise ValueError(
-            f"param_groups: base_depth is given, but the rule {rule.name!r} says nothing of the depth. Give it depth exponents: "
-            f'rule=dataclasses.replace(lwadamw.RULES[...], depth=lwadamw.DEPTHS["completep"]), or take rule="completep", or leave '
-            "base_depth out."
-        )
-    if base_depth is None and (rule.depth is not None or rule.block_vector is not None):
-        raise ValueError(
-            f"param_groups: the rule {rule.name!r} scales residual blocks, so it has to know the blocks. Give "
-            "base_depth=<number of blocks of the proxy>; this model may have as many."
-        )
-    if base_depth is None and depth is not None:
-        raise ValueError(f"param_groups: depth={depth} needs base_depth, the number of blocks of the proxy.")
-
-
-def _outside(found: Decided) -> tuple[None, str]:
-    return None, ""
-
-
-def _scale_of(rule: Rule, found: Decided, in_depth: DepthRatio) -> Scale:
-    """Return the exponents of the width ratio of a parameter."""
-    if found.role == "vector" and rule.block_vector is not None and in_depth(found)[0] is not None:
-        return rule.block_vector
-    return rule[found.role]
-
-
-def _multipliers(rule: Rule, found: Decided, m: float | None, in_depth: DepthRatio) -> Multipliers:
-    by_width = _scale_of(rule, found, in_depth).at(1.0 if m is None else m)
-    m_depth, _ = in_depth(found)
-    if rule.depth is None or m_depth is None:
-        return by_width
-    by_depth = rule.depth.at(found.role, m_depth)
-    return Multipliers(*(a * b for a, b in zip(by_width, by_depth, strict=True)))
 
 
 def _is_constant(scale: Scale) -> bool:
@@ -272,39 +242,34 @@ def _settle_undecided(found: Sequence[Decided], left_out: set[str], strict: bool
 
 
 def _evidence(
-    found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio, in_depth: DepthRatio, rule: Rule
+    found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio, applied: Applied
 ) -> dict[str, Evidence]:
     evidence = {}
     for d in found:
         m, remark = ratio(d) if d.name in scaled else (None, "")
-        m_depth, of_depth = in_depth(d)
-        branch = None if rule.depth is None or m_depth is None else rule.depth.factor(m_depth)
-        if branch is not None and d.role == "output":
-            of_depth += ", not scaled: no source says how a router follows the depth"
-        frozen, why = d.name in left_out, d.decision.why + remark + of_depth
-        evidence[d.name] = Evidence(d.role, d.fan_in, m, why, frozen, _logits(d, rule), branch)
+        frozen, why = d.name in left_out, d.decision.why + remark + applied.remark(d)
+        evidence[d.name] = Evidence(d.role, d.fan_in, m, why, frozen, _logits(d, applied), applied.branch(d))
     return evidence
 
 
-def _logits(found: Decided, rule: Rule) -> str:
+def _logits(found: Decided, applied: Applied) -> str:
     """Return what a rule assumes of the logits that a parameter gives. In muP, either lr or logits of a head follow 1/m."""
-    if not found.decision.gives_logits or _is_constant(rule.matrix):
+    if not found.decision.gives_logits or _is_constant(applied.rule.matrix):
         return ""
-    return "as they are" if rule[found.role].lr else "divided by m"
+    return "as they are" if applied.scale(found).lr else "divided by m"
 
 
 def _merged(
     parameters: Sequence[Decided],
     evidence: dict[str, Evidence],
-    rule: Rule,
-    in_depth: DepthRatio,
+    applied: Applied,
     overrides: Mapping[str, Mapping[str, Any]],
     segments: Mapping[str, int | Sequence[int]],
 ) -> list[dict[str, Any]]:
     """Return groups of the parameters that have the same role, width multipliers and overrides."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for d in parameters:
-        multipliers = _multipliers(rule, d, evidence[d.name].m, in_depth)
+        multipliers = applied.multipliers(d, evidence[d.name].m)
         pattern, own = first_match(overrides, d.names) or ("", {})
         if own:
             # The user's value is the effective value, so the rule has nothing to multiply.
@@ -314,7 +279,7 @@ def _merged(
         key = (d.role, multipliers, tuple(sorted(own.items(), key=lambda item: item[0])))
         group = groups.get(key)
         if group is None:
-            group = groups[key] = {"params": [], keys.ROLE.name: d.role, keys.RULE.name: rule.name}
+            group = groups[key] = {"params": [], keys.ROLE.name: d.role, keys.RULE.name: applied.rule.name}
             group |= dict(zip(keys.named(keys.WIDTH), multipliers, strict=True)) | dict(own)
         group["params"].append((d.name, d.param))
         parts = first_match(segments, d.names)

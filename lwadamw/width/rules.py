@@ -15,15 +15,18 @@ has to be constant so that hyperparameters transfer is an open question. Here th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
 from .depth import DEPTHS, Depth
+from .modules import Kind, Module, check_modules
 from .scale import Multipliers as Multipliers
 from .scale import Scale as Scale
 
 Role = Literal["matrix", "vector", "output"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
+_NO_DECAY: Final = Scale(wd=None)
+_OUTPUT: Final = Scale(lr=-1.0, wd=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +45,13 @@ class Rule:
         block_vector: exponents of vectors inside the residual blocks, if they differ from those of other vectors. None: they do
             not differ. `param_groups` then needs `base_depth`, which says where the blocks are.
         depth: exponents of the depth ratio. None: the rule says nothing of another depth.
+        modules: kinds of modules to factors, and to exponents where these differ from those of the role.
         holds: what the rule keeps constant across widths, in words.
         source: the paper that the exponents are from.
+
+    Raises:
+        ValueError: a kind of module is unknown, or has a factor on a weight decay that the rule does not give it.
+        TypeError: the value of a kind is no `Module`.
 
     Examples:
         >>> Rule("mine", matrix=Scale(lr=-1.0, wd=0.25))["matrix"].wd
@@ -52,12 +60,16 @@ class Rule:
 
     name: str
     matrix: Scale
-    vector: Scale = Scale(wd=None)
-    output: Scale = Scale(lr=-1.0, wd=None)
+    vector: Scale = _NO_DECAY
+    output: Scale = _OUTPUT
     holds: str = ""
     source: str = ""
     block_vector: Scale | None = None
     depth: Depth | None = None
+    modules: Mapping[Kind, Module] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        check_modules(dict(self.modules), {role: self[role] for role in ROLES}, f"Rule {self.name!r}: modules")
 
     def __getitem__(self, role: Role) -> Scale:
         """Return the exponents of a role.
@@ -145,6 +157,20 @@ def get_rule(rule: str | Rule) -> Rule:
             f"unknown rule {rule!r}. Rules are {', '.join(known)}. You can also pass a lwadamw.Rule(...) of your own."
         )
     return known[rule]
+
+
+def with_modules(rule: Rule, modules: Mapping[Kind, Module] | None) -> Rule:
+    """Return the rule with further modules. They replace those that the rule has of the same kind.
+
+    Args:
+        rule: the rule.
+        modules: kinds of modules, and what each gets. None: nothing.
+
+    Raises:
+        ValueError: a kind is unknown, or has a factor on a weight decay that the rule does not give it.
+        TypeError: the value of a kind is no `Module`.
+    """
+    return replace(rule, modules={**rule.modules, **modules}) if modules else rule
 
 
 def with_output(rule: Rule, output: Literal["output", "vector"]) -> Rule:
