@@ -1,7 +1,7 @@
 """The tables and figures of docs/scaling.md: width with depth, and batch size with horizon.
 
-The analysis is that of `transfer`. What changes from one curve to the next is the depth, the steps, or the batch size in place of
-the width. What is swept is the learning rate, or the weight decay.
+The analysis is that of `transfer`. What changes from one curve to the next is the depth, the steps, or the batch size in place
+of the width. What is swept is the learning rate, or the weight decay.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from .curves import Curve
-from .figures import rows_of
+from .figures import Entry, rows_of
 from .findings import markdown
 from .outcomes import Outcome, Outcomes, conditions
 from .paired import differences
@@ -137,3 +137,9 @@ def draw_horizon(path: Path) -> Figure:
     """Draw loss against weight decay, with a line per length of the run."""
     title = "Loss against weight decay, by length of the run"
     return transfer(by_horizon(path, "steps"), title, scaled="steps", swept="weight decay")
+
+
+FIGURES: Final = (
+    Entry("depth.svg", ("depth.csv",), draw_depth),
+    Entry("horizon.svg", ("horizon.csv",), draw_horizon),
+)
