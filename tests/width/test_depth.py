@@ -180,3 +180,14 @@ def test_a_residual_stack_of_branches_with_the_factor_has_outputs_that_do_not_gr
 def test_a_rule_is_hashable_and_equal_by_value():
     assert hash(DEEP) == hash(dataclasses.replace(DEEP))
     assert Rule("a", Scale()) != DEEP
+
+
+def test_a_pattern_of_base_width_does_not_give_one_ratio_to_vectors_of_different_sizes():
+    """The norms of queries and keys are as long as a head. Their eps would get another width ratio than that of the norms."""
+    with pytest.raises(
+        ValueError, match=r"'\*' gives the fan_in 32 at the proxy to .* whose fan_in here is 16 and 128"
+    ):
+        param_groups(zoo.Llama(128, 2), {"*down_proj*": 96, "*": 32}, RECIPES["completep"], base_depth=2)
+    base = {"*down_proj*": 96, "*.?_norm.weight": 4, "*": 32}
+    by_map = multipliers(param_groups(zoo.Llama(128, 2), base, RECIPES["completep"], base_depth=2))
+    assert by_map == multipliers(param_groups(zoo.Llama(128, 2), zoo.Llama(32, 2), RECIPES["completep"], base_depth=2))
