@@ -6,6 +6,7 @@ of the width. What is swept is the learning rate, or the weight decay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -114,6 +115,39 @@ def _paired_depth(path: Path) -> str:
     return markdown(["drift of", "minus drift of", "width", "difference, octaves of lr per octave of depth"], lines)
 
 
+def loss_differences(path: Path) -> dict[tuple[int, int], list[float]]:
+    """Return the losses with depth exponents minus those without, at the same lr and seed, by width and depth.
+
+    Depths at which both arms have the same runs are left out, and so are pairs of which a run diverged.
+
+    Args:
+        path: the file that `python -m lwadamw scaling` wrote.
+
+    Raises:
+        ValueError: the file cannot be read or lacks a column.
+    """
+    rows = rows_of(path, (*_NEEDED, "base_depth"))
+    losses = {(row["arm"], *(row[name] for name in ("width", "depth", "lr", "seed"))): _loss(row) for row in rows}
+    found: dict[tuple[int, int], list[float]] = {}
+    for row in rows:
+        arm, plus, _ = row["arm"].partition("+")
+        without = losses.get((arm, *(row[name] for name in ("width", "depth", "lr", "seed"))))
+        if plus and without is not None and row["depth"] != row["base_depth"]:
+            difference = _loss(row) - without
+            if math.isfinite(difference):
+                found.setdefault((int(row["width"]), int(row["depth"])), []).append(difference)
+    return dict(sorted(found.items()))
+
+
+def _depth_losses(path: Path) -> str:
+    lines = []
+    for (width, depth), values in loss_differences(path).items():
+        lower = sum(value < 0 for value in values)
+        spread = f"{min(values):+.3f} to {max(values):+.3f}"
+        lines.append([str(width), str(depth), f"{lower} of {len(values)}", f"{sum(values) / len(values):+.3f}", spread])
+    return markdown(["width", "depth", "pairs in which it is lower", "mean difference", "smallest to largest"], lines)
+
+
 def _curves(outcomes: Outcomes) -> Sequence[Curve]:
     return curves_of(outcomes.rows)
 
@@ -123,6 +157,7 @@ Table = Callable[[Path], str]
 TABLES: Final[Mapping[str, tuple[str, Table]]] = {
     "depth": ("depth.csv", lambda path: _best(by_depth(path), "lr", "depth")),
     "depth_paired": ("depth.csv", _paired_depth),
+    "depth_losses": ("depth.csv", _depth_losses),
     "horizon": ("horizon.csv", lambda path: _best(by_horizon(path, "steps"), "wd", "steps")),
     "batch": ("horizon.csv", lambda path: _best(by_horizon(path, "batch"), "wd", "batch")),
 }

@@ -141,6 +141,19 @@ def test_the_tables_of_horizon_and_batch_have_the_powers_of_the_best_weight_deca
     assert float(next(iter(batch.values())).split()[0]) == pytest.approx(1.0, abs=0.05)
 
 
+def test_losses_are_compared_at_the_same_lr_and_seed(tmp_path):
+    rows = [
+        {"arm": arm, "base_depth": 2, "depth": depth, "lr": lr, "seed": 0, "loss": loss}
+        for arm, depth, lr, loss in [
+            ("a", 2, 0.01, 2.0), ("a+b", 2, 0.01, 2.0), ("a", 4, 0.01, 2.5), ("a+b", 4, 0.01, 2.25),
+            ("a", 4, 0.02, 3.0), ("a+b", 4, 0.02, 3.25), ("a", 4, 0.04, ""), ("a+b", 4, 0.04, 3.0), ("a", 8, 0.01, 1.0),
+        ]
+    ]  # fmt: skip
+    path = write(tmp_path / "depth.csv", rows)
+    assert scaling_findings.loss_differences(path) == {(32, 4): [-0.25, 0.25]}
+    assert cells(TABLES["depth_losses"][1](path))[2] == ["32", "4", "1 of 2", "+0.000", "-0.250 to +0.250"]
+
+
 def test_runs_that_diverged_have_no_loss(tmp_path):
     rows = [{"depth": 2, "lr": 0.01, "seed": 0, "loss": ""}, {"depth": 2, "lr": 0.02, "seed": 0, "loss": 2.0}]
     path = write(tmp_path / "depth.csv", rows)
