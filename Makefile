@@ -121,6 +121,7 @@ study: .venv/.installed
 	$(BIN)/python -m lwadamw sweep --out docs/data/transfer_low_wd.csv --arms standard --widths 256 --base-width 64 \
 		--lr 0.000625 --weight-decay 0.3125
 	$(BIN)/python -m lwadamw sweep --out docs/data/series.csv --series --lr 0.005 --weight-decay 1.25 --seeds 1
+	$(BIN)/python -m lwadamw scaling --out docs/data
 	$(BIN)/python -m lwadamw figures
 
 gpu:

@@ -24,23 +24,29 @@ if TYPE_CHECKING:
     from .state.reduction import reduce_sums
     from .step.norms import Norms
     from .step.optimizer import AdamW
+    from .width.depth import DEPTHS, Depth
     from .width.groups import Groups, param_groups
     from .width.hybrids import by_role
+    from .width.modules import Module
     from .width.rebinding import rebind
     from .width.registry import register_role
-    from .width.rules import RULES, Rule, Scale
+    from .width.rules import RECIPES, RULES, Rule, Scale
     from .width.specs import Matrix, Output
     from .width.steady_state import SteadyState
 
     kernels: Any  # compiled code has no types
 
 __all__ = [
+    "DEPTHS",
+    "RECIPES",
     "RULES",
     "AdamW",
+    "Depth",
     "DriftWarning",
     "DriftWatch",
     "Groups",
     "Matrix",
+    "Module",
     "Monitor",
     "Norms",
     "Output",
@@ -69,11 +75,13 @@ _HOMES: Final = {
     "state.reduction": ("reduce_sums",),
     "step.norms": ("Norms",),
     "step.optimizer": ("AdamW",),
+    "width.depth": ("DEPTHS", "Depth"),
     "width.groups": ("Groups", "param_groups"),
     "width.hybrids": ("by_role",),
+    "width.modules": ("Module",),
     "width.rebinding": ("rebind",),
     "width.registry": ("register_role",),
-    "width.rules": ("RULES", "Rule", "Scale"),
+    "width.rules": ("RECIPES", "RULES", "Rule", "Scale"),
     "width.specs": ("Matrix", "Output"),
     "width.steady_state": ("SteadyState",),
 }

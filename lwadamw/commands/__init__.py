@@ -15,7 +15,19 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 # Names of the modules, in the order of --help.
-COMMANDS: Final = ("demo", "rule", "table", "compare", "check", "transfer", "sweep", "synthetic", "figures", "storage")
+COMMANDS: Final = (
+    "demo",
+    "rule",
+    "scaling",
+    "table",
+    "compare",
+    "check",
+    "transfer",
+    "sweep",
+    "synthetic",
+    "figures",
+    "storage",
+)
 INTERRUPTED: Final = 130  # what a shell reports of a program that Ctrl-C ended
 UNREAD: Final = 141  # what a shell reports of a program that wrote into a pipe that nobody reads any more
 

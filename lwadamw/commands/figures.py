@@ -10,6 +10,7 @@ from .arguments import refuse
 
 DATA: Final = Path("docs/data")
 REPORT: Final = Path("docs/width_transfer.md")
+SCALING: Final = Path("docs/scaling.md")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,14 +30,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--report",
         type=Path,
         metavar="MD",
-        help="report whose tables are filled in (default: docs/width_transfer.md, if it exists)",
+        help="report whose tables are filled in (default: docs/width_transfer.md and docs/scaling.md, if they exist)",
     )
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
-    from ..lab import figures, findings
+    from ..lab import figures, findings, scaling_findings
 
     if args.report is not None and not args.report.is_file():
         parser.error(
@@ -46,11 +47,12 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"argument --data: {str(args.data)!r} is no folder. Give the folder with the CSV files.")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        for line in figures.remake(args.data, args.out):
+        for line in figures.remake(args.data, args.out, (*figures.FIGURES, *scaling_findings.FIGURES)):
             print(line, flush=True)
-        report = args.report or REPORT
-        if args.report or (args.data == DATA and report.is_file()):
-            report.write_text(findings.refresh(report.read_text(), args.data))
+        there = [report for report in (REPORT, SCALING) if args.data == DATA and report.is_file()]
+        for report in [args.report] if args.report else there:
+            text = findings.refresh(report.read_text(), args.data)
+            report.write_text(findings.refresh(text, args.data, scaling_findings.TABLES))
             print(f"{report}: tables from {args.data}")
     except (ValueError, RuntimeError, OSError) as error:
         refuse(parser, error)

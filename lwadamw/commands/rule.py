@@ -8,12 +8,14 @@ import textwrap
 from typing import TYPE_CHECKING, Final
 
 from ..monitor.text import aligned
-from ..width.rules import ROLES, RULES, Rule, Scale, get_rule, with_output
+from ..width.rules import RECIPES, ROLES, RULES, Rule, Scale, get_rule, with_output
+from . import plan as planning
 from .arguments import positive, whole
 
 if TYPE_CHECKING:
     from ..width.targets import Horizon, Target
 
+_ALONE: Final = "What follows is about the width alone, with the base values of the proxy."
 OWN: Final = "own"  # The name of a rule that is given by its exponents.
 
 
@@ -27,7 +29,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "compared with the length of the run; what the rule predicts about the weights; and the same for every other rule.",
     )
     option = parser.add_argument
-    option("rule", nargs="?", choices=tuple(RULES), help="width rule (default: fan2025)")
+    option(
+        "rule",
+        nargs="?",
+        choices=(*RULES, *RECIPES),
+        help="width rule, or a recipe for width and depth (default: fan2025)",
+    )
     option("--from", dest="base_width", type=whole, required=True, metavar="N", help="width or fan_in of the proxy")
     option("--to", dest="width", type=whole, required=True, metavar="N", help="width or same fan_in of the target")
     option("--lr", type=positive, required=True, metavar="X", help="peak learning rate tuned at the proxy")
@@ -58,6 +65,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option(
         "--output", choices=("output", "vector"), default="output", help="'vector' if the model divides its logits by m"
     )
+    planning.add(parser)
     option("--all", action="store_true", help="print the full page of every rule, and not only of one")
     option("--json", action="store_true", help="print all numbers of all rules as JSON")
     parser.set_defaults(command=lambda args: run(parser, args))
@@ -82,7 +90,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     named = [with_output(rule, args.output) for rule in RULES.values()]
     if args.exponents is None:
         chosen = with_output(get_rule(args.rule or "fan2025"), args.output)
-        rules = named
+        rules = [*named, chosen] if chosen.name in RECIPES else named
     else:
         chosen = with_output(Rule(OWN, matrix=args.exponents, holds="your exponents"), args.output)
         rules = [chosen, *named]
@@ -91,12 +99,18 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         targets = {rule.name: Target(rule, base, args.width) for rule in rules}
     except ValueError as error:
         parser.error(str(error))
+    plan = planning.plan_of(parser, args, chosen, base)
     horizon = Horizon(args.steps, args.batch_tokens) if args.steps is not None else None
     if args.json:
-        print(json.dumps(_document(targets[chosen.name], targets, horizon), indent=1))
+        document = _document(targets[chosen.name], targets, horizon)
+        print(json.dumps(document | ({"plan": plan.as_dict()} if plan is not None else {}), indent=1))
         return 0
-    pages = [_page(t, horizon, args.output) for t in targets.values() if args.all or t.rule == chosen]
-    print("\n\n".join([*pages, _others(targets, chosen.name, horizon), _remarks(targets[chosen.name], horizon)]))
+    if plan is not None:
+        print(planning.page(plan, args.output) + "\n\n" + textwrap.fill(_ALONE, 120) + "\n")
+    shown = [t for t in targets.values() if t.rule.depth is None and (args.all or (plan is None and t.rule == chosen))]
+    pages = [_page(t, horizon, args.output) for t in shown]
+    remarks = _remarks(targets[chosen.name], horizon, plan is None)
+    print("\n\n".join([*pages, _others(targets, chosen.name, horizon), remarks]))
     return 0
 
 
@@ -246,10 +260,10 @@ def _others(targets: dict[str, Target], chosen: str, horizon: Horizon | None) ->
     )
 
 
-def _remarks(target: Target, horizon: Horizon | None) -> str:
+def _remarks(target: Target, horizon: Horizon | None, alone: bool) -> str:
+    first = "Only the width is scaled here: depth, batch size and tokens stay the same. If they change too, give them. "
     remarks = [
-        "Only the width is scaled here: depth, batch size and tokens stay the same. If they change, lr and weight decay have "
-        "to change too, and this command does not say how. Which rule transfers best is an open question.",
+        (first if alone else "") + "Which rule transfers best is an open question.",
         "Remark: Qiu et al. 2512.05620 find that lr*wd ~ 1/width is nearly optimal for compute-optimal runs, in which the "
         "tokens grow with the model. Of the rules above, `mup` has this lr*wd.",
     ]

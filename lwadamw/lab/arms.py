@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from lwadamw.width.depth import DEPTHS
 from lwadamw.width.rules import RULES, Rule, Scale, get_rule
 
 
@@ -9,11 +12,17 @@ def arm_rule(arm: str) -> Rule:
     """Return the rule of an arm.
 
     Args:
-        arm: the name of a rule in `lwadamw.RULES`, or the exponents of matrices, like `lr=-0.5,wd=0.25`.
+        arm: the name of a rule in `lwadamw.RULES`, or the exponents of matrices, like `lr=-0.5,wd=0.25`. A plus sign and a name
+            from `lwadamw.DEPTHS` may follow, like `kosson2025+completep`.
 
     Raises:
-        ValueError: `arm` is neither.
+        ValueError: `arm` is neither, or there are no such depth exponents.
     """
+    arm, plus, depth = arm.partition("+")
+    if plus:
+        if depth not in DEPTHS:
+            raise ValueError(f"arm {arm}+{depth}: unknown depth exponents {depth!r}. There are {', '.join(DEPTHS)}.")
+        return replace(arm_rule(arm), name=f"{arm}+{depth}", depth=DEPTHS[depth])
     if "=" not in arm:
         return get_rule(arm)
     try:

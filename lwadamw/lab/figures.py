@@ -34,12 +34,13 @@ class Entry:
     draw: Callable[[Path], Figure]
 
 
-def remake(data: Path, out: Path) -> Iterator[str]:
-    """Draw every figure of `FIGURES` whose CSV file exists.
+def remake(data: Path, out: Path, entries: Sequence[Entry] | None = None) -> Iterator[str]:
+    """Draw every figure whose CSV file exists.
 
     Args:
         data: folder with the CSV files.
         out: folder for the figures.
+        entries: the figures; None: those of `FIGURES`.
 
     Yields:
         One line of text about each figure: from which file it was made, or that it was skipped.
@@ -48,7 +49,7 @@ def remake(data: Path, out: Path) -> Iterator[str]:
         ValueError: a CSV file lacks something that its figure needs. The message names the file.
         RuntimeError: matplotlib is not installed.
     """
-    for entry in FIGURES:
+    for entry in FIGURES if entries is None else entries:
         source = next((data / name for name in entry.sources if (data / name).is_file()), None)
         if source is None:
             yield f"{entry.out}: skipped, there is no {data / entry.sources[0]}"

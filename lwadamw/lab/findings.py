@@ -23,18 +23,19 @@ Rows = Sequence[Mapping[str, str]]
 Table = Callable[[Path], str]
 
 
-def refresh(report: str, data: Path) -> str:
+def refresh(report: str, data: Path, tables: Mapping[str, tuple[str, Table]] | None = None) -> str:
     """Return the report with fresh tables.
 
     Args:
         report: text of the report. The table NAME of `TABLES` stands between the lines `<!-- NAME:begin -->` and
             `<!-- NAME:end -->`. A table without these lines is left out; all other text stays.
         data: folder with the CSV files.
+        tables: name of each table, its CSV file, and how it is made; None: `TABLES`.
 
     Raises:
         ValueError: a CSV file is missing or lacks a column.
     """
-    for name, (source, table) in TABLES.items():
+    for name, (source, table) in (TABLES if tables is None else tables).items():
         block = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if block.search(report):
             text = table(data / source)

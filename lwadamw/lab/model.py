@@ -1,4 +1,4 @@
-"""A LLaMA-style language model over bytes. Only its width is scaled."""
+"""A LLaMA-style language model over bytes. Its width and its depth are scaled."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class ModelConfig:
         context: length of the inputs in training, in tokens. Longer inputs work too.
         vocab: number of different tokens. A token is a byte.
         rope_base: base of the wavelengths of the rotary embedding.
+        branch: factor on the output of every residual branch.
 
     Raises:
-        ValueError: a size is not positive, head_dim is odd, or the width is not a whole number of heads.
+        ValueError: a size or the factor is not positive, head_dim is odd, or the width is not a whole number of heads.
     """
 
     width: int
@@ -39,6 +40,7 @@ class ModelConfig:
     context: int = 128
     vocab: int = 256
     rope_base: float = 10_000.0
+    branch: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "head_dim", "context", "vocab"):
@@ -46,6 +48,10 @@ class ModelConfig:
                 raise ValueError(
                     f"ModelConfig: {name}={getattr(self, name)} is not positive. Give a whole number of 1 or more."
                 )
+        if not self.branch > 0:
+            raise ValueError(
+                f"ModelConfig: branch={self.branch} is no positive factor. Give the factor on residual branches, such as 1.0."
+            )
         if self.head_dim % 2:
             raise ValueError(
                 f"ModelConfig: head_dim={self.head_dim} is odd, but the rotary embedding rotates pairs. Give an even number."
@@ -137,6 +143,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.branch = config.branch
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.width, eps=1e-6)
@@ -144,8 +151,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Map [batch, length, width] to the same shape; `cos` and `sin` are from `rope`."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        y: Tensor = x + self.ffn(self.ffn_norm(x))
+        # The default factor 1.0 is exact, so models without it keep the bits that they had.
+        x = x + self.branch * self.attention(self.attention_norm(x), cos, sin)
+        y: Tensor = x + self.branch * self.ffn(self.ffn_norm(x))
         return y
 
 

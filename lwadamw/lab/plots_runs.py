@@ -32,6 +32,8 @@ def transfer(
     *,
     proxy: int | None = None,
     lr: float | None = None,
+    scaled: str = "width",
+    swept: str = "base learning rate",
 ) -> Figure:
     """Draw loss against learning rate, in a panel per arm and weight decay, with a line per width.
 
@@ -43,13 +45,16 @@ def transfer(
         title: text above the panels.
         proxy: width whose best run has the learning rate of the dotted line. By default the smallest width.
         lr: learning rate of the dotted line, instead of that of the proxy's best run.
+        scaled: what the column `width` holds, in words.
+        swept: what the column `lr` holds, in words.
     """
     curves = curves_of(outcomes.rows)
     settings = list(dict.fromkeys((c.arm, c.weight_decay) for c in curves))
     several = len({decay for _, decay in settings}) > 1
     rows, columns = fold(len(settings))
     proxy = min(c.width for c in curves) if proxy is None else proxy
-    dotted = f"learning rate of the best run at width {proxy}" if lr is None else f"learning rate {lr:g}"
+    value = swept.removeprefix("base ")
+    dotted = f"{value} of the best run at {scaled} {proxy}" if lr is None else f"{value} {lr:g}"
     key = f"circle: best run; dotted: {dotted}; crosses at the top: diverged"
     caption = "\n".join(filter(None, (key, outcomes.caption)))
     figure, grid = panels(rows, columns, title, caption, sharey=True, sharex=True)
@@ -59,13 +64,13 @@ def transfer(
         here = [c for c in curves if (c.arm, c.weight_decay) == (arm, decay)]
         for curve in here:
             rank = list(colours).index(curve.width)
-            _curve(axes, curve, colours[curve.width], 0.985 - 0.035 * rank)
+            _curve(axes, curve, colours[curve.width], 0.985 - 0.035 * rank, scaled)
         at_proxy = [float(c.lr[c.best]) for c in here if c.width == proxy and np.isfinite(c.mean).any()]
         for mark in at_proxy if lr is None else [lr]:
             axes.axvline(mark, color=GREY, linewidth=0.8, linestyle=":", zorder=1, label="_lr of the regret")
         axes.set_title(f"{arm}, wd {decay:g}" if several else arm)
         axes.tick_params(labelbottom=True)
-        axes.set_xlabel("base learning rate")
+        axes.set_xlabel(swept)
     log2_axis(flat[0], "x", {row.lr for row in outcomes.rows})
     for row_of_axes in grid:
         row_of_axes[0].set_ylabel(outcomes.loss.replace("_", " "))
@@ -75,14 +80,14 @@ def transfer(
     return figure
 
 
-def _curve(axes: Axes, curve: Curve, colour: tuple[float, ...], top: float) -> None:
+def _curve(axes: Axes, curve: Curve, colour: tuple[float, ...], top: float, scaled: str) -> None:
     finite = np.isfinite(curve.mean)
     if len(curve.losses) > 1:
         for losses in curve.losses:
             ended = np.isfinite(losses)
             axes.plot(curve.lr[ended], losses[ended], color=colour, linewidth=0.6, alpha=0.5)
     style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 2.5}
-    axes.plot(curve.lr[finite], curve.mean[finite], label=f"width {curve.width}", **style)
+    axes.plot(curve.lr[finite], curve.mean[finite], label=f"{scaled} {curve.width}", **style)
     if finite.any():
         best = curve.lr[curve.best], curve.mean[curve.best]
         circle: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markeredgecolor": colour, "markeredgewidth": 1.4}

@@ -42,6 +42,7 @@ class Settings:
         betas: as for AdamW.
         max_grad_norm: the gradient is clipped to this norm.
         seed: seed of the initial weights and of the batches.
+        base_depth: number of blocks of the proxy. None: the rule does not scale the depth, and nothing else does.
     """
 
     rule: str | Rule = "fan2025"
@@ -56,6 +57,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     seed: int = 0
+    base_depth: int | None = None
 
     @property
     def warmup(self) -> int:
@@ -136,10 +138,14 @@ class Run:
 
     def __post_init__(self) -> None:
         s = self.settings
-        config = ModelConfig(width=self.width, depth=s.depth, context=s.context)
-        self.model = Transformer(config, s.seed).to(self.device)
         self.rule = get_rule(s.rule)
-        groups = lwadamw.param_groups(self.model, base_width=s.base_width, rule=self.rule)
+        branch, base_depth = 1.0, None
+        if self.rule.depth is not None:
+            base_depth = s.base_depth or s.depth
+            branch = self.rule.depth.factor(s.depth / base_depth)
+        config = ModelConfig(width=self.width, depth=s.depth, context=s.context, branch=branch)
+        self.model = Transformer(config, s.seed).to(self.device)
+        groups = lwadamw.param_groups(self.model, base_width=s.base_width, rule=self.rule, base_depth=base_depth)
         self.optimizer = lwadamw.AdamW(
             groups, lr=s.lr, weight_decay=s.weight_decay, betas=s.betas, max_grad_norm=s.max_grad_norm
         )

@@ -147,9 +147,15 @@ def _tail(totals: Mapping[str, _Total], evidence: Mapping[str, Evidence]) -> str
 def _assumptions(evidence: Mapping[str, Evidence]) -> list[str]:
     """Return the line that says what the rule assumes of the forward pass: without it, values do not transfer."""
     logits = {name: found.logits for name, found in evidence.items() if found.logits}
-    if not any(found.m is not None for found in evidence.values()):
+    branches = sorted({found.branch for found in evidence.values() if found.branch is not None})
+    if not branches and not any(found.m is not None for found in evidence.values()):
         return []
     assumed = [f"logits of {name} {how}" for name, how in logits.items()]
+    if branches:
+        factors = " or ".join(f"{factor:.4g}" for factor in branches)
+        assumed.append(
+            f"the output of every residual branch multiplied by {factors}, times the factor that the proxy has"
+        )
     assumed.append(
         "attention scores divided by the size of a head, and not by its root, if this size follows the width"
     )

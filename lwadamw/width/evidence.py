@@ -51,7 +51,7 @@ _VECTOR_NAMES: Final = re.compile(
 _GAINS: Final = re.compile(r"weight|bias|scale|shift|gain|offset|gamma|beta|[gb]|[ab]_2|weight_[gb]")
 # Low-rank matrices of RWKV have the names of its token shifts.
 _LOW_RANK: Final = re.compile(r"\w+_w[12]")
-_NORMS: Final = re.compile(r"Norm(Gated|[123]d)?$")
+NORMS: Final = re.compile(r"Norm(Gated|[123]d)?$")
 
 
 def from_evidence(p: Tensor, site: Site, exempt: Callable[[str], object], output_modules: frozenset[int]) -> Decision:
@@ -134,7 +134,7 @@ def _vector(p: Tensor, at: Site, kind: str) -> str | None:
         kind.endswith("Embedding") and attribute == "weight" and not re.search("Out|Un[eE]mb", kind)
     ):
         return kind
-    if isinstance(at.module, (nn.LayerNorm, nn.GroupNorm)) or (_NORMS.search(kind) and _GAINS.fullmatch(attribute)):
+    if isinstance(at.module, (nn.LayerNorm, nn.GroupNorm)) or (NORMS.search(kind) and _GAINS.fullmatch(attribute)):
         return kind
     if multiplied:
         module = at.module

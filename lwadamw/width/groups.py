@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from ..state import keys
 from ..state.names import layer_type
 from . import remedies
+from .applied import Applied, check_depth, outside
 from .arguments import check_values
+from .blocks import depth_ratios
 from .evidence import Decision
+from .kinds import check_kinds
+from .modules import Kind, Module
 from .patterns import first_match, matcher, separating
 from .ratios import Ratio, ratios
 from .roles import Decided, decide
-from .rules import Multipliers, Role, Rule, Scale, get_rule, with_output
+from .rules import Multipliers, Role, Rule, Scale, get_rule, with_modules, with_output
 from .specs import RoleSpec, check_spec
 
 # For each width multiplier, the key of the base value that it multiplies.
@@ -39,6 +43,8 @@ class Evidence:
         frozen: whether the parameter is in no group because it does not require a gradient.
         logits: what the rule assumes that the forward pass does to the logits that this parameter gives; "" where it gives none
             or the rule does not follow the width.
+        branch: the factor by which the model has to multiply the output of the residual branch of this parameter, relative to
+            the proxy; None outside of the blocks, and where the depth is not scaled.
     """
 
     role: Role
@@ -47,6 +53,7 @@ class Evidence:
     why: str
     frozen: bool = False
     logits: str = ""
+    branch: float | None = None
 
 
 class Groups(list[dict[str, Any]]):
@@ -78,7 +85,10 @@ def param_groups(
     strict: bool = True,
     *,
     width: int | None = None,
+    base_depth: int | Mapping[str, int] | None = None,
+    depth: int | None = None,
     output: Literal["output", "vector"] = "output",
+    modules: Mapping[Kind, Module] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     segments: Mapping[str, int | Sequence[int]] | None = None,
     include_frozen: bool = False,
@@ -101,13 +111,19 @@ def param_groups(
             An int: every matrix has the width ratio m = width / base_width. Each fan_in has to be a multiple of the width.
             A mapping from patterns to the fan_in of a matrix at the proxy, for example `{"*.down.weight": 1024, "*": 256}`.
             A model: the proxy itself, for example built under torch.device("meta"). It may have fewer layers.
-        rule: a name from `lwadamw.RULES`, or a `lwadamw.Rule`.
+        rule: a name from `lwadamw.RULES` or `lwadamw.RECIPES`, or a `lwadamw.Rule`.
         roles: patterns to roles: "matrix", "vector", "output", `Matrix(fan_in=dim)` or `Output(fan_in=dim)`.
         strict: whether a parameter without a role, or a pattern that matches nothing, is an error. If False it is a warning,
             and a parameter without a role becomes a matrix whose fan_in is its last dimension.
         width: the width of this model, for an int `base_width`. None: the hidden size of the model's config, or else the
             width of its embedding.
+        base_depth: the number of residual blocks of the proxy, for a rule with depth exponents. An int: the model has one list
+            of numbered layers, and these are its blocks. A mapping from patterns to numbers: the parameters that are inside
+            blocks, and the number of such blocks at the proxy. `summary` says what the model itself has to do.
+        depth: the number of blocks of the whole model. None: counted. Needed where this process holds a part of the blocks.
         output: "vector" if the model divides its logits by m itself.
+        modules: kinds of modules ("embedding", "head", "router", "norm", "bias", "expert") to a `Module` with factors, and
+            exponents if they differ from those of the role. They are added to those of the rule.
         overrides: patterns to group keys that win over the rule, for example `{"*.A_log": {"lr": 1e-4}}`. A base value that is
             given here is the effective value: its width multiplier is 1.
         segments: patterns to the segments of a parameter, which have norms of their own. An int is a number of equal parts
@@ -125,7 +141,7 @@ def param_groups(
         `Evidence` for the name of every parameter.
 
     Raises:
-        ValueError: a role is not decided, a pattern matches nothing, or a width ratio is not determined.
+        ValueError: a role is not decided, a pattern matches nothing, or a width ratio or depth ratio is not determined.
         TypeError: `base_width` or `rule` has a wrong type.
         RuntimeError: parameters are flattened or partitioned shards.
 
@@ -136,7 +152,8 @@ def param_groups(
         vector 1.0 0.0
         matrix 0.25 2.0
     """
-    resolved = with_output(get_rule(rule), output)
+    resolved = with_output(with_modules(get_rule(rule), modules), output)
+    check_depth(resolved, base_depth, depth)
     roles, overrides, segments = dict(roles or {}), dict(overrides or {}), dict(segments or {})
     for spec in roles.values():
         check_spec(spec)
@@ -150,13 +167,15 @@ def param_groups(
     with _without_collection():
         found = decide(model, roles)
     _check_patterns({"roles": roles, "overrides": overrides, "segments": segments}, found, strict)
+    check_kinds(modules or {}, found)
     left_out = {d.name for d in found if not (include_frozen or d.param.requires_grad)}
     found = _settle_undecided(found, left_out, strict)
-    scaled = [d for d in found if d.name not in left_out and not _is_constant(resolved[d.role])]
+    applied = Applied(resolved, outside if base_depth is None else depth_ratios(model, base_depth, depth, found))
+    scaled = [d for d in found if d.name not in left_out and not _is_constant(applied.scale(d))]
     with _without_collection():
         ratio = ratios(model, base_width, width, found, scaled, roles)
-        evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, resolved)
-    groups = _merged([d for d in found if d.name not in left_out], evidence, resolved, overrides, segments)
+        evidence = _evidence(found, left_out, {d.name for d in scaled}, ratio, applied)
+    groups = _merged([d for d in found if d.name not in left_out], evidence, applied, overrides, segments)
     if fold:
         groups = [_folded(group, float(lr or 0.0), float(weight_decay or 0.0), eps) for group in groups]
     return Groups(groups, evidence)
@@ -234,35 +253,34 @@ def _settle_undecided(found: Sequence[Decided], left_out: set[str], strict: bool
 
 
 def _evidence(
-    found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio, rule: Rule
+    found: Sequence[Decided], left_out: set[str], scaled: set[str], ratio: Ratio, applied: Applied
 ) -> dict[str, Evidence]:
     evidence = {}
     for d in found:
         m, remark = ratio(d) if d.name in scaled else (None, "")
-        frozen = d.name in left_out
-        evidence[d.name] = Evidence(d.role, d.fan_in, m, d.decision.why + remark, frozen, _logits(d, rule))
+        frozen, why = d.name in left_out, d.decision.why + remark + applied.remark(d)
+        evidence[d.name] = Evidence(d.role, d.fan_in, m, why, frozen, _logits(d, applied), applied.branch(d))
     return evidence
 
 
-def _logits(found: Decided, rule: Rule) -> str:
+def _logits(found: Decided, applied: Applied) -> str:
     """Return what a rule assumes of the logits that a parameter gives. In muP, either lr or logits of a head follow 1/m."""
-    if not found.decision.gives_logits or _is_constant(rule.matrix):
+    if not found.decision.gives_logits or _is_constant(applied.rule.matrix):
         return ""
-    return "as they are" if rule[found.role].lr else "divided by m"
+    return "as they are" if applied.scale(found).lr else "divided by m"
 
 
 def _merged(
     parameters: Sequence[Decided],
     evidence: dict[str, Evidence],
-    rule: Rule,
+    applied: Applied,
     overrides: Mapping[str, Mapping[str, Any]],
     segments: Mapping[str, int | Sequence[int]],
 ) -> list[dict[str, Any]]:
     """Return groups of the parameters that have the same role, width multipliers and overrides."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for d in parameters:
-        m = evidence[d.name].m
-        multipliers = rule[d.role].at(1.0 if m is None else m)
+        multipliers = applied.multipliers(d, evidence[d.name].m)
         pattern, own = first_match(overrides, d.names) or ("", {})
         if own:
             # The user's value is the effective value, so the rule has nothing to multiply.
@@ -272,7 +290,7 @@ def _merged(
         key = (d.role, multipliers, tuple(sorted(own.items(), key=lambda item: item[0])))
         group = groups.get(key)
         if group is None:
-            group = groups[key] = {"params": [], keys.ROLE.name: d.role, keys.RULE.name: rule.name}
+            group = groups[key] = {"params": [], keys.ROLE.name: d.role, keys.RULE.name: applied.rule.name}
             group |= dict(zip(keys.named(keys.WIDTH), multipliers, strict=True)) | dict(own)
         group["params"].append((d.name, d.param))
         parts = first_match(segments, d.names)

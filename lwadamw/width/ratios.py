@@ -140,10 +140,10 @@ def _from_map(base: Mapping[str, int], parameters: Sequence[Decided], scaled: Se
         raise ValueError(remedies.for_missing(missing, scaled))
     members: dict[str, list[Decided]] = {}
     for d in scaled:
-        if (by_user := chosen[d.name]) is not None and d.fan_in is not None:
+        if (by_user := chosen[d.name]) is not None:
             members.setdefault(by_user[0], []).append(d)
     for pattern, matched in members.items():
-        if not pattern.startswith(ALL) and len({d.fan_in for d in matched}) > 1:
+        if not pattern.startswith(ALL) and len({d.inputs for d in matched}) > 1:
             raise ValueError(remedies.for_unlike(pattern, base[pattern], matched, scaled))
 
     def ratio(found: Decided) -> tuple[float, str]:

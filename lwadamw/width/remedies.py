@@ -119,8 +119,9 @@ def for_unlike(pattern: str, base_fan_in: int, matched: Sequence[Decided], scale
     """
     entries = _open_entries(matched, scaled)
     fan_ins = " and ".join(map(str, sorted({d.inputs for d in matched})))
+    what = "matrices" if all(d.fan_in is not None for d in matched) else "parameters"
     return (
-        f"param_groups: base_width pattern {pattern!r} gives the fan_in {base_fan_in} at the proxy to matrices whose fan_in "
+        f"param_groups: base_width pattern {pattern!r} gives the fan_in {base_fan_in} at the proxy to {what} whose fan_in "
         f"here is {fan_ins}. So their width ratios would differ. Put these before it, with every fan_in at the proxy filled "
         f"in:\n"
         f"{entries}\nIf {base_fan_in} is the fan_in of all of them at the proxy, write {json.dumps(ALL + pattern)}."

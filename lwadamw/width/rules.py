@@ -14,102 +14,19 @@ has to be constant so that hyperparameters transfer is an open question. Here th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Final, Literal, NamedTuple, get_args
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, get_args
+
+from .depth import DEPTHS, Depth
+from .modules import Kind, Module, check_modules
+from .scale import Multipliers as Multipliers
+from .scale import Scale as Scale
 
 Role = Literal["matrix", "vector", "output"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
-
-
-class Multipliers(NamedTuple):
-    """Width multipliers of one parameter.
-
-    Attributes:
-        lr: factor on the base learning rate.
-        wd: factor on the base weight decay; 0 means that the parameter has no weight decay.
-        eps: factor on the base epsilon.
-    """
-
-    lr: float
-    wd: float
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Exponents of the width ratio m for one role.
-
-    Args:
-        lr: exponent of the learning rate, lr ∝ m^lr.
-        wd: exponent of the weight decay, weight_decay ∝ m^wd. None: no weight decay at any width.
-        eps: exponent of epsilon, eps ∝ m^eps.
-
-    Raises:
-        ValueError: an exponent is infinite or NaN.
-
-    Examples:
-        >>> Scale(lr=-1.0, wd=0.5).at(4.0)
-        Multipliers(lr=0.25, wd=2.0, eps=1.0)
-    """
-
-    lr: float = 0.0
-    wd: float | None = 0.0
-    eps: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "wd", "eps"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(
-                    f"Scale: exponent {name}={value} is not finite. Give a number, or wd=None for no decay."
-                )
-
-    @classmethod
-    def parse(cls, text: str) -> Scale:
-        """Read exponents from text, as the command line gives them.
-
-        Args:
-            text: `name=number` pairs, separated by commas. The names are lr, wd and eps, each at most once. An exponent
-                that is left out is 0.
-
-        Returns:
-            The exponents.
-
-        Raises:
-            ValueError: the text has another form, or an exponent is not finite.
-
-        Examples:
-            >>> Scale.parse("lr=-0.75,wd=0.75")
-            Scale(lr=-0.75, wd=0.75, eps=0.0)
-        """
-        given: dict[str, float] = {}
-        for part in text.split(","):
-            name, _, value = part.partition("=")
-            try:
-                if name not in ("lr", "wd", "eps") or name in given:
-                    raise ValueError(name)
-                given[name] = float(value)
-            except ValueError:
-                raise ValueError(
-                    f"{text!r} is not a list of exponents of lr, wd and eps, like lr=-0.75,wd=0.75"
-                ) from None
-        return cls(**given)
-
-    def at(self, m: float) -> Multipliers:
-        """Return the width multipliers at a width ratio.
-
-        Args:
-            m: width ratio, fan_in / base fan_in; a positive number.
-
-        Raises:
-            ValueError: m is not a positive, finite number.
-            OverflowError: a multiplier is too large for a float.
-        """
-        if not (math.isfinite(m) and m > 0):
-            raise ValueError(f"Scale: width ratio m={m} is not a positive number. m is fan_in / base fan_in.")
-        return Multipliers(m**self.lr, 0.0 if self.wd is None else m**self.wd, m**self.eps)
+_NO_DECAY: Final = Scale(wd=None)
+_OUTPUT: Final = Scale(lr=-1.0, wd=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +42,16 @@ class Rule:
         matrix: exponents of the role `matrix`.
         vector: exponents of the role `vector`; by default constant lr and no weight decay.
         output: exponents of the role `output`; by default lr ∝ 1/m and no weight decay.
+        block_vector: exponents of vectors inside the residual blocks, if they differ from those of other vectors. None: they do
+            not differ. `param_groups` then needs `base_depth`, which says where the blocks are.
+        depth: exponents of the depth ratio. None: the rule says nothing of another depth.
+        modules: kinds of modules to factors, and to exponents where these differ from those of the role.
         holds: what the rule keeps constant across widths, in words.
         source: the paper that the exponents are from.
+
+    Raises:
+        ValueError: a kind of module is unknown, or has a factor on a weight decay that the rule does not give it.
+        TypeError: the value of a kind is no `Module`.
 
     Examples:
         >>> Rule("mine", matrix=Scale(lr=-1.0, wd=0.25))["matrix"].wd
@@ -135,10 +60,16 @@ class Rule:
 
     name: str
     matrix: Scale
-    vector: Scale = Scale(wd=None)
-    output: Scale = Scale(lr=-1.0, wd=None)
+    vector: Scale = _NO_DECAY
+    output: Scale = _OUTPUT
     holds: str = ""
     source: str = ""
+    block_vector: Scale | None = None
+    depth: Depth | None = None
+    modules: Mapping[Kind, Module] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        check_modules(dict(self.modules), {role: self[role] for role in ROLES}, f"Rule {self.name!r}: modules")
 
     def __getitem__(self, role: Role) -> Scale:
         """Return the exponents of a role.
@@ -189,12 +120,28 @@ RULES: Final[Mapping[str, Rule]] = {
     )
 }
 
+# Recipes that scale width and depth together, as their papers give them. `param_groups` needs `base_depth` for them.
+RECIPES: Final[Mapping[str, Rule]] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            "completep",
+            matrix=Scale(lr=-1.0, wd=1.0, eps=-1.0),
+            output=Scale(lr=0.0, wd=None),
+            holds="lr*wd across widths and depths; the share of a residual branch in the whole",
+            source="CompleteP, Dey et al. 2505.01618, Table 1 with alpha = 1",
+            block_vector=Scale(wd=None, eps=-1.0),
+            depth=DEPTHS["completep"],
+        ),
+    )
+}
+
 
 def get_rule(rule: str | Rule) -> Rule:
     """Return the rule of a name.
 
     Args:
-        rule: a name from `RULES`. A `Rule` is returned as it is.
+        rule: a name from `RULES` or `RECIPES`. A `Rule` is returned as it is.
 
     Raises:
         ValueError: no rule has this name.
@@ -204,11 +151,26 @@ def get_rule(rule: str | Rule) -> Rule:
         return rule
     if not isinstance(rule, str):
         raise TypeError(f"rule must be a name or a lwadamw.Rule, got {type(rule).__name__}.")
-    if rule not in RULES:
+    known = {**RULES, **RECIPES}
+    if rule not in known:
         raise ValueError(
-            f"unknown rule {rule!r}. Rules are {', '.join(RULES)}. You can also pass a lwadamw.Rule(...) of your own."
+            f"unknown rule {rule!r}. Rules are {', '.join(known)}. You can also pass a lwadamw.Rule(...) of your own."
         )
-    return RULES[rule]
+    return known[rule]
+
+
+def with_modules(rule: Rule, modules: Mapping[Kind, Module] | None) -> Rule:
+    """Return the rule with further modules. They replace those that the rule has of the same kind.
+
+    Args:
+        rule: the rule.
+        modules: kinds of modules, and what each gets. None: nothing.
+
+    Raises:
+        ValueError: a kind is unknown, or has a factor on a weight decay that the rule does not give it.
+        TypeError: the value of a kind is no `Module`.
+    """
+    return replace(rule, modules={**rule.modules, **modules}) if modules else rule
 
 
 def with_output(rule: Rule, output: Literal["output", "vector"]) -> Rule:

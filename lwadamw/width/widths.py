@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from torch import nn
@@ -68,15 +68,26 @@ def width_at(site: Site, cache: dict[int, int | None]) -> int | None:
     return None
 
 
-def _of_config(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield the name and the value of every field of a module's config that may be its width."""
+def config_values(model: nn.Module, fields: Sequence[str]) -> Iterator[int]:
+    """Yield the values of those fields of a model's config that hold a positive whole number.
+
+    Args:
+        model: the model.
+        fields: names of fields. Of a config with a text config, the text config counts.
+    """
+    for _, value in _of_config(unwrapped(model), fields):
+        yield value
+
+
+def _of_config(module: nn.Module, fields: Sequence[str] = _WIDTHS) -> Iterator[tuple[str, int]]:
+    """Yield the name and the value of every field of a module's config that has one of the given names."""
     for holder in _CONFIGS:
         config = getattr(module, holder, None)
         if config is None or isinstance(config, nn.Module):
             continue
         text = _field(config, "text_config")
         config, where = (text, f"{holder}.text_config") if text is not None else (config, holder)
-        for name in _WIDTHS:
+        for name in fields:
             if (value := _whole(_field(config, name))) is not None:
                 yield f"{where}.{name}", value
 

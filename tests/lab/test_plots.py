@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lwadamw.commands import main
-from lwadamw.lab import figures, outcomes, plots, plots_norms, plots_runs, synthetic
+from lwadamw.lab import figures, outcomes, plots, plots_norms, plots_runs, scaling_findings, synthetic
 from lwadamw.lab.outcomes import Outcome, Outcomes
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -243,7 +243,7 @@ def test_the_command_makes_every_figure_that_has_a_file_and_names_the_others(tmp
     assert made == {str(path) for path in out.iterdir()}
     assert {path.name for path in out.iterdir()} == {"transfer.svg", "synthetic_spectra.svg"}
     assert f"heatmap.svg: skipped, there is no {data / 'heatmap.csv'}" in printed
-    assert len(printed) == len(figures.FIGURES)
+    assert len(printed) == len(figures.FIGURES) + len(scaling_findings.FIGURES)
 
 
 @pytest.mark.parametrize(
