@@ -19,9 +19,9 @@ def config(**values: Any) -> Any:
     """Return a config for `optimizer=` of a torchtitan trainer config.
 
     Args:
-        **values: `lr`, `weight_decay`, `betas` and `eps`: base values; `base_width`, `rule` and `width`: as in
-            `lwadamw.param_groups`, further arguments of which go into the dict `groups`; further arguments of `lwadamw.AdamW`
-            into the dict `adamw`. Without `base_width` there is no rule: one group of all parameters.
+        **values: `lr`, `weight_decay`, `betas` (0.9 and 0.95, as in torchtitan) and `eps`: base values; `base_width`, `rule` and
+            `width`: as in `lwadamw.param_groups`, further arguments of which go into the dict `groups`; further arguments of
+            `lwadamw.AdamW` into the dict `adamw`. Without `base_width` there is no rule: one group of all parameters.
 
     Returns:
         An `OptimizersContainer.Config`. Its `build(model_parts=...)` makes one `lwadamw.AdamW` for each model part.
@@ -52,7 +52,7 @@ def container() -> type[Any]:
 
             lr: float = 1e-3
             weight_decay: float = 1e-2
-            betas: tuple[float, float] = (0.9, 0.999)
+            betas: tuple[float, float] = (0.9, 0.95)
             eps: float = 1e-8
             base_width: Any = None
             rule: Any = "fan2025"
