@@ -19,7 +19,7 @@ def config(**values: Any) -> Any:
     """Return a config for `optimizer=` of a torchtitan trainer config.
 
     Args:
-        **values: `lr`, `weight_decay`, `betas` (0.9 and 0.95, as in torchtitan) and `eps`: base values; `base_width`, `rule` and
+        **values: `lr`, `weight_decay`, `betas` (0.9, 0.95 as in torchtitan) and `eps`: base values; `base_width`, `rule` and
             `width`: as in `lwadamw.param_groups`, further arguments of which go into the dict `groups`; further arguments of
             `lwadamw.AdamW` into the dict `adamw`. Without `base_width` there is no rule: one group of all parameters.
 
