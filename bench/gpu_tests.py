@@ -57,6 +57,7 @@ SUITE = (
     "state/test_storage_kernels.py",
     "state/test_gradient_storage.py",
     "state/test_convergence.py",
+    "kernels/test_draws.py",
     "state/test_codes.py",
     "step/test_amp.py",
     "step/test_gradient_release.py",
