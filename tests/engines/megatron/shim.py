@@ -96,6 +96,9 @@ def install() -> None:
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.stream = lambda _: contextlib.nullcontext()
 
+    # Megatron's modules ask for Transformer Engine when they are imported. They must not find a stand-in.
+    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.core.models.gpt.gpt_model  # noqa: F401
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 
