@@ -15,10 +15,11 @@ from lwadamw.lab import scaling_findings
 from lwadamw.lab.arms import arm_rule
 from lwadamw.lab.data import standard_library
 from lwadamw.lab.findings import refresh
-from lwadamw.lab.model import ModelConfig, Transformer
+from lwadamw.lab.model import ModelConfig, Transformer, rope
 from lwadamw.lab.scaling import deep_runs, deeper, horizon_runs, horizons
 from lwadamw.lab.scaling_findings import TABLES, by_depth, by_horizon
 from lwadamw.lab.training import Run, Settings
+from lwadamw.lab.transfer import analyse
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -59,7 +60,6 @@ def test_the_factor_of_the_model_multiplies_both_branches_of_every_block():
         layer.attention.out.weight.data *= 2
         layer.ffn.down.weight.data *= 2
     x = plain.embedding(tokens)
-    from lwadamw.lab.model import rope
 
     cos, sin = rope(8, plain.config, x.device)
     torch.testing.assert_close(plain.layers[0](x, cos, sin), halved.layers[0](x, cos, sin))
@@ -218,3 +218,29 @@ def test_horizons_of_one_batch_and_batches_of_one_number_of_tokens_are_told_apar
         ("8 windows per step", 150),
     }
     assert {row.arm for row in by_horizon(path, "batch").rows} == {f"{8 * 150 * 64} tokens"}
+
+
+def test_the_claims_of_the_report_on_depth():
+    path = DOCS / "data" / "depth.csv"
+    found = scaling_findings.loss_differences(path)
+    assert len(found[32, 8]) == 10
+    assert max(found[32, 8]) < 0
+    assert sum(found[32, 8]) / 10 == pytest.approx(-0.12, abs=0.01)
+    drifts = {arm.name: arm.drift for arm in analyse(by_depth(path).rows).arms}
+    for arm in ("kosson2025", "kosson2025+completep"):
+        drift = drifts[f"{arm}, width 32"]
+        assert drift.slope_low < 0 < drift.slope_high
+    assert drifts["kosson2025, width 64"].slope_high < 0
+    best = column(TABLES["depth"][1](path), "best loss, 8")
+    assert float(best["kosson2025, width 32"]) - float(best["kosson2025+completep, width 32"]) == pytest.approx(
+        0.07, abs=0.005
+    )
+
+
+def test_the_claims_of_the_report_on_horizon_and_batch():
+    path = DOCS / "data" / "horizon.csv"
+    (steps,) = analyse(by_horizon(path, "steps").rows).arms
+    assert steps.drift.slope_low < -1 < steps.drift.slope_high < -0.48
+    (batch,) = analyse(by_horizon(path, "batch").rows).arms
+    assert batch.drift.slope_low < 0 < batch.drift.slope_high
+    assert batch.drift.slope_low < 1 < batch.drift.slope_high
