@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -10,8 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29579")
+with socket.socket() as _socket:
+    _socket.bind(("127.0.0.1", 0))
+    _port = str(_socket.getsockname()[1])
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_port)
 
 
 def _stand_in(name: str, **names: Any) -> None:
@@ -47,6 +52,8 @@ _device.__dict__.update(
     empty_cache=lambda: None,
 )
 utils.device_type, utils.device_module = "cpu", _device
+if not hasattr(dist, "set_timeout"):  # torchtitan 0.3 calls a function that torch 2.13 lacks
+    dist.__dict__["set_timeout"] = lambda timeout, group: None
 
 from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
@@ -120,6 +127,7 @@ def small(config: Any, folder: str, steps: int, interval: int | None = None) -> 
     config.dataloader, config.tokenizer = Data.Config(), Tokenizer.Config()
     config.training.local_batch_size, config.training.seq_len = BATCH, LENGTH
     config.training.steps, config.training.disable_cuda_graphs = steps, True
+    config.training.mixed_precision_param = "float32"
     config.checkpoint = CheckpointManager.Config(
         enable=interval is not None, interval=interval or steps, last_save_model_only=False
     )
