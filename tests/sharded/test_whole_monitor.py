@@ -65,7 +65,7 @@ def _watched(model, backend, reference):
 
 
 def _profile_to_watch(model):
-    """The profile of a run whose top singular values are half of what they will be."""
+    """The profile of a run whose weights are a quarter of what they will be."""
     optimizer = lwadamw.AdamW(model.named_parameters(), **OPTIONS)
     with lwadamw.Monitor(optimizer, every=2, spectrum_every=4) as monitor:
         for step in range(6):
@@ -73,8 +73,10 @@ def _profile_to_watch(model):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
             optimizer.step()
     profile = profile_file.Profile.of(monitor.readings)
-    halved = [dataclasses.replace(s, values=s.values | {"top": s.values["top"] / 2}) for s in profile.segments]
-    return dataclasses.replace(profile, segments=tuple(halved))
+    lowered = [
+        dataclasses.replace(s, values=s.values | {"weight_rms": s.values["weight_rms"] / 4}) for s in profile.segments
+    ]
+    return dataclasses.replace(profile, segments=tuple(lowered))
 
 
 def _layout(name, layout, backend, folder):

@@ -314,7 +314,8 @@ def a_sparse_gradient_is_an_error(make, device):
 def a_checkpoint_with_other_groups_is_an_error(make, device):
     saved = make(_params(device)).state_dict()
     one, two = make([{"params": [p]} for p in _params(device)]), make(_params(device, 3))
-    return [_error(lambda: one.load_state_dict(saved)), _error(lambda: two.load_state_dict(saved))]
+    errors = [_error(lambda: one.load_state_dict(saved)), _error(lambda: two.load_state_dict(saved))]
+    return [name for name, _ in errors]
 
 
 @behaviour
