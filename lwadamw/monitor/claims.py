@@ -21,6 +21,7 @@ CLAIMED: Final[Mapping[str, tuple[str, ...]]] = {
     "fan2025": ("top", "gain"),
     "kosson2025": ("relative_update", "rotation"),
     "balanced": ("relative_update", "rotation", "top", "gain"),
+    "completep": ("relative_update", "rotation"),
 }
 UNSCALED: Final = ("top", "gain")  # what grows with the width where nothing is scaled
 MOST_NAMED: Final = 3

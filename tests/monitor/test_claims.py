@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lwadamw import RULES, Rule, Scale
+from lwadamw import RECIPES, RULES, Rule, Scale
 from lwadamw.commands import main
 from lwadamw.monitor.calibration import ONE_KIND, PER_OCTAVE, Calibration, student
 from lwadamw.monitor.comparison import compare
@@ -20,9 +20,9 @@ def claim(proxy, target):
     return compare(proxy, target).claim
 
 
-@pytest.mark.parametrize("name", ["mup", "fan2025", "kosson2025", "balanced"])
+@pytest.mark.parametrize("name", ["mup", "fan2025", "kosson2025", "balanced", "completep"])
 def test_every_rule_holds_its_claim_in_its_own_pair_and_standard_and_a_wrong_base_width_do_not(name):
-    rule = RULES[name]
+    rule = {**RULES, **RECIPES}[name]
     proxy = made(rule, 1.0)
     # muP claims that activations change equally. This is so if the alignment ratio grows with the root of the width.
     aligned = {(kind, "representation_change"): 2.0 for kind in ("attention.qkv", "ffn.down")} if name == "mup" else {}

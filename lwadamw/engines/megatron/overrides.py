@@ -70,8 +70,9 @@ def config_overrides(
         Overrides by ParamKey, with the group keys of `lwadamw.param_groups`.
 
     Raises:
-        ValueError: there is an optimizer for the model already, the model scales with muP already, `standard` has an `lr_mult`,
-            a role is not decided, or a width ratio is not determined. The error is the same on every process.
+        ValueError: there is an optimizer for the model already, the model scales with muP already, `rule` scales the depth,
+            `standard` has an `lr_mult`, a role is not decided, or a width ratio is not determined. The error is the same on
+            every process.
         TypeError: `model_chunks` is not a list of models.
     """
     optimizer = importlib.import_module("megatron.core.optimizer")
@@ -87,6 +88,7 @@ def config_overrides(
     try:
         _refuse_built(model_chunks)
         _refuse_mup(model_chunks)
+        _refuse_depth(get_rule(rule))
         _refuse_lr_mult(standard)
         settings = _settings(model_chunks, base_width, get_rule(rule), dict(roles or {}), width, standard, evidence)
     except (ValueError, RuntimeError) as found:
@@ -196,6 +198,14 @@ def _refuse_mup(chunks: Iterable[nn.Module]) -> None:
                 "config_overrides: the model's config has use_mup=True, so Megatron would scale learning rates with the width "
                 "too. Set use_mup=False, and choose rule='mup' here for the scaling of muP."
             )
+
+
+def _refuse_depth(rule: Rule) -> None:
+    if rule.depth is not None or rule.block_vector is not None:
+        raise ValueError(
+            f"config_overrides: the rule {rule.name!r} scales residual blocks, and a pipeline stage cannot count those of the "
+            "whole model. Only the width is scaled here: give a rule of lwadamw.RULES."
+        )
 
 
 def _refuse_lr_mult(standard: Mapping[Any, Mapping[str, Any]]) -> None:

@@ -121,6 +121,7 @@ def _errors() -> dict[str, str]:
             # Only one process sees the mistake.
             "unknown pattern": {"roles": {"nothing.*": "matrix"}},
             "width": {"width": 12 if dist.get_rank() else None},
+            "depth": {"rule": "completep"},
         }
         for name, arguments in wrong.items():
             try:
@@ -186,6 +187,7 @@ def test_wrong_uses_have_the_same_error_on_every_process(results):
     assert "lr_mult=0.5" in first["lr_mult"]
     assert "'nothing.*' matches no parameter on any process" in first["unknown pattern"]
     assert "12" in first["width"]
+    assert "'completep' scales residual blocks" in first["depth"]
     assert "[model]" in first["no list"]
     assert "use_mup=False" in first["mup"]
     assert "Call config_overrides before get_megatron_optimizer" in first["too late"]
