@@ -26,7 +26,8 @@ def build():
         device
     )
     fully_shard(model, mesh=init_device_mesh(device, (dist.get_world_size(),)))
-    groups = lwadamw.param_groups(model, {"1.weight": 16, "3.weight": 64})  # from the shapes of the whole parameters
+    # Width ratios are those of the whole parameters.
+    groups = lwadamw.param_groups(model, {"1.weight": 16, "3.weight": 64}, roles={"3.weight": "output"})
     return model, lwadamw.AdamW(groups, lr=1e-2, weight_decay=0.1, max_grad_norm=1.0)
 
 

@@ -17,7 +17,7 @@ class Module(lightning.LightningModule):
         return nn.functional.cross_entropy(self.net(x), (3 * x + 1) % 64)
 
     def configure_optimizers(self):
-        groups = lwadamw.param_groups(self.net, {"1.weight": 16, "3.weight": 32})
+        groups = lwadamw.param_groups(self.net, {"1.weight": 16, "3.weight": 32}, roles={"3.weight": "output"})
         return lwadamw.AdamW(groups, lr=1e-2, weight_decay=0.1)
 
 

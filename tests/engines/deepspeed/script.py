@@ -34,7 +34,7 @@ def net() -> nn.Module:
 
 
 def groups(model: nn.Module) -> Any:
-    return lwadamw.param_groups(model, {"1.weight": 8, "3.weight": 8})
+    return lwadamw.param_groups(model, {"1.weight": 8, "3.weight": 8}, roles={"3.weight": "output"})
 
 
 def build(kind: str, stage: int = 1, logs: Path | None = None) -> tuple[Any, Any]:

@@ -44,7 +44,7 @@ def make(kind: str, model: nn.Module, **options: Any) -> Any:
         return torch.optim.AdamW(model.parameters(), **VALUES)
     if kind == "ours":
         return lwadamw.AdamW(model.named_parameters(), **VALUES, **options)
-    groups = lwadamw.param_groups(model, {"1.weight": 8, "3.weight": 8})
+    groups = lwadamw.param_groups(model, {"1.weight": 8, "3.weight": 8}, roles={"3.weight": "output"})
     return lwadamw.AdamW(groups, **VALUES, **options)
 
 
