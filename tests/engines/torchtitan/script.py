@@ -19,7 +19,7 @@ import lwadamw
 from lwadamw.engines import torchtitan
 from tests.engines.killed import HALF, STEPS, kill_at, main
 
-VALUES = {"lr": 1e-2, "weight_decay": 0.1}
+VALUES = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 WIDTHS = {"layers.0.weight": 8, "out.weight": 8}
 
 
