@@ -111,11 +111,9 @@ def _without_names(saved: list[StateDict], groups: list[StateDict]) -> str:
 
 
 def _warn_of_base_values(saved: list[StateDict], groups: list[StateDict]) -> None:
-    """Warn if a rule will multiply values that were used without a rule."""
+    """Warn if a rule will multiply learning rates that were used without a rule."""
     of_rule = any(key.name in g for g in saved for key in (keys.RULE, *keys.WIDTH))
-    scaled = next(
-        (i for i, g in enumerate(groups) if any(key.of(g) != 1 for key in (keys.WIDTH[0], keys.WIDTH[2]))), None
-    )
+    scaled = next((i for i, g in enumerate(groups) if keys.WIDTH_LR_MULT.of(g) != 1), None)
     if of_rule or scaled is None or not saved[scaled]["params"]:
         return
     lr, factor = saved[scaled]["lr"], keys.WIDTH_LR_MULT.of(groups[scaled])

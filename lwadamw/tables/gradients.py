@@ -113,9 +113,8 @@ class Gradients:
                 self.copies.append(g)
             addresses.append(g.data_ptr() if g.numel() else _EMPTY)
         if self._geometry is None and len(grads) == len(self._params) and 0 not in addresses and not self.copies:
-            now = gradients_of(
-                self._order.params, self._attribute
-            )  # those that were placed otherwise have been replaced
+            # Gradients that were placed otherwise have been replaced.
+            now = gradients_of(self._order.params, self._attribute)
             held, specs = locals_of(now), specs_of(now)
             if specs is not None or all(map(is_, now, held)):
                 self._geometry, self._specs = Geometry(held), specs or []

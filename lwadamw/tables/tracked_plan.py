@@ -82,9 +82,9 @@ class TrackedPlan:
         self._items = [list(state.items()) for state in states]
         self._param_looks = list(map(look, self.params))
         self._state_looks = list(map(look, self._state))
-        self._addresses = self._current_addresses(self.params)
-        # These two are in memory order.
+        # In memory order, as is the geometry.
         self._near_addresses = self._current_addresses(self._order.params)
+        self._addresses = self._order.by_row(self._near_addresses)
         self._geometry = Geometry(list(map(local, self._order.params)))
         self._state_addresses = self._current_addresses(self._state)
 
