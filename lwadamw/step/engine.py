@@ -6,7 +6,6 @@ optimizer at any time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,8 @@ from ..state.storage import check_options
 from ..state.whole_thresholds import WholeThresholds, check_threshold_alone
 from ..tables.request import Request
 from .backends import use_triton
+from .clipping import clip_factor
+from .joined_sums import join_sums
 from .nonfinite import DelayedNormCheck
 from .torch_backend import TorchBackend
 from .waiting import Waiting
@@ -127,7 +128,7 @@ class Engine:
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._prepare(groups, state, request, verify_state)
             totals = self._totals(CLIP)
-            return _clip_factor(totals, request)[0] if totals else torch.zeros((), device="cpu")
+            return clip_factor(totals, request)[0] if totals else torch.zeros((), device="cpu")
 
     def _totals(self, call: Call) -> list[Tensor]:
         """Return sums that add up to the square sum of all gradients before unscaling. The Triton backend gets them too."""
@@ -169,7 +170,7 @@ class Engine:
             self.grad_norm = triton_backend.grad_norm
         # A process without parameters has totals of others, and shows their norm.
         if torch_backend.buckets or (triton_backend is None and totals):
-            norm, factor, stop = _clip_factor(totals, request)
+            norm, factor, stop = clip_factor(totals, request)
             torch_backend.run(factor=factor, grad_scale=None, found_inf=stop, norms=request.norms)
             if triton_backend is None:
                 self.grad_norm = norm
@@ -362,56 +363,11 @@ class Engine:
             The names of the n segments, and their sums, float64[n, 4] on the device of the first segment. The columns are
             those of `AdamW.norm_sums`.
         """
-        members, sums = self._local_sums(state)
+        together = [m for m in self._torch_members if id(m.param) not in self._released]
+        torch_sums = self._torch.norm_sums(together, state)
+        for member, torch_backend in self._released.values():
+            torch_sums += torch_backend.norm_sums([member], state)
+        members, sums = join_sums([] if self._triton is None else self._triton.norm_sums(), torch_sums)
         if whole is None:
             return [name for _, name in members], sums
         return self._shards.whole_rows(members, sums, whole)
-
-    def _local_sums(self, state: State) -> tuple[list[tuple[Member, str]], Tensor]:
-        """Return the parameter and the name of each segment, and the sums over what this process holds of it."""
-        pieces: list[tuple[Member, str, Tensor]] = []  # parameter, name, float64[4]
-        tables = [] if self._triton is None else self._triton.norm_sums()
-        if len(tables) == 1 and not self._torch_members:
-            ((members, sums),) = tables
-            return [(m, name) for m in members for name in m.segment_names()], sums
-        for members, sums in tables:
-            rows = iter(sums.unbind())
-            pieces += [(m, name, next(rows)) for m in members for name in m.segment_names()]
-        stepped_together = [m for m in self._torch_members if id(m.param) not in self._released]
-        torch_sums = self._torch.norm_sums(stepped_together, state)
-        for member, torch_backend in self._released.values():
-            torch_sums += torch_backend.norm_sums([member], state)
-        pieces += [(m, m.name, sums) for m, sums in torch_sums]
-        if not pieces:
-            return [], torch.empty(0, 4, dtype=torch.float64, device="cpu")
-        pieces.sort(key=lambda piece: piece[0].order)
-        device = pieces[0][2].device
-        return [(m, name) for m, name, _ in pieces], torch.stack(
-            [t.to(device, non_blocking=True) for _, _, t in pieces]
-        )
-
-
-def _clip_factor(totals: Sequence[Tensor], request: Request) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return what the torch backend needs for clipping, computed on the device of the last total.
-
-    Args:
-        totals: sums of squares of all gradients before unscaling, one element each. Their sum is the squared global norm.
-        request: the clipping norm and the loss scale of this step.
-
-    Returns:
-        The global norm after unscaling, float32[]; the factor that unscales and clips the gradients, float64[]; and a
-        float32[] that is not zero if the step must change nothing (None: the step always happens).
-    """
-    device = totals[-1].device
-    squares = torch.stack([t.to(device, non_blocking=True).reshape(()) for t in totals]).sum()
-    grad_scale, found_inf = request.grad_scale, request.found_inf
-    scale = torch.ones_like(squares) if grad_scale is None else grad_scale.to(device, torch.float64, non_blocking=True)
-    norm = squares.sqrt() / scale
-    factor = ((request.max_grad_norm or 0.0) / (norm + 1e-6)).clamp(max=1.0) / scale
-    stop = None if request.nonfinite == "pass" else norm.isfinite().logical_not().float()
-    if found_inf is not None:
-        found = found_inf.to(device, torch.float32, non_blocking=True).reshape(())
-        stop = found if stop is None else torch.maximum(stop, found)
-    # Conversion to float32 would make a large norm inf, and only a step that did not happen has this norm.
-    shown = torch.where(norm.isfinite(), norm.clamp(max=torch.finfo(torch.float32).max), norm)
-    return shown.float(), factor, stop
