@@ -290,8 +290,8 @@ class Monitor:
         if not self.spectrum_every:
             return False
         # At the start of a run the spectra change their shape. So they are also measured after 1, 2, 4, ... readings.
-        readings, rest = divmod(step - self._first + 1, self.every)
-        early = rest == 0 and step - self._first < self.spectrum_every and readings & (readings - 1) == 0
+        readings = step // self.every - (self._first - 1) // self.every
+        early = step % self.every == 0 and step - self._first < self.spectrum_every and readings & (readings - 1) == 0
         return step % self.spectrum_every == 0 or step == self._first or early
 
     def _take_reading(self) -> None:
@@ -301,6 +301,8 @@ class Monitor:
         self._groups.take_back_skipped(self.step, int(self.optimizer.skipped_steps))
         segments = self._segments
         hyper = self._groups.hyperparameters()[segments.group]
+        if len(norms) and not hyper[:, 0].any() and not norms.grad.any():
+            return  # torch takes such a step on an empty state before it loads a checkpoint
         columns = segments.columns(norms, self.step, hyper, self._groups.elapsed)
         if self.spectrum_every:
             if self._has_spectrum(self.step) or not self._spectrum.known:

@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from lwadamw import AdamW, Monitor
 from tests.cases import make_params
@@ -85,3 +90,27 @@ def test_a_monitor_may_be_attached_before_the_optimizer_loads_its_checkpoint():
     assert [reading.step for reading in monitor.readings] == [13]
     monitor.remove()
     assert not optimizer._optimizer_load_state_dict_post_hooks
+
+
+def test_a_monitor_attached_in_the_middle_of_a_run_reads_at_its_first_step_and_at_multiples_of_every():
+    """Torch takes a step of its own on an empty state before it loads a checkpoint. The monitor does not count this step."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def begin():
+        model = nn.Linear(3, 4)
+        return model, AdamW(model.parameters())
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(torch.randn(2, 3)).sum().backward()
+            optimizer.step()
+
+    model, optimizer = begin()
+    train(model, optimizer, 5)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+
+    model, optimizer = begin()
+    monitor = Monitor(optimizer, every=4)
+    set_optimizer_state_dict(model, optimizer, saved, options=options)
+    train(model, optimizer, 12)
+    assert [reading.step for reading in monitor.readings] == [6, 8, 12, 16]
