@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..monitor.monitor import Monitor
+from ..monitor.reading import Reading
 from ..step.optimizer import AdamW
 from ..width.groups import Groups, param_groups
 
@@ -34,6 +37,62 @@ def config(**values: Any) -> Any:
         optimizer=lwadamw.engines.torchtitan.config(lr=3e-3, weight_decay=0.1, base_width=256)
     """
     return container().Config(**values)
+
+
+def watched(config: Any, *, prefix: str = "norms/", **monitor: Any) -> Any:
+    """Return a trainer config whose Trainer has a monitor: its readings are logged, and its state is in the checkpoints.
+
+    Args:
+        config: a config of torchtitan's Trainer, or of a subclass. Its `optimizer` comes from `config` of this module.
+        prefix: text in front of every key in the metrics loggers.
+        **monitor: arguments of `lwadamw.Monitor` but the optimizer, for instance `every=100`.
+
+    Returns:
+        The config of a subclass of the Trainer that `config` builds. The subclass has the attribute `monitors`, one
+        `lwadamw.Monitor` for each model part. A checkpoint that was written without monitors lacks the key `width_monitor`:
+        to load it, add this key to `checkpoint.exclude_from_loading`.
+
+    Examples:
+        return lwadamw.engines.torchtitan.watched(config, every=100)
+    """
+    owner: Any = type(config)._owner
+
+    class WatchedTrainer(owner):  # type: ignore[misc]
+        """A Trainer with monitors."""
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(type(config)):  # type: ignore[misc]
+            """The config of the Trainer."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.monitors = [Monitor(optimizer, **monitor) for optimizer in self.optimizers.optimizers]
+            for watch in self.monitors:
+                watch.on_reading.append(functools.partial(self._log, watch))
+            if hasattr(self.checkpointer, "states"):
+                # Checkpoints are loaded in the order of the keys, and a monitor follows its optimizer.
+                self.checkpointer.states["width_monitor"] = _Saved(self.monitors)
+
+        def _log(self, watch: Monitor, _: Reading) -> None:
+            self.metrics_processor.logger.log(watch.as_dict(prefix), watch.step)
+
+    return WatchedTrainer.Config(**{each.name: getattr(config, each.name) for each in fields(config)})
+
+
+class _Saved:
+    """Monitors in a checkpoint, as one text for each model part, under the name of its first parameter."""
+
+    def __init__(self, monitors: Sequence[Monitor]) -> None:
+        self._monitors = {watch.optimizer.param_groups[0]["param_names"][0]: watch for watch in monitors}
+
+    def state_dict(self) -> dict[str, str]:
+        """Return the state of each monitor."""
+        return {name: json.dumps(watch.state_dict()) for name, watch in self._monitors.items()}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Go on from what `state_dict` returned."""
+        for name, watch in self._monitors.items():
+            watch.load_state_dict(json.loads(state[name]))
 
 
 @functools.cache

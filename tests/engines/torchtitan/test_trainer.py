@@ -24,3 +24,12 @@ def test_norms_go_to_the_logger_of_torchtitan(noted):
     assert noted["class"].startswith("lwadamw.")
     assert list(noted["logged"]) == ["1", "5", "10", "15", "20"]
     assert all(values["norms/weight_rms/lm_head.weight"] > 0 for values in noted["logged"].values())
+
+
+def test_the_monitor_of_a_resumed_run_is_that_of_the_straight_run(noted):
+    assert noted["resumed steps"] == [15, 20]
+    assert noted["resumed monitor"] == noted["monitor"]
+
+
+def test_the_config_of_the_example_has_a_watched_trainer(noted):
+    assert noted["config"] == ["watched.<locals>.WatchedTrainer.Config", 64]

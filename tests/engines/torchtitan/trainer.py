@@ -33,9 +33,11 @@ class Logger(BaseLogger):
         self.logged.setdefault(step, {}).update(metrics)
 
 
-def build(kind: str, folder: Path, interval: int | None = None) -> tuple[Any, Any, Logger]:
-    """A trainer from torchtitan's command line, its monitor and its logger."""
+def build(kind: str, folder: Path, interval: int | None = None) -> tuple[Any, Logger]:
+    """A trainer from torchtitan's command line, and its logger."""
     config = ConfigManager().parse_args(["--module", "examples.torchtitan.width", "--config", "llama3_width"])
+    if kind == "rule":
+        config = torchtitan.watched(config, every=5)
     if kind == "ours":
         config.optimizer = torchtitan.config(**VALUES)
     if kind == "torch":
@@ -45,15 +47,11 @@ def build(kind: str, folder: Path, interval: int | None = None) -> tuple[Any, An
         dist.destroy_process_group()
     trainer = on_cpu.small(config, str(folder), STEPS, interval).build()
     logger = trainer.metrics_processor.logger = Logger()
-    monitor = None
-    if kind == "rule":
-        monitor = lwadamw.Monitor(trainer.optimizers.optimizers[0], every=5)
-        monitor.on_reading.append(lambda _: logger.log(monitor.as_dict("norms/"), monitor.step))
-    return trainer, monitor, logger
+    return trainer, logger
 
 
 def train(kind: str, folder: Path, interval: int | None = None) -> tuple[list[float], Logger, Any]:
-    trainer, _, logger = build(kind, folder, interval)
+    trainer, logger = build(kind, folder, interval)
     trainer.train()
     gc.enable()
     names = [key for values in logger.logged.values() for key in values if key.endswith("global_avg_loss")]
@@ -63,7 +61,7 @@ def train(kind: str, folder: Path, interval: int | None = None) -> tuple[list[fl
 
 def plain(folder: Path) -> list[float]:
     """The rule in a plain loop on torchtitan's model, with the clipping and the schedule of its Trainer."""
-    trainer, _, _ = build("ours", folder)
+    trainer, _ = build("ours", folder)
     (model,), factor = trainer.model_parts, trainer.lr_schedulers.schedulers[0].lr_lambdas[0]
     optimizer = lwadamw.AdamW(lwadamw.param_groups(model, 64), max_grad_norm=1.0, **VALUES)
     scheduler, losses = torch.optim.lr_scheduler.LambdaLR(optimizer, factor), []
@@ -86,6 +84,9 @@ def first(folder: Path, noted: dict[str, Any]) -> None:
         step: values for step, values in logger.logged.items() if "norms/role/matrix/weight_rms" in values
     }
     noted["class"] = type(trainer.optimizers.optimizers[0]).__module__
+    noted["monitor"] = trainer.monitors[0].state_dict()
+    config = ConfigManager().parse_args(["--module", "examples.torchtitan.width", "--config", "llama3_width_watched"])
+    noted["config"] = [type(config).__qualname__, config.optimizer.base_width]
 
 
 def doomed(folder: Path) -> None:
@@ -94,7 +95,11 @@ def doomed(folder: Path) -> None:
 
 
 def second(folder: Path, noted: dict[str, Any]) -> None:
-    noted["resumed"], _, _ = train("rule", folder / "killed", HALF)
+    noted["resumed"], logger, trainer = train("rule", folder / "killed", HALF)
+    noted["resumed steps"] = [
+        step for step, values in logger.logged.items() if "norms/role/matrix/weight_rms" in values
+    ]
+    noted["resumed monitor"] = trainer.monitors[0].state_dict()
 
 
 if __name__ == "__main__":
