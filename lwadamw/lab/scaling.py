@@ -87,24 +87,24 @@ def horizons(
     ]
 
 
-# The runs of docs/scaling.md take about 10 minutes on one core.
 _SHORT: Final = {"context": 64, "batch": 8, "steps": 100, "cooldown": 0.2, "weight_decay": 0.3125}
-_LRS: Final = (0.0025, 0.005, 0.01, 0.02, 0.04)
+_LRS: Final = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
 _ARMS: Final = ("kosson2025", "kosson2025+completep")
-# Windows per step and steps: three horizons at one batch size, and another batch size for one of these numbers of tokens.
-_CELLS: Final = ((8, 75), (8, 150), (8, 300), (16, 75))
-_DECAYS: Final = (0.08, 0.24, 0.72, 2.16, 6.48)
+_SEEDS: Final = 4
+# Windows per step and steps. Each batch size has three horizons, and most numbers of tokens have several batch sizes.
+_CELLS: Final = tuple(itertools.product((4, 8, 16, 32), (75, 150, 300)))
+_DECAYS: Final = (0.027, 0.08, 0.24, 0.72, 2.16, 6.48, 19.4)
 
 
 def deep_runs() -> list[Deeper]:
     """Return the runs of width and depth in docs/scaling.md, those of the first seed first."""
     runs = [
-        *deeper(_ARMS, (32,), (2, 4, 8), _LRS, 2, **_SHORT),
-        *deeper(_ARMS, (32, 64), (2, 8), _LRS[1:], 2, **_SHORT),
+        *deeper(_ARMS, (32,), (2, 4, 8), _LRS, _SEEDS, **_SHORT),
+        *deeper(_ARMS, (32, 64), (2, 4, 8), _LRS[1:], _SEEDS, **_SHORT),
     ]
     return sorted(dict.fromkeys(runs), key=lambda run: run.seed)
 
 
 def horizon_runs() -> list[Training]:
-    """Return the runs of batch size and horizon in docs/scaling.md."""
-    return horizons(_CELLS, _DECAYS, 2, width=32, lr=0.01, depth=2, context=64, cooldown=0.2)
+    """Return the runs of batch size and horizon in docs/scaling.md, those of the first seed first."""
+    return horizons(_CELLS, _DECAYS, _SEEDS, width=32, lr=0.01, depth=2, context=64, cooldown=0.2)

@@ -16,10 +16,11 @@ from lwadamw.lab.arms import arm_rule
 from lwadamw.lab.data import standard_library
 from lwadamw.lab.findings import refresh
 from lwadamw.lab.model import ModelConfig, Transformer, rope
+from lwadamw.lab.paired import differences
 from lwadamw.lab.scaling import deep_runs, deeper, horizon_runs, horizons
 from lwadamw.lab.scaling_findings import TABLES, by_depth, by_horizon
 from lwadamw.lab.training import Run, Settings
-from lwadamw.lab.transfer import analyse
+from lwadamw.lab.transfer import analyse, curves_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -90,14 +91,14 @@ def test_a_run_has_the_settings_of_its_line():
     assert (settings.batch, settings.steps, settings.weight_decay, settings.lr) == (4, 9, 0.5, 0.02)
 
 
-def test_the_report_has_widths_depths_horizons_and_batches_with_two_seeds_each():
+def test_the_report_has_widths_depths_horizons_and_batches_with_four_seeds_each():
     deep, long = deep_runs(), horizon_runs()
     assert {run.depth for run in deep} == {2, 4, 8}
     assert len({run.width for run in deep}) == 2
     for runs in (deep, long):
-        assert {run.seed for run in runs} == {0, 1}
+        assert {run.seed for run in runs} == {0, 1, 2, 3}
         assert len(set(runs)) == len(runs)
-    assert len({run.steps for run in long if run.batch == 8}) >= 3
+    assert {(run.batch, run.steps) for run in long} == set(itertools.product((4, 8, 16, 32), (75, 150, 300)))
 
 
 def test_the_table_of_depth_has_the_power_of_the_depth_and_the_regret(tmp_path):
@@ -223,24 +224,32 @@ def test_horizons_of_one_batch_and_batches_of_one_number_of_tokens_are_told_apar
 def test_the_claims_of_the_report_on_depth():
     path = DOCS / "data" / "depth.csv"
     found = scaling_findings.loss_differences(path)
-    assert len(found[32, 8]) == 10
-    assert max(found[32, 8]) < 0
-    assert sum(found[32, 8]) / 10 == pytest.approx(-0.12, abs=0.01)
-    drifts = {arm.name: arm.drift for arm in analyse(by_depth(path).rows).arms}
-    for arm in ("kosson2025", "kosson2025+completep"):
-        drift = drifts[f"{arm}, width 32"]
-        assert drift.slope_low < 0 < drift.slope_high
-    assert drifts["kosson2025, width 64"].slope_high < 0
-    best = column(TABLES["depth"][1](path), "best loss, 8")
-    assert float(best["kosson2025, width 32"]) - float(best["kosson2025+completep, width 32"]) == pytest.approx(
-        0.07, abs=0.005
-    )
+    assert (sum(d < 0 for d in found[32, 8]), len(found[32, 8])) == (24, 24)
+    assert (sum(d < 0 for d in found[64, 8]), len(found[64, 8])) == (18, 20)
+    assert min(map(min, found.values())) == pytest.approx(-0.48, abs=0.005)
+    best = {arm.name: {o.width: o.best_loss for o in arm.optima} for arm in analyse(by_depth(path).rows).arms}
+    for width, losses in ((32, (2.43, 2.47, 2.40)), (64, (2.38, 2.42, 2.36))):
+        without, by_rule = best[f"kosson2025, width {width}"], best[f"kosson2025+completep, width {width}"]
+        assert (without[2], without[8], by_rule[8]) == pytest.approx(losses, abs=0.005)
+    for arm in analyse(by_depth(path).rows).arms:
+        assert arm.drift.slope_low < 0 < arm.drift.slope_high
+    paired = [d for d in differences(curves_of(by_depth(path).rows)) if d.arm[-2:] == d.other[-2:]]
+    assert len(paired) == 2
+    assert all(d.slope_low < 0 < d.slope_high for d in paired)
 
 
 def test_the_claims_of_the_report_on_horizon_and_batch():
     path = DOCS / "data" / "horizon.csv"
-    (steps,) = analyse(by_horizon(path, "steps").rows).arms
-    assert steps.drift.slope_low < -1 < steps.drift.slope_high < -0.48
-    (batch,) = analyse(by_horizon(path, "batch").rows).arms
-    assert batch.drift.slope_low < 0 < batch.drift.slope_high
-    assert batch.drift.slope_low < 1 < batch.drift.slope_high
+    by_steps = analyse(by_horizon(path, "steps").rows).arms
+    assert [arm.name.split()[0] for arm in by_steps] == ["4", "8", "16", "32"]
+    for arm in by_steps:
+        assert arm.drift.slope_low < -1 < arm.drift.slope_high < -0.48
+        best = {optimum.width: optimum.lr for optimum in arm.optima}
+        assert 2.1 < best[75] < 4.3
+        assert 0.37 < best[300] < 0.5
+        assert 0.07 <= round(next(r.regret for r in arm.regrets if r.width == 300), 2) <= 0.11
+    by_batch = analyse(by_horizon(path, "batch").rows).arms
+    assert len(by_batch) == 4
+    for arm in by_batch:
+        assert 0 < arm.drift.slope_low < 1 < arm.drift.slope_high
+        assert 0.855 < arm.drift.slope < 1.715
