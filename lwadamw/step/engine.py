@@ -347,7 +347,7 @@ class Engine:
             state: the optimizer's state by parameter.
         """
         rows = [] if self._triton is None else [(m.order, m.segment_names()) for m in self._triton.members]
-        rows += [(m.order, [m.name]) for m in self._torch_members if state.get(m.param)]
+        rows += [(m.order, m.segment_names()) for m in self._torch_members if state.get(m.param)]
         return [name for _, names in sorted(rows, key=lambda row: row[0]) for name in names]
 
     def norm_sums(self, state: State, *, whole: Call | None) -> tuple[list[str], Tensor]:
@@ -381,7 +381,8 @@ class Engine:
         torch_sums = self._torch.norm_sums(stepped_together, state)
         for member, torch_backend in self._released.values():
             torch_sums += torch_backend.norm_sums([member], state)
-        pieces += [(m, m.name, sums) for m, sums in torch_sums]
+        for m, sums in torch_sums:
+            pieces += [(m, name, row) for name, row in zip(m.segment_names(), sums.unbind(), strict=True)]
         if not pieces:
             return [], torch.empty(0, 4, dtype=torch.float64, device="cpu")
         pieces.sort(key=lambda piece: piece[0].order)

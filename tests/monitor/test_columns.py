@@ -105,7 +105,7 @@ def test_spectra_are_measured_often_at_the_start():
     assert [r.step for r in monitor.readings] == [1, *range(5, 96, 5)]
 
 
-def test_every_segment_has_its_own_values(device):
+def test_every_segment_has_its_own_values(backend, device):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -116,7 +116,7 @@ def test_every_segment_has_its_own_values(device):
     groups = param_groups(
         model, 4, width=8, roles={"experts": lwadamw.Matrix()}, segments={"qkv.weight": 3, "experts": 3}
     )
-    optimizer = AdamW(groups, lr=1e-3, weight_decay=0.1, backend="triton")
+    optimizer = AdamW(groups, lr=1e-3, weight_decay=0.1, backend=backend)
     monitor = Monitor(optimizer, every=2)
     train_on_noise(optimizer, 2)
     reading = monitor.latest
@@ -129,18 +129,6 @@ def test_every_segment_has_its_own_values(device):
         assert reading.columns["top"][i] == pytest.approx(torch.linalg.matrix_norm(part, ord=2).item(), rel=0.01)
     assert reading.roles == ("matrix",) * 6
     assert reading.m.tolist() == [2.0] * 6
-
-
-def test_the_torch_backend_has_one_entry_for_all_segments():
-    model = nn.Linear(8, 24, bias=False)
-    groups = param_groups(model, 4, width=8, roles={"weight": "matrix"}, segments={"weight": 3})
-    optimizer = AdamW(groups, weight_decay=0.1, backend="torch")
-    with Monitor(optimizer) as monitor:
-        train_on_noise(optimizer, 1)
-    assert monitor.latest.names == ("weight",)
-    assert monitor.latest.columns["weight_rms"][0] == pytest.approx(_rms(model.weight), rel=1e-5)
-    top = torch.linalg.matrix_norm(model.weight.detach(), ord=2).item()
-    assert monitor.latest.columns["top"][0] == pytest.approx(top, rel=0.01)
 
 
 def test_a_learning_rate_in_a_tensor_is_followed(backend, device):
