@@ -66,6 +66,7 @@ class _Found(NamedTuple):
         numel: its number of elements, those that this process holds until processes have told each other.
         whole: shape of the whole parameter, if it is held in pieces whose place is known.
         matrix: shape of the matrix that the pieces are cut from.
+        wide: whether the whole parameter has two or more dimensions.
     """
 
     group: int
@@ -74,6 +75,7 @@ class _Found(NamedTuple):
     numel: int
     whole: tuple[int, ...] = ()
     matrix: tuple[int, int] | None = None
+    wide: bool = False
 
 
 def _joined(known: Sequence[_Found]) -> _Found:
@@ -111,13 +113,15 @@ class SegmentTracker:
             found = optimizer.evidence.get(member.name)
             role = found.role if found else keys.ROLE.of(member.group)
             m = found.m if found and found.m is not None else math.nan
-            # The torch backend has no norms of segments. It has one entry for the whole parameter.
+            # The whole is needed as well: other processes may hold the parameter without segments.
             sizes = {
                 member.name: member.param.numel(),
                 **dict(zip(member.segment_names(), member.segments, strict=False)),
             }
             place = place_of(member.param, member.name)
-            own = {name: _Found(member.group_index, role, m, size) for name, size in sizes.items()}
+            # A vector by its role may be an embedding. A plain part of a matrix without a place has one dimension.
+            wide = role != "vector" or len(member.param.shape if place is None else place.whole) > 1
+            own = {n: _Found(member.group_index, role, m, size, wide=wide) for n, size in sizes.items()}
             if place is not None:
                 matrix = matrix_shape(place.whole, place.block, found.fan_in if found else None)
                 own[member.name] = own[member.name]._replace(whole=place.whole, matrix=matrix)
@@ -133,6 +137,7 @@ class SegmentTracker:
         self.roles = tuple(place.role for place in found_places)
         self.m = np.array([place.m for place in found_places], dtype=np.float64)
         self.shapes = {name: place.whole for name, place in zip(self.names, found_places, strict=True) if place.whole}
+        self._wide = np.array([place.wide for place in found_places], dtype=bool)
         self._root_numel = np.sqrt([place.numel for place in found_places])
         self.fan_in = fan_ins(self.names, optimizer)
         why = [without_prediction(group) for group in optimizer.param_groups]
@@ -194,6 +199,10 @@ class SegmentTracker:
             if key not in _FOUND_ANEW:
                 getattr(self, attribute)[new] = getattr(earlier, attribute)[old]
         self._broken_from[new] = earlier._broken_from[old]
+
+    def unbounded(self) -> tuple[str, ...]:
+        """Return the names of the segments with two or more dimensions that had no weight decay at the last reading."""
+        return tuple(name for i, name in enumerate(self.names) if self._wide[i] and not self._decays[i])
 
     def is_stale(self, optimizer: Measured) -> bool:
         """Return whether parameters were added, removed or moved to another group since this tracker was made."""
