@@ -67,7 +67,7 @@ class HalfNorms:
 
 
 def _moved(before: Tensor, after: Tensor) -> tuple[Tensor, ...]:
-    """Return the square sums of the weight after a step and of its change, and the inner product of weight before and change."""
+    """Return the square sums of the weight after a step and of its change, and the inner product of weight and change."""
     change = after - before
     return after.square().sum(), change.square().sum(), (before * change).sum()
 
