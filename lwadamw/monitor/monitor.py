@@ -56,6 +56,8 @@ class Monitor:
         top, second       the two largest singular values of a matrix, see `lwadamw.monitor.spectrum`
         bulk              where the other singular values end if they are noise, see `spectrum.bulk_edge`
         calibrated_at     the step at which top, second and bulk were measured; since then they follow |w|
+        top_of            of a parameter that packs matrices: the number of the matrix whose top, second and bulk these are,
+                          the one with the largest top. Only readings with such a parameter have this column
 
     At steps with a spectrum, a reading also has the columns of the probe. NaN means that there is no value: a column that
     needs weight decay where there is none, an update of a step that was skipped or of a parameter without a gradient, a

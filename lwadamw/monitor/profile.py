@@ -15,7 +15,7 @@ from .kinds import types_of
 from .reading import Reading
 
 WINDOW: Final = 0.1  # a profile is the average of the readings in this last part of the steps
-_NOT_AVERAGED: Final = ("taus", "calibrated_at")  # columns that say when something happened
+_NOT_AVERAGED: Final = ("taus", "calibrated_at", "top_of")  # columns that say when or where something happened
 
 
 def geometric_mean(values: Sequence[float]) -> float:

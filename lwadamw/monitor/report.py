@@ -37,7 +37,7 @@ def medians_by_role(reading: Reading) -> dict[str, dict[str, float]]:
     out: dict[str, dict[str, float]] = {}
     for role in dict.fromkeys(reading.roles):
         of_role = np.array([r == role for r in reading.roles])
-        medians = {name: _median(values[of_role]) for name, values in reading.columns.items()}
+        medians = {name: _median(values[of_role]) for name, values in reading.columns.items() if name != "top_of"}
         out[role] = {name: value for name, value in medians.items() if not math.isnan(value)}
     return out
 

@@ -22,7 +22,7 @@ from ..step.norms import Norms
 from ..width.steady_state import STEADY_TAUS, Elapsed, earliest_steady_step, relative_update_of, weight_rms_of
 from .measured import Measured
 from .parts import Part, absent_part, matrix_shape, part_of, placed_part
-from .spectrum import matrix_view
+from .spectrum import is_pack, matrix_view
 from .standing import fan_ins, without_prediction
 
 # A segment counts as steady while expected_rms and steady_rms differ by at most this share of steady_rms.
@@ -297,8 +297,9 @@ class SegmentTracker:
     def matrices(self, optimizer: Measured) -> dict[str, Tensor | Part]:
         """Return the segments that are matrices, by name, in the order of `names`. They are views of their parameters.
 
-        Of a matrix that is split over processes, what this process holds. DTensors that are split by rows and by columns are
-        left out, and so are plain tensors that are parts and have no place.
+        A segment that packs several matrices, such as experts, has three dimensions. Of a matrix that is split over processes,
+        the result has what this process holds. DTensors that are split by rows and by columns are left out, and so are plain
+        tensors that are parts and have no place, and packs that are split.
         """
         out: dict[str, Tensor | Part] = {}
         wanted = {name for name, role in zip(self.names, self.roles, strict=True) if role != "vector"}
@@ -321,6 +322,7 @@ class SegmentTracker:
             per_row = math.prod(whole.shape[1:])
             parts = torch.split(whole, [size // per_row for size in member.segments]) if member.segments else [whole]
             for name, part in ((member.name, whole), *zip(member.segment_names(), parts, strict=True)):
-                if name in wanted and (matrix := matrix_view(part, fan_in)) is not None:
-                    out[name] = matrix
+                matrix = matrix_view(part, fan_in)
+                if name in wanted and (matrix is not None or is_pack(part.shape, fan_in)):
+                    out[name] = part if matrix is None else matrix
         return {name: out[name] for name in self.names if name in out}
