@@ -12,6 +12,13 @@ from tests import zoo
 from tests.monitor.test_probe import _by_hand, _measure
 
 EXPERTS, IN, OUT = 4, 8, 12
+ROWS_ARE_OUTPUTS = (
+    "linear",
+    "linear of a cast",
+    "matmul with the transpose",
+    "matmul from the left",
+    "bmm with the transpose",
+)
 CHOSEN = (0, 1, 1, 3, 3, 3, 3, 0, 1)  # the expert of each token; no token goes to expert 2
 
 
@@ -98,7 +105,7 @@ class _Experts(nn.Module):
     def __init__(self, way):
         super().__init__()
         self.way = way
-        shape = (EXPERTS, OUT, IN) if way.startswith("linear") else (EXPERTS, IN, OUT)
+        shape = (EXPERTS, OUT, IN) if way in ROWS_ARE_OUTPUTS else (EXPERTS, IN, OUT)
         self.experts = nn.Parameter(torch.randn(shape))
 
     def forward(self, x):
@@ -109,6 +116,14 @@ class _Experts(nn.Module):
         elif self.way == "linear of a cast":
             w, wide = w.double(), x.double()
             parts = [functional.linear(wide[chosen == e], w[e]) for e in range(EXPERTS)]
+        elif self.way == "linear of the transpose":
+            parts = [functional.linear(x[chosen == e], w[e].T) for e in range(EXPERTS)]
+        elif self.way == "matmul with the transpose":
+            parts = [x[chosen == e] @ w[e].mT for e in range(EXPERTS)]
+        elif self.way == "matmul from the left":
+            parts = [(w[e] @ x[chosen == e].mT).mT for e in range(EXPERTS)]
+        elif self.way == "bmm with the transpose":
+            return torch.bmm(torch.stack([x * (chosen == e)[:, None] for e in range(EXPERTS)]), w.transpose(1, 2))
         elif self.way == "matmul":
             parts = [x[chosen == e] @ w[e] for e in range(EXPERTS)]
         elif self.way == "bmm":
@@ -119,7 +134,7 @@ class _Experts(nn.Module):
         return torch.cat(parts)
 
 
-@pytest.mark.parametrize("way", ["linear", "linear of a cast", "matmul", "bmm", "grouped_mm"])
+@pytest.mark.parametrize("way", [*ROWS_ARE_OUTPUTS, "linear of the transpose", "matmul", "bmm", "grouped_mm"])
 @pytest.mark.parametrize("split", [True, False])
 def test_packed_experts_are_measured_each_with_its_own_tokens(way, split, backend, device):
     if way == "grouped_mm" and (not hasattr(torch, "_grouped_mm") or torch.device(device).type != "cpu"):
@@ -127,12 +142,12 @@ def test_packed_experts_are_measured_each_with_its_own_tokens(way, split, backen
     model = _Experts(way).to(device)
     sizes = {"segments": {"experts": EXPERTS}} if split else {}
     groups = param_groups(
-        model, IN, width=IN, roles={"experts": Matrix(fan_in=-1 if way.startswith("linear") else -2)}, **sizes
+        model, IN, width=IN, roles={"experts": Matrix(fan_in=-1 if way in ROWS_ARE_OUTPUTS else -2)}, **sizes
     )
     optimizer = AdamW(groups, lr=1e-2, weight_decay=0.3, backend=backend)
     batch = torch.randn(len(CHOSEN), IN, device=device)
     found, before, after = _measure(model, optimizer, Probe(optimizer, model, batch), lambda m: m(batch).pow(3).sum())
-    b, a = (w["experts"] if way.startswith("linear") else w["experts"].mT for w in (before, after))
+    b, a = (w["experts"] if way in ROWS_ARE_OUTPUTS else w["experts"].mT for w in (before, after))
     chosen = torch.tensor(CHOSEN, device=device)
     tokens = [batch[chosen == e] for e in range(EXPERTS)]
     used = [e for e in range(EXPERTS) if len(tokens[e])]
@@ -140,9 +155,9 @@ def test_packed_experts_are_measured_each_with_its_own_tokens(way, split, backen
         assert optimizer.norm_names() == [f"experts[{e}]" for e in range(EXPERTS)]
         for e in range(EXPERTS):
             if e in used:
-                rtol = 1e-4 if way == "bmm" else 2e-5
+                rtol = 1e-4 if way.startswith("bmm") else 2e-5
                 np.testing.assert_allclose(_rows(found, e), _by_hand(tokens[e], b[e], a[e]), rtol=rtol)
-            elif way != "bmm":
+            elif not way.startswith("bmm"):
                 assert np.isnan(_rows(found, e)).all()
         return
     x2, y2, dy2 = (
@@ -156,7 +171,7 @@ def test_packed_experts_are_measured_each_with_its_own_tokens(way, split, backen
     gain = (y2 / x2 * IN / OUT).sqrt().item()
     assert _rows(found, 0)[0] == pytest.approx(gain, rel=2e-5)
     assert _rows(found, 0)[4] == pytest.approx((dy2 / y2).sqrt().item(), rel=2e-5)
-    if way != "bmm":
+    if not way.startswith("bmm"):
         rms = b[used].double().square().mean().sqrt().item()
         assert _rows(found, 0)[1] == pytest.approx(gain / rms / IN, rel=2e-5)
 
