@@ -44,6 +44,10 @@ class Conv1D(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.randn(into, out)), nn.Parameter(torch.zeros(out))
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W + b."""
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
 
 class GPT2(nn.Module):
     """Conv1D layers, learned positions, and a head that is tied to the embedding."""

@@ -55,6 +55,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option(
         "--effective-decay", action="store_true", help="weight decays are effective values: turn them into base values"
     )
+    option(
+        "--against",
+        choices=("lr", "relative-update"),
+        default="lr",
+        help="read the runs against the lr, or against the relative update |dW|/|W| that lr, weight decay and the rule that an "
+        "arm is named after give a matrix in the steady state (default: %(default)s)",
+    )
+    option(
+        "--beta1", type=float, default=0.9, metavar="X", help="beta1 of the runs, for --against (default: %(default)s)"
+    )
     option("--next", action="store_true", help="say which learning rate to run next at every width, and along a ridge")
     option("--plot", type=Path, metavar="OUT", help="draw loss against learning rate into a .svg, .png or .pdf file")
     option("--json", type=Path, metavar="OUT", help="write the numbers into a file")
@@ -63,6 +73,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
+    if args.next and args.against != "lr":
+        parser.error("argument --next: it says learning rates, and --against relative-update has none. Leave one out.")
     check_plot(parser, args.plot)
     output_file(parser, "--json", args.json)
     try:
@@ -78,6 +90,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             over=args.over,
             effective_decay=args.effective_decay,
             plan=args.next,
+            beta1=args.beta1 if args.against == "relative-update" else None,
         )
     except (ValueError, OSError) as error:
         refuse(parser, error)
@@ -124,6 +137,7 @@ def report(
     over: str | None = None,
     effective_decay: bool = False,
     plan: bool = False,
+    beta1: float | None = None,
 ) -> None:
     """Analyse a file of runs, print the tables, and write the figure and the numbers.
 
@@ -141,12 +155,13 @@ def report(
         over: name of a column over which the lowest loss counts; see `outcomes.read`.
         effective_decay: whether the weight decays are effective values; see `transfer_decay.to_base`.
         plan: whether to say what to run next.
+        beta1: read the runs against the relative update, with this beta1; see `transfer_relative`. None: against the lr.
 
     Raises:
         ValueError: the file or an argument is not as it has to be.
         OSError: a file cannot be written.
     """
-    from ..lab import outcomes, plots, plots_runs, transfer, transfer_decay, transfer_table
+    from ..lab import outcomes, plots, plots_runs, transfer, transfer_decay, transfer_relative, transfer_table
 
     found = outcomes.read(runs, loss, columns, over)
     if effective_decay:
@@ -154,13 +169,17 @@ def report(
         found = replace(found, rows=tuple(transfer_decay.to_base(found.rows, base)))
     elif note := transfer_decay.note(transfer_decay.exponents(found.rows)):
         found = replace(found, notes=(*found.notes, note))
+    swept = {}
+    if beta1 is not None:
+        found = transfer_relative.against_relative_update(found, proxy or min(row.width for row in found.rows), beta1)
+        swept = {"swept": found.swept, "title": f"Loss against {found.swept}"}
     result = transfer.analyse(found.rows, proxy=proxy, lr=lr, noise=noise)
     print(transfer_table.table(result, found, plan))
     if numbers is not None:
         numbers.write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
     if plot is not None:
         try:
-            plots.save(plots_runs.transfer(found, proxy=proxy, lr=lr), plot)
+            plots.save(plots_runs.transfer(found, proxy=proxy, lr=lr, **swept), plot)
         except RuntimeError as error:  # matplotlib is not installed
             print(error)
         else:

@@ -49,6 +49,7 @@ class Outcomes:
         caption: how the runs were made, in one line, like '600 steps, 2 seeds, version 0.1.0+1a2b3c4'.
         width: name of the column that holds the widths.
         notes: what was left out of the file, one sentence each.
+        swept: what `Outcome.lr` holds, in words.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Outcomes:
     caption: str = ""
     width: str = "width"
     notes: tuple[str, ...] = ()
+    swept: str = "lr"
 
 
 def read(

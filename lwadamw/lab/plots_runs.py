@@ -11,7 +11,7 @@ from lwadamw.state.arrays import Array
 
 from .curves import Curve, noise_of
 from .outcomes import Outcomes
-from .plots import GREY, by_width, fold, hide, legend, log2_axis, panels, styled
+from .plots import GREY, by_width, fold, hide, legend, log2_axis, log_axis, panels, styled
 from .ridge import Ridge, ridge
 from .transfer import NOISE, curves_of
 
@@ -71,7 +71,10 @@ def transfer(
         axes.set_title(f"{arm}, wd {decay:g}" if several else arm)
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(swept)
-    log2_axis(flat[0], "x", {row.lr for row in outcomes.rows})
+    if outcomes.swept == "lr":
+        log2_axis(flat[0], "x", {row.lr for row in outcomes.rows})
+    else:  # values at other widths lie between those of the first one, so not every value gets a tick
+        log_axis(flat[0], "x")
     for row_of_axes in grid:
         row_of_axes[0].set_ylabel(outcomes.loss.replace("_", " "))
     _cut(flat[0], curves)

@@ -14,8 +14,6 @@ from .ridge import Ridge
 from .transfer import Arm, Optimum, Regret, Transfer
 from .transfer_next import Next
 
-_HEADER = ("best lr", "95 %", "of the runs", "loss", "at lr", "loss", "regret", "")
-
 
 def table(found: Transfer, outcomes: Outcomes, plan: bool = False) -> str:
     """Return the results as tables of text.
@@ -31,43 +29,46 @@ def table(found: Transfer, outcomes: Outcomes, plan: bool = False) -> str:
     rows = outcomes.rows
     diverged = sum(math.isinf(row.loss) for row in rows)
     count = f"{len(rows)} runs, {diverged} of them diverged; losses are column {outcomes.loss!r}"
-    axis = outcomes.width
+    axis, swept = outcomes.width, outcomes.swept
+    header = (axis, f"best {swept}", "95 %", "of the runs", "loss", f"at {swept}", "loss", "regret", "")
     blocks = ["\n".join([f"{outcomes.source}: {count}; proxy {axis} {found.proxy}", *outcomes.notes])]
     labels = _labels(found.arms)
     for arm in found.arms:
         noise = f"noise of a run {arm.noise:.2g}, {'from its seeds' if arm.noise_from == 'seeds' else 'as given'}"
         blocks.append(
-            "\n".join(
-                [f"{labels[arm]}   ({noise})", *aligned([(axis, *_HEADER), *_lines(arm)], range(1, len(_HEADER)))]
-            )
+            "\n".join([f"{labels[arm]}   ({noise})", *aligned([header, *_lines(arm)], range(1, len(header) - 1))])
         )
     if any(arm.drift for arm in found.arms):
         blocks.append(
             "\n".join(
-                aligned([_summary_header(axis), *(_summary(arm, labels[arm]) for arm in found.arms)], range(1, 5))
+                aligned(
+                    [_summary_header(axis, swept), *(_summary(arm, labels[arm]) for arm in found.arms)], range(1, 5)
+                )
             )
         )
     if found.differences:
         several = len({d.weight_decay for d in found.differences}) > 1
         blocks.append(
-            "\n".join(aligned([_pairs_header(axis), *(_pair(d, several) for d in found.differences)], range(1, 2)))
+            "\n".join(
+                aligned([_pairs_header(axis, swept), *(_pair(d, several) for d in found.differences)], range(1, 2))
+            )
         )
     blocks += ["\n".join(map(_ridge, found.ridges))] if found.ridges else []
     best = [(str(w), labels[arm], f"{o.best_lr:g}", _loss(o.best_loss)) for w, (arm, o) in found.best().items()]
-    blocks.append("\n".join(aligned([(axis, "arm with the lowest loss", "at lr", "loss"), *best], right=(0, 2))))
+    blocks.append("\n".join(aligned([(axis, "arm with the lowest loss", f"at {swept}", "loss"), *best], right=(0, 2))))
     if plan:
         lines = aligned([("arm", axis, "weight decay", "lr", ""), *map(_next, found.next)], range(1, 4))
         blocks.append("\n".join(["next runs", *lines]))
     return "\n\n".join([*blocks, _notes(found)])
 
 
-def _summary_header(axis: str) -> Sequence[str]:
-    drift = f"drift, octaves of lr per octave of {axis}"
+def _summary_header(axis: str, swept: str) -> Sequence[str]:
+    drift = f"drift, octaves of {swept} per octave of {axis}"
     return ("arm", f"{axis}s" if axis == "width" else axis, drift, "in all, octaves", "regret at the widest", "")
 
 
-def _pairs_header(axis: str) -> Sequence[str]:
-    return ("difference of two drifts", f"octaves of lr per octave of {axis}", f"runs in common at {axis}")
+def _pairs_header(axis: str, swept: str) -> Sequence[str]:
+    return ("difference of two drifts", f"octaves of {swept} per octave of {axis}", f"runs in common at {axis}")
 
 
 def _lines(arm: Arm) -> Sequence[Sequence[str]]:

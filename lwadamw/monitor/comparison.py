@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..state.names import layer_type
 from ..width.steady_state import STEADY_TAUS
 from .calibration import Calibration, Type, Types
 from .claims import Claim, judge, width_ratio
+from .kinds import types_of
 from .laws import DEFAULTS, mean_of, predicted_ratio, value_of
 from .profile import Profile, SegmentProfile
 
@@ -183,8 +183,8 @@ def _check_statistics(statistics: Sequence[str], *profiles: Profile) -> None:
 
 def _by_type(profile: Profile, by_layer: bool) -> dict[Type, list[SegmentProfile]]:
     out: dict[Type, list[SegmentProfile]] = {}
-    for segment in profile.segments:
-        name = segment.name if by_layer else layer_type(segment.name)
+    names = [segment.name for segment in profile.segments]
+    for segment, name in zip(profile.segments, names if by_layer else types_of(names), strict=True):
         out.setdefault((segment.role, name), []).append(segment)
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
@@ -10,6 +11,7 @@ from typing import Final
 
 from ..width.steady_state import STEADY_TAUS
 from .comparison import Comparison, Finding, compare
+from .growth import GROWN, fastest_by_type, growths
 from .profile import WINDOW, Profile
 from .profile_file import load
 from .reading import Reading
@@ -18,6 +20,7 @@ from .reading import Reading
 # four times the width was off by a factor of up to 1.43 in good runs.
 DRIFT_TOLERANCE: Final = 1.5
 MOST_NAMED: Final = 3  # at most so many segments are named in a warning
+_log = logging.getLogger("lwadamw")
 STATISTICS: Final = ("weight_rms", "relative_update", "top", "gain")
 
 
@@ -40,6 +43,10 @@ class DriftWatch:
     A run also drifts if, at two readings in a row, something differs that the width rule claims to hold equal. Two faults are
     certain, and the watch warns of them at the first reading that shows them: weights that are NaN or infinite, and width
     ratios or a rule that do not fit those of the proxy.
+
+    What has no weight decay, such as heads and embeddings, has no steady state, and no prediction. It grows in good runs too.
+    So the watch does not warn of it. It logs one message, at the level WARNING of the logger "lwadamw", at the first reading
+    at which such a norm has become twice as large as at the first reading of the watch.
 
     Args:
         reference: the profile of the proxy, or the path of its file. Or several of them, for instance two seeds: how much they
@@ -86,8 +93,10 @@ class DriftWatch:
         self.warned = False
         self._suspects: set[tuple[str, ...]] = set()
         self._recent: list[Reading] = []
+        self._begin: Reading | None = None  # the first reading; None as well when the growth has been told
 
     def __call__(self, reading: Reading) -> None:
+        self._tell_growth(reading)
         if self.warned:
             return
         if broken := _broken(reading):
@@ -111,6 +120,29 @@ class DriftWatch:
         problem = found.claim.sentence if found.claim.certain else self._confirmed(found)
         if problem:
             self._warn(f"step {reading.step}: {problem}", reading.writes)
+
+    def _tell_growth(self, reading: Reading) -> None:
+        """Log once what has no weight decay and has grown to GROWN times its norm at the first reading."""
+        if not self._recent and not self.warned:
+            self._begin = reading
+        if self._begin is None or self._begin is reading:
+            return
+        found = [one for one in growths([self._begin, reading]) if one.grown >= GROWN]
+        if not found:
+            return
+        self._begin = None
+        told = [
+            f"{one.name} ({one.grown:.3g} times its norm at step {one.since}"
+            + ("" if math.isnan(one.top) else f", top singular value {one.top:.3g}")
+            + ")"
+            for one in fastest_by_type(found).values()
+        ]
+        if reading.writes:
+            _log.warning(
+                "lwadamw.DriftWatch, step %d: no weight decay bounds %s. Monitor.report() says how far this goes on.",
+                reading.step,
+                ", ".join(told[:MOST_NAMED]) + (f" and {len(told) - MOST_NAMED} more" if told[MOST_NAMED:] else ""),
+            )
 
     def _confirmed(self, found: Comparison) -> str:
         """Return what has been wrong at this reading and at the last one, or an empty text."""

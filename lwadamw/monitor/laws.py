@@ -8,6 +8,7 @@ from typing import Final
 
 from ..width.steady_state import relative_update_of, weight_rms_of
 from .profile import SegmentProfile, geometric_mean
+from .spectrum import is_pack
 
 Quantity = Callable[[SegmentProfile], float]  # a number that a segment has; NaN where it is not known
 
@@ -47,7 +48,7 @@ def _m(segment: SegmentProfile) -> float:
 
 def _random_top(segment: SegmentProfile) -> float:
     """Return the top singular value of a matrix of this shape with independent entries of RMS 1: sqrt(rows) + sqrt(columns)."""
-    shape = segment.shape
+    shape = segment.shape[1:] if is_pack(segment.shape, segment.fan_in) else segment.shape
     rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.nan, math.nan)
     return math.sqrt(rows) + math.sqrt(columns)
 

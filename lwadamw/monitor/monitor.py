@@ -17,12 +17,14 @@ from ..step.optimizer import AdamW
 from ..width.steady_state import Elapsed
 from .arguments import check_number, check_optimizer, optimizer_behind, probe_columns, probe_of, steps_of, writes
 from .group_tracker import GroupTracker
+from .growth import growths
 from .measured import Joined, Measured
 from .reading import Reading
 from .report import as_dict, medians_by_role, table
 from .segment_tracker import SegmentTracker
 from .spectra import Spectrum
 from .standing import rules_of
+from .text import terminal_width
 from .together import Together
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Monitor:
         top, second       the two largest singular values of a matrix, see `lwadamw.monitor.spectrum`
         bulk              where the other singular values end if they are noise, see `spectrum.bulk_edge`
         calibrated_at     the step at which top, second and bulk were measured; since then they follow |w|
+        top_of            of a parameter that packs matrices: the number of the matrix whose top, second and bulk these are,
+                          the one with the largest top. Only readings with such a parameter have this column
 
     At steps with a spectrum, a reading also has the columns of the probe. NaN means that there is no value: a column that
     needs weight decay where there is none, an update of a step that was skipped or of a parameter without a gradient, a
@@ -185,11 +189,22 @@ class Monitor:
         """
         return {} if self.latest is None else as_dict(self.latest, prefix)
 
-    def report(self) -> str:
-        """Return the latest reading as a table: one line per role, then one line per type of layer."""
+    def report(self, width: int | None = None) -> str:
+        """Return the latest reading as a table: one line per role, then one line per type of layer.
+
+        Below the table stands what has no weight decay and two or more dimensions, such as heads and embeddings: how much it
+        has grown, and how far it grows if the learning rate stays. See `lwadamw.monitor.growth`.
+
+        Args:
+            width: the largest length of a line in characters. By default, that of the terminal (COLUMNS if it is set), and 120
+                where there is no terminal. A table that is too wide leaves out rotation/steady, then the smallest and the
+                largest values, then rms/expected, role, update/steady and taus. Then it shortens names.
+        """
         if self.latest is None:
             return f"no reading yet: the first is after step {self._first}"
-        return table(self.latest, list(self.verdicts.values()), self.steps)
+        width = terminal_width() if width is None else width
+        grown = growths(self.readings, self.steps)
+        return table(self.latest, list(self.verdicts.values()), self.steps, grown, width)
 
     def save(self, path: str | Path, **meta: Any) -> None:
         """Write a profile of the run for `python -m lwadamw compare`.
@@ -322,6 +337,7 @@ class Monitor:
             shapes=segments.shapes,
             fan_in=segments.fan_in,
             rule=rules_of(self.optimizer.param_groups),
+            unbounded=segments.unbounded(),
         )
         self.readings.append(reading)
         for call in self.on_reading:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ..state.arrays import Array
 from ..state.members import Member, is_sharded, members_of
+from .alignment import STATISTICS, statistics, sums_of
+from .inputs import InputSample, InputWatch, Use
 
 if TYPE_CHECKING:
     from ..step.optimizer import AdamW
-
-STATISTICS: Final = ("gain", "weight_alignment", "update_alignment", "alignment_ratio", "representation_change")
-_GOLDEN: Final = 0.6180339887498949  # the golden ratio minus 1
 
 
 class Probe:
@@ -38,14 +37,19 @@ class Probe:
     the same, assign that batch to `batch` before `before_step()`.
 
     The probe measures the multiplication alone, without the bias and without what comes after it. It measures weights of the
-    matrix role, or all weights in groups without roles. The weight must belong to a module like nn.Linear, one with
-    `in_features` and `out_features`. The weight and the parameter in the optimizer must be the same object. All other
-    parameters are NaN: convolutions, packed experts, and weights that are used without calling their module. Frozen weights are
-    not in the optimizer, so they have no values at all. If modules share a weight, or if a module is called several times, X
-    holds the inputs of all calls. A weight that `param_groups(segments=...)` splits has values per segment. After a skipped
-    step the alignments of the update are NaN.
+    matrix role, or all weights in groups without roles. The weight and the parameter in the optimizer must be the same object.
+    It may belong to a module like nn.Linear, one with `in_features` and `out_features`. Or the forward pass may multiply with
+    it by a function that `lwadamw.monitor.inputs.InputWatch` knows. These are the Conv1D of GPT-2, nn.Conv1d and nn.Conv2d
+    without groups, whose inputs are patches, and experts that are packed into one tensor (experts, ., .). All other parameters
+    are NaN, such as those of an einsum. Frozen weights are not in the optimizer, so they have no values at all. If modules
+    share a weight, or if a module is called several times, X holds the inputs of all calls.
 
-    Rows of X are chosen evenly from all calls, at most `max_rows` for each weight. The probe keeps them, and a copy of the
+    A weight that `param_groups(segments=...)` splits has values per segment; they are NaN if the rows of the weight are its
+    inputs, as in Conv1D. Packed experts without segments have one value: the norms of W X, X and dW X are those of all experts
+    together, |W| and |dW| are root mean squares over the experts that got inputs. After a skipped step the alignments of the
+    update are NaN.
+
+    Rows of X are chosen evenly from all calls, at most `max_rows` for each matrix. The probe keeps them, and a copy of the
     weights, from `before_step()` to `after_step()`, in their own dtypes.
 
     Args:
@@ -53,10 +57,10 @@ class Probe:
         model: the model that the optimizer trains. The optimizer must have the parameters of this model.
         batch: what the model is called with: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
         forward: called as forward(model, batch), for models that need another call.
-        max_rows: number of inputs (tokens) that are kept for each weight.
+        max_rows: number of inputs (tokens) that are kept for each matrix.
 
     Raises:
-        ValueError: max_rows is not positive, or the model has no weight that can be measured.
+        ValueError: max_rows is not positive, or the model has no matrix of the optimizer.
         RuntimeError: a weight is split over processes: a part of a matrix has no gain.
 
     Examples:
@@ -87,18 +91,18 @@ class Probe:
         self.batch = batch
         self.forward = _call if forward is None else forward
         self.max_rows = max_rows
-        # For each weight that was used: the member, X of shape [rows, fan_in], and a copy of the weight.
-        self._before: list[tuple[Member, Tensor, Tensor]] | None = None
+        # For each weight that was used: the member, a copy of the weight, and X of each matrix.
+        self._before: list[tuple[Member, Tensor, Mapping[Use, Tensor]]] | None = None
         if optimizer.shards.declared:
             raise RuntimeError(
                 "Probe: this AdamW was built with shard_group, so its parameters are parts of matrices, and a part has no "
                 "gain. Probe a model whose weights are not sharded."
             )
-        self._check_whole(self._sites())
-        if not self._sites():
+        self._check_whole(self._members())
+        if not self._members():
             raise ValueError(
-                "Probe: no matrix of the optimizer is the weight of a module like nn.Linear in this model. Give the model "
-                "whose parameters the optimizer has, and make the probe before any conversion that replaces parameters."
+                "Probe: no matrix of the optimizer is a parameter of this model. Give the model whose parameters the optimizer "
+                "has, and make the probe before any conversion that replaces parameters."
             )
 
     @torch.no_grad()
@@ -109,31 +113,37 @@ class Probe:
         and the random number generators are as they were before.
 
         Raises:
-            RuntimeError: a weight is sharded over processes, or the forward pass called none of the modules.
+            RuntimeError: a weight is sharded over processes, or the forward pass multiplied with none of the weights.
         """
-        sites = self._sites()
-        self._check_whole(sites)
-        samples = [_InputSample(self.max_rows) for _ in sites]
+        members = self._members()
+        self._check_whole(members)
+        modules = self._linear_modules()
+        watch = InputWatch([m.param for m in members if id(m.param) not in modules], self.max_rows)
+        samples = watch.samples
         handles = [
             module.register_forward_pre_hook(sample.hook, with_kwargs=True)
-            for (_, modules), sample in zip(sites, samples, strict=True)
-            for module in modules
+            for member in members
+            if id(member.param) in modules
+            for sample in [samples.setdefault(Use(id(member.param), 0, 1), InputSample(self.max_rows))]
+            for module in modules[id(member.param)]
         ]
         try:
-            with _evaluating(self.model), torch.random.fork_rng(_devices(self.model)):
+            with _evaluating(self.model), torch.random.fork_rng(_devices(self.model)), watch:
                 self.forward(self.model, self.batch)
         finally:
             for handle in handles:
                 handle.remove()
-        self._before = [
-            (member, sample.values, member.param.detach().clone())
-            for (member, _), sample in zip(sites, samples, strict=True)
-            if sample.values is not None
-        ]
+        found: dict[int, dict[Use, Tensor]] = {}
+        for use, sample in samples.items():
+            of_weight = found.setdefault(use.weight, {})
+            # A weight that is used in both directions is measured in the one that came first.
+            if sample.values is not None and all(use.summed == other.summed for other in of_weight):
+                of_weight[use] = sample.values
+        self._before = [(m, m.param.detach().clone(), found[id(m.param)]) for m in members if found.get(id(m.param))]
         if not self._before:
             self._before = None
             raise RuntimeError(
-                f"Probe: the forward pass called none of the {len(sites)} modules with a matrix. Give the model "
+                f"Probe: the forward pass multiplied with none of the {len(members)} matrices. Give the model "
                 "before torch.compile, or a forward(model, batch) that calls that model."
             )
 
@@ -153,106 +163,43 @@ class Probe:
             )
         before, self._before = self._before, None
         names, sums = [], []
-        for member, x, weight in before:
-            # The torch backend has no norms of segments, but one for the whole weight. So both are measured.
-            parts = _sums(member, x, weight)
+        for member, weight, inputs in before:
+            # Norms are those of segments, or of the whole where its rows are not contiguous in memory.
             names += [member.name, *member.segment_names()]
-            sums.append(torch.cat([_whole(parts), parts]))
+            sums.append(sums_of(member, weight, inputs))
         table = torch.cat([part.to(sums[0].device, non_blocking=True) for part in sums]).cpu().numpy()
-        measured = dict(zip(names, _statistics(table), strict=True))
+        measured = dict(zip(names, statistics(table), strict=True))
         unknown = np.full(len(STATISTICS), np.nan)
         rows = np.array([measured.get(name, unknown) for name in self.optimizer.norm_names()])
         return dict(zip(STATISTICS, rows.reshape(-1, len(STATISTICS)).T.copy(), strict=True))
 
-    def _check_whole(self, sites: list[tuple[Member, list[nn.Module]]]) -> None:
-        for member, _ in sites:
+    def _check_whole(self, members: list[Member]) -> None:
+        for member in members:
             if is_sharded(member.param):
                 raise RuntimeError(
                     f"Probe: {member.name!r} {tuple(member.param.shape)} is sharded over processes, and a shard has no "
                     "gain. Probe a model whose weights are not sharded."
                 )
 
-    def _sites(self) -> list[tuple[Member, list[nn.Module]]]:
-        """Return the weights that can be measured, each with the modules that multiply with it."""
+    def _linear_modules(self) -> dict[int, list[nn.Module]]:
+        """Return the modules like nn.Linear by id() of their weight."""
         modules: dict[int, list[nn.Module]] = {}
         for module in self.model.modules():
             if _is_linear(module):
                 modules.setdefault(id(module.weight), []).append(module)
+        return modules
+
+    def _members(self) -> list[Member]:
+        """Return the matrices of the optimizer that are parameters of the model."""
+        own = {id(p) for p in self.model.parameters()}
         return [
-            (member, modules[id(member.param)])
+            member
             for member in members_of(self.optimizer.param_groups)
-            if id(member.param) in modules and member.group.get("role", "matrix") == "matrix"
+            if id(member.param) in own
+            and member.param.ndim > 1
+            and member.param.is_floating_point()
+            and member.group.get("role", "matrix") == "matrix"
         ]
-
-
-class _InputSample:
-    """Keeps at most `limit` rows of the inputs of all calls, spread evenly over them.
-
-    Row i is kept while frac(i * golden ratio) is among the `limit` smallest. For every limit, the kept rows lie evenly. They
-    prefer no position within a sequence. Every n-th row would prefer some positions, if sequences have 2^k tokens.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.values: Tensor | None = None  # [rows, fan_in]
-        self._keys: Tensor | None = None
-        self._seen = 0
-
-    def hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add the inputs of one call. A module calls this as its forward pre-hook."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        x = x.detach().reshape(-1, x.shape[-1])
-        index = torch.arange(self._seen, self._seen + len(x), dtype=torch.float64, device=x.device)
-        self._seen += len(x)
-        keys = (index * _GOLDEN).frac()
-        chosen = keys.argsort()[: self.limit]
-        x, keys = x[chosen], keys[chosen]
-        if self.values is not None and self._keys is not None:
-            keys = torch.cat([self._keys, keys])
-            chosen = keys.argsort()[: self.limit]
-            x, keys = torch.cat([self.values, x])[chosen], keys[chosen]
-        self.values, self._keys = x, keys
-
-
-def _sums(member: Member, x: Tensor, before: Tensor) -> Tensor:
-    """Return the sums that the statistics need, float64[segments, 6].
-
-    The columns hold the square sums of W, dW, X, W X and dW X, and the number of rows of W over the fan_in.
-    """
-    dtype = torch.promote_types(torch.promote_types(before.dtype, x.dtype), torch.float32)
-    x, weight = x.to(dtype), before.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        change = member.param.detach().to(dtype) - weight
-        by_row = [_squares(weight, 1), _squares(change, 1), _squares(x @ weight.T, 0), _squares(x @ change.T, 0)]
-    fan_in = weight.shape[1]
-    sizes = [size // fan_in for size in member.segments] or [len(weight)]
-    parts = [torch.stack([part.sum() for part in torch.split(squares, sizes)]) for squares in by_row]
-    inputs = _squares(x.flatten(), 0).expand(len(sizes))
-    outputs = torch.tensor(sizes, dtype=torch.float64, device=x.device) / fan_in
-    return torch.stack([parts[0], parts[1], inputs, parts[2], parts[3], outputs], dim=1)
-
-
-def _whole(parts: Tensor) -> Tensor:
-    """Return the sums of the whole weight, float64[1, 6]. All segments have the same inputs."""
-    whole = parts.sum(dim=0, keepdim=True)
-    whole[:, 2] = parts[:1, 2]
-    return whole
-
-
-def _squares(tensor: Tensor, dim: int) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.float64)
-    return norm.square()
-
-
-def _statistics(sums: Array) -> Array:
-    """Return the statistics, float64[n, 5], in the order of STATISTICS. 0/0 is NaN."""
-    weight, change, x, y, dy, outputs_per_input = sums.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gain = np.sqrt(y / x / outputs_per_input)
-        of_weight, of_update = np.sqrt(y / (weight * x)), np.sqrt(dy / (change * x))
-        out = np.stack([gain, of_weight, of_update, of_update / of_weight, np.sqrt(dy / y)], axis=1)
-    out[~np.isfinite(out)] = np.nan
-    return out
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -10,12 +10,12 @@ from typing import Any, Final
 import numpy as np
 
 from ..state.arrays import Array
-from ..state.names import layer_type
 from ..width.steady_state import STEADY_TAUS
+from .kinds import types_of
 from .reading import Reading
 
 WINDOW: Final = 0.1  # a profile is the average of the readings in this last part of the steps
-_NOT_AVERAGED: Final = ("taus", "calibrated_at")  # columns that say when something happened
+_NOT_AVERAGED: Final = ("taus", "calibrated_at", "top_of")  # columns that say when or where something happened
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -138,8 +138,8 @@ class Profile:
         Its numbers are geometric means. Its taus are those of the segment with the fewest. The result has no history.
         """
         types: dict[tuple[str, str], list[SegmentProfile]] = {}
-        for segment in self.segments:
-            types.setdefault((segment.role, layer_type(segment.name)), []).append(segment)
+        for segment, kind in zip(self.segments, types_of([x.name for x in self.segments]), strict=True):
+            types.setdefault((segment.role, kind), []).append(segment)
         segments = (
             SegmentProfile(
                 name,

@@ -27,6 +27,7 @@ class Reading:
         shapes: shape of the whole parameter, by name, of parameters that are held in pieces whose place is known.
         fan_in: fan_in of every segment. Empty if it is not known of any.
         rule: name of the optimizer's rule.
+        unbounded: names of the segments with two or more dimensions and without weight decay: nothing bounds their norms.
     """
 
     step: int
@@ -40,3 +41,4 @@ class Reading:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fan_in: Array = field(default_factory=lambda: np.empty(0))
     rule: str = "none"
+    unbounded: tuple[str, ...] = ()

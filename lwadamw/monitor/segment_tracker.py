@@ -22,7 +22,7 @@ from ..step.norms import Norms
 from ..width.steady_state import STEADY_TAUS, Elapsed, earliest_steady_step, relative_update_of, weight_rms_of
 from .measured import Measured
 from .parts import Part, absent_part, matrix_shape, part_of, placed_part
-from .spectrum import matrix_view
+from .spectrum import is_pack, matrix_view
 from .standing import fan_ins, without_prediction
 
 # A segment counts as steady while expected_rms and steady_rms differ by at most this share of steady_rms.
@@ -66,6 +66,7 @@ class _Found(NamedTuple):
         numel: its number of elements, those that this process holds until processes have told each other.
         whole: shape of the whole parameter, if it is held in pieces whose place is known.
         matrix: shape of the matrix that the pieces are cut from.
+        wide: whether the whole parameter has two or more dimensions.
     """
 
     group: int
@@ -74,6 +75,7 @@ class _Found(NamedTuple):
     numel: int
     whole: tuple[int, ...] = ()
     matrix: tuple[int, int] | None = None
+    wide: bool = False
 
 
 def _joined(known: Sequence[_Found]) -> _Found:
@@ -111,13 +113,15 @@ class SegmentTracker:
             found = optimizer.evidence.get(member.name)
             role = found.role if found else keys.ROLE.of(member.group)
             m = found.m if found and found.m is not None else math.nan
-            # The torch backend has no norms of segments. It has one entry for the whole parameter.
+            # The whole is needed as well: other processes may hold the parameter without segments.
             sizes = {
                 member.name: member.param.numel(),
                 **dict(zip(member.segment_names(), member.segments, strict=False)),
             }
             place = place_of(member.param, member.name)
-            own = {name: _Found(member.group_index, role, m, size) for name, size in sizes.items()}
+            # A vector by its role may be an embedding. A plain part of a matrix without a place has one dimension.
+            wide = role != "vector" or len(member.param.shape if place is None else place.whole) > 1
+            own = {n: _Found(member.group_index, role, m, size, wide=wide) for n, size in sizes.items()}
             if place is not None:
                 matrix = matrix_shape(place.whole, place.block, found.fan_in if found else None)
                 own[member.name] = own[member.name]._replace(whole=place.whole, matrix=matrix)
@@ -133,6 +137,7 @@ class SegmentTracker:
         self.roles = tuple(place.role for place in found_places)
         self.m = np.array([place.m for place in found_places], dtype=np.float64)
         self.shapes = {name: place.whole for name, place in zip(self.names, found_places, strict=True) if place.whole}
+        self._wide = np.array([place.wide for place in found_places], dtype=bool)
         self._root_numel = np.sqrt([place.numel for place in found_places])
         self.fan_in = fan_ins(self.names, optimizer)
         why = [without_prediction(group) for group in optimizer.param_groups]
@@ -194,6 +199,10 @@ class SegmentTracker:
             if key not in _FOUND_ANEW:
                 getattr(self, attribute)[new] = getattr(earlier, attribute)[old]
         self._broken_from[new] = earlier._broken_from[old]
+
+    def unbounded(self) -> tuple[str, ...]:
+        """Return the names of the segments with two or more dimensions that had no weight decay at the last reading."""
+        return tuple(name for i, name in enumerate(self.names) if self._wide[i] and not self._decays[i])
 
     def is_stale(self, optimizer: Measured) -> bool:
         """Return whether parameters were added, removed or moved to another group since this tracker was made."""
@@ -288,8 +297,9 @@ class SegmentTracker:
     def matrices(self, optimizer: Measured) -> dict[str, Tensor | Part]:
         """Return the segments that are matrices, by name, in the order of `names`. They are views of their parameters.
 
-        Of a matrix that is split over processes, what this process holds. DTensors that are split by rows and by columns are
-        left out, and so are plain tensors that are parts and have no place.
+        A segment that packs several matrices, such as experts, has three dimensions. Of a matrix that is split over processes,
+        the result has what this process holds. DTensors that are split by rows and by columns are left out, and so are plain
+        tensors that are parts and have no place, and packs that are split.
         """
         out: dict[str, Tensor | Part] = {}
         wanted = {name for name, role in zip(self.names, self.roles, strict=True) if role != "vector"}
@@ -312,6 +322,7 @@ class SegmentTracker:
             per_row = math.prod(whole.shape[1:])
             parts = torch.split(whole, [size // per_row for size in member.segments]) if member.segments else [whole]
             for name, part in ((member.name, whole), *zip(member.segment_names(), parts, strict=True)):
-                if name in wanted and (matrix := matrix_view(part, fan_in)) is not None:
-                    out[name] = matrix
+                matrix = matrix_view(part, fan_in)
+                if name in wanted and (matrix is not None or is_pack(part.shape, fan_in)):
+                    out[name] = part if matrix is None else matrix
         return {name: out[name] for name in self.names if name in out}

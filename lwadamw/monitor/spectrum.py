@@ -97,7 +97,17 @@ def matrix_view(p: Tensor, fan_in: int | None) -> Tensor | None:
         return None
     if math.prod(p.shape[1:]) == fan_in:
         return p.flatten(1)
-    return p[0] if p.ndim == 3 and p.shape[0] == 1 and fan_in in p.shape[1:] else None
+    return p[0] if p.shape[0] == 1 and is_pack(p.shape, fan_in) else None
+
+
+def is_pack(shape: Sequence[int], fan_in: float | None) -> bool:
+    """Return whether a tensor of this shape packs matrices along its first dimension, such as experts.
+
+    Args:
+        shape: its shape.
+        fan_in: the fan_in of its matrices. A convolution has a fan_in of all dimensions but the first, and is one matrix.
+    """
+    return len(shape) == 3 and fan_in in shape[1:] and math.prod(shape[1:]) != fan_in
 
 
 def _batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -43,8 +43,8 @@ class Entry:
         completed_for: what the state was completed for: amsgrad, step on the device, huber decay, packed, kept. None:
             not yet.
         kept: how the weight is kept: "plain", "master", "remainder", "kahan" or "stochastic". See state/storage.py.
-        sums: statistics of the last step, float64[4], if the step itself measured them. None: they are computed when norms
-            are read.
+        sums: statistics of the last step, float64[segments, 4], if the step itself measured them. None: they are computed
+            when norms are read.
         threshold: huber threshold that the last step used, float32[].
         absolute: sum of |w| after the last step over what this process holds, float64[], if the huber threshold still has to
             follow the whole parameter, of which other processes hold other parts.

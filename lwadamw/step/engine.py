@@ -348,7 +348,7 @@ class Engine:
             state: the optimizer's state by parameter.
         """
         rows = [] if self._triton is None else [(m.order, m.segment_names()) for m in self._triton.members]
-        rows += [(m.order, [m.name]) for m in self._torch_members if state.get(m.param)]
+        rows += [(m.order, m.segment_names()) for m in self._torch_members if state.get(m.param)]
         return [name for _, names in sorted(rows, key=lambda row: row[0]) for name in names]
 
     def norm_sums(self, state: State, *, whole: Call | None) -> tuple[list[str], Tensor]:
@@ -367,7 +367,8 @@ class Engine:
         torch_sums = self._torch.norm_sums(together, state)
         for member, torch_backend in self._released.values():
             torch_sums += torch_backend.norm_sums([member], state)
-        members, sums = join_sums([] if self._triton is None else self._triton.norm_sums(), torch_sums)
+        tables = [] if self._triton is None else self._triton.norm_sums()
+        members, sums = join_sums([*tables, *(([m], rows) for m, rows in torch_sums)])
         if whole is None:
             return [name for _, name in members], sums
         return self._shards.whole_rows(members, sums, whole)

@@ -197,7 +197,7 @@ class TorchBackend:
             state: the optimizer's state by parameter.
 
         Returns:
-            Each parameter with its statistics, float64[4]. The columns are those of `AdamW.norm_sums`.
+            Each parameter with its statistics, float64[segments, 4]. The columns are those of `AdamW.norm_sums`.
         """
         held = [m for m in members if state.get(m.param)]
         places = {id(entry.member.param): (bucket, entry) for bucket in self.buckets for entry in bucket.entries}

@@ -120,11 +120,11 @@ def test_composer_gets_norms_under_its_own_names(monkeypatch):
     assert not hasattr(optimizer, "report_per_parameter_metrics")
 
 
-def test_composer_gets_one_norm_for_a_parameter_with_segments(device):
+def test_composer_gets_one_norm_for_a_parameter_with_segments(backend, device):
     """Composer computes its global norm from every `l2_norm/grad`, so a parameter must not count twice."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False)).to(device)
     groups = param_groups(model, 6, width=6, roles={"0.weight": "matrix"}, segments={"0.weight": 2})
-    optimizer = AdamW(groups, backend="triton")
+    optimizer = AdamW(groups, backend=backend)
     report_to_composer(optimizer)
     model(torch.randn(5, 6, device=device)).sum().backward()
     optimizer.step()

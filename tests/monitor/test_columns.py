@@ -105,7 +105,7 @@ def test_spectra_are_measured_often_at_the_start():
     assert [r.step for r in monitor.readings] == [1, *range(5, 96, 5)]
 
 
-def test_every_segment_has_its_own_values(device):
+def test_every_segment_has_its_own_values(backend, device):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -116,7 +116,7 @@ def test_every_segment_has_its_own_values(device):
     groups = param_groups(
         model, 4, width=8, roles={"experts": lwadamw.Matrix()}, segments={"qkv.weight": 3, "experts": 3}
     )
-    optimizer = AdamW(groups, lr=1e-3, weight_decay=0.1, backend="triton")
+    optimizer = AdamW(groups, lr=1e-3, weight_decay=0.1, backend=backend)
     monitor = Monitor(optimizer, every=2)
     train_on_noise(optimizer, 2)
     reading = monitor.latest
@@ -129,18 +129,6 @@ def test_every_segment_has_its_own_values(device):
         assert reading.columns["top"][i] == pytest.approx(torch.linalg.matrix_norm(part, ord=2).item(), rel=0.01)
     assert reading.roles == ("matrix",) * 6
     assert reading.m.tolist() == [2.0] * 6
-
-
-def test_the_torch_backend_has_one_entry_for_all_segments():
-    model = nn.Linear(8, 24, bias=False)
-    groups = param_groups(model, 4, width=8, roles={"weight": "matrix"}, segments={"weight": 3})
-    optimizer = AdamW(groups, weight_decay=0.1, backend="torch")
-    with Monitor(optimizer) as monitor:
-        train_on_noise(optimizer, 1)
-    assert monitor.latest.names == ("weight",)
-    assert monitor.latest.columns["weight_rms"][0] == pytest.approx(_rms(model.weight), rel=1e-5)
-    top = torch.linalg.matrix_norm(model.weight.detach(), ord=2).item()
-    assert monitor.latest.columns["top"][0] == pytest.approx(top, rel=0.01)
 
 
 def test_a_learning_rate_in_a_tensor_is_followed(backend, device):
@@ -190,3 +178,54 @@ def test_a_parameter_starts_with_its_first_gradient():
     params[0].grad = None
     optimizer.step()
     assert np.isnan(monitor.latest.columns["update_ratio"]).tolist() == [True, False, False]
+
+
+def _packed(backend, device, segments):
+    """Make experts of two layers, their optimizer and its monitor. One expert of the second layer is three times as large."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Module() for _ in range(2))
+    for layer in model.layers:
+        layer.experts = nn.Parameter(torch.randn(6, 10, 8, device=device))
+    with torch.no_grad():
+        model.layers[1].experts[4] *= 3
+    split = {"segments": {"*experts": 6}} if segments else {}
+    groups = param_groups(model, 4, width=8, roles={"*experts": lwadamw.Matrix()}, **split)
+    optimizer = AdamW(groups, lr=1e-3, weight_decay=0.1, backend=backend)
+    return model, optimizer, Monitor(optimizer, every=2)
+
+
+@pytest.mark.parametrize("segments", [True, False])
+def test_the_worst_of_packed_experts_is_named(segments, backend, device):
+    """Without segments, top, second and bulk of a parameter are those of the expert with the largest top."""
+    model, optimizer, monitor = _packed(backend, device, segments)
+    train_on_noise(optimizer, 2)
+    columns, names = monitor.latest.columns, list(monitor.latest.names)
+    for i, layer in enumerate(model.layers):
+        values = torch.linalg.svdvals(layer.experts.detach().double())
+        worst = int(values[:, 0].argmax())
+        row = names.index(f"layers.{i}.experts[{worst}]" if segments else f"layers.{i}.experts")
+        assert columns["top"][row] == pytest.approx(values[worst, 0].item(), rel=0.01)
+        assert columns["second"][row] == pytest.approx(values[worst, 1].item(), rel=0.01)
+        assert columns["bulk"][row] <= 1.2 * values[worst, 0].item()
+        if not segments:
+            assert columns["top_of"][row] == worst
+    assert ("top_of" in columns) is not segments
+    assert "top_of" not in monitor.by_role()["matrix"]
+    key, count = ("layers.*.experts[*]", 12) if segments else ("layers.*.experts", 2)
+    lines = monitor.report(100).splitlines()
+    top = np.nanmax(columns["top"])
+    assert f"largest top of {key}: {top:.3g} in layers.1.experts[4]" in lines
+    assert sum(line.startswith(f"{key} x{count} ") for line in lines) == 1
+
+
+def test_a_top_of_packed_experts_follows_their_norm_until_the_next_measurement():
+    model, optimizer, monitor = _packed("torch", "cpu", False)
+    train_on_noise(optimizer, 2)
+    before = monitor.latest.columns["top"].copy()
+    monitor.spectrum_every, monitor._first = 1000, -500
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 2
+    train_on_noise(optimizer, 2)
+    assert monitor.latest.columns["calibrated_at"].tolist() == [2, 2]
+    np.testing.assert_allclose(monitor.latest.columns["top"], 2 * before, rtol=0.01)

@@ -7,7 +7,8 @@ import pytest
 
 from lwadamw import RULES, Rule, Scale
 from lwadamw.monitor.comparison import compare
-from lwadamw.monitor.laws import DEFAULTS, LAWS
+from lwadamw.monitor.laws import DEFAULTS, LAWS, predicted_ratio
+from lwadamw.monitor.profile import SegmentProfile
 from lwadamw.state.names import layer_type
 from tests.monitor.profiles import made
 
@@ -118,3 +119,16 @@ def test_layer_types_keep_digits_inside_a_name():
         "block2.3": "block2.*",
     }
     assert {name: layer_type(name) for name in names} == names
+
+
+@pytest.mark.parametrize("experts", [1, 6])
+def test_the_bulk_of_packed_experts_follows_the_shape_of_one_expert(experts):
+    """A convolution of three dimensions is one matrix (out, patch), and experts are matrices (out, in)."""
+
+    def one(shape, fan_in):
+        return [SegmentProfile("w", "matrix", 1.0, 1e-3, 0.1, 5.0, shape, fan_in, {})]
+
+    packed = predicted_ratio("bulk", one((experts, 64, 16), 16), one((experts, 1024, 64), 64))
+    assert packed == pytest.approx((1024**0.5 + 64**0.5) / (64**0.5 + 16**0.5))
+    convolution = predicted_ratio("bulk", one((64, 16, 3), 48), one((256, 64, 3), 192))
+    assert convolution == pytest.approx(2.0)

@@ -46,7 +46,7 @@ def test_the_report_has_a_line_per_role_and_type_of_layer():
     optimizer, monitor = _model_with_roles()
     assert monitor.report() == "no reading yet: the first is after step 1"
     train_on_noise(optimizer, 10)
-    lines = monitor.report().splitlines()
+    lines = monitor.report(200).split("\n\n")[0].splitlines()
     assert lines[0].startswith("step 10 of 1000   median")
     assert [re.split(r"\s{2,}", line)[0] for line in lines[2:]] == [
         "role vector x3",
@@ -89,3 +89,52 @@ def test_the_report_has_its_own_line_for_each_of_w1_w2_and_w3():
     titles = [re.split(r"\s{2,}", line)[0] for line in monitor.report().splitlines()[2:]]
     assert titles[0] == "role matrix x6"
     assert sorted(titles[1:]) == [f"layers.*.{name}.weight x2" for name in ("w1", "w2", "w3")]
+
+
+def _long_names():
+    """Make a monitor of a model with long names, some of which have no decay, under a schedule with long verdicts."""
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.embed_tokens = nn.Embedding(11, 8)
+    model.model.layers = nn.ModuleList(nn.Module() for _ in range(2))
+    for layer in model.model.layers:
+        layer.self_attention = nn.Module()
+        layer.self_attention.qkv_projection = nn.Linear(8, 24, bias=False)
+    model.language_model_head = nn.Linear(8, 11, bias=False)
+    roles = {"*head.weight": "output", "*projection.weight": "matrix"}
+    groups = param_groups(model, 4, width=8, roles=roles, segments={"*projection.weight": 3})
+    optimizer = AdamW(groups, lr=0.1, weight_decay=5.0)
+    monitor = Monitor(optimizer, every=1, steps=123456)
+    train_on_noise(optimizer, 12)
+    for _ in range(30):
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.7
+        train_on_noise(optimizer, 1)
+    assert re.search(r"steady from step \d+ to step \d+", monitor.report(250))
+    return monitor
+
+
+def test_the_report_fits_every_width_and_leaves_columns_out_in_the_order_that_it_says():
+    monitor = _long_names()
+    parts = ("rotation/steady", "smallest to largest", "rms/expected", "role  ", "update/steady", "taus")
+    stages = set()
+    for width in range(76, 251):
+        text = monitor.report(width)
+        assert max(map(len, text.splitlines())) <= width, width
+        gone = [part not in text.replace("role vector", "") for part in parts]
+        assert gone == sorted(gone, reverse=True), (width, gone)
+        stages.add(sum(gone))
+        assert "rms/steady" in text
+        assert "language_model_head.weight" in text or width < 100
+    assert stages == {0, 1, 2, 3, 4, 5, 6}
+    assert re.search(r"^m\S*\.\.\.\S*weight\[0\] x2 ", monitor.report(80), re.MULTILINE)
+
+
+def test_the_report_is_as_wide_as_the_terminal(monkeypatch):
+    """Without COLUMNS and without a terminal it is 120 wide."""
+    monitor = _long_names()
+    monkeypatch.setattr("sys.__stdout__", None)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert monitor.report() == monitor.report(120) != monitor.report(80)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert monitor.report() == monitor.report(80)

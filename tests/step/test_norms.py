@@ -216,6 +216,49 @@ def test_norm_names_are_the_names_of_the_norms_without_computing_them(device, mo
     assert optimizer.norm_names() == list(expected)
 
 
+_STORED = {
+    "fp32": ({}, torch.float32),
+    "rounded after the step": ({}, torch.bfloat16),
+    "packed": ({"master_weights": "remainder", "rounding": "nearest"}, torch.bfloat16),
+    "clipped": ({"max_grad_norm": 0.3}, torch.float32),
+}
+
+
+@pytest.mark.parametrize("stored", _STORED)
+@pytest.mark.parametrize("released", [False, True])
+def test_every_segment_has_the_norms_of_its_own_rows(stored, released, backend, device):
+    """On the torch backend, one segment is longer than the pieces that are added up at a time."""
+    options, dtype = _STORED[stored]
+    if released and "max_grad_norm" in options:
+        pytest.skip("a released gradient cannot be clipped by the norm of all")
+    rows = (1, 700, 2)
+    columns = 200 if backend == "torch" else 5
+    p, other = (torch.nn.Parameter(torch.randn(n, columns, device=device).to(dtype)) for n in (703, 3))
+    group = {"params": [("w", p), ("x", other)], "segments": {"w": rows}}
+    optimizer = AdamW([group], lr=3e-2, weight_decay=0.3, backend=backend, **options)
+    if released:
+        optimizer.release_gradients()
+    for _ in range(2):
+        before = p.detach().clone()
+        grad, more = (torch.randn_like(x) for x in (p, other))
+        optimizer.zero_grad()
+        (p * grad).sum().add((other * more).sum()).backward()
+        optimizer.step()
+    norms = optimizer.norms()
+    assert norms.names == ("w[0]", "w[1]", "w[2]", "x") == tuple(optimizer.norm_names())
+    if "max_grad_norm" in options:
+        total = (grad.double().square().sum() + more.double().square().sum()).sqrt()
+        grad = grad.double() * (0.3 / (total + 1e-6))
+    weight, _, grads, _ = _norms_of(before.split(rows), p.split(rows), grad.split(rows))
+    np.testing.assert_allclose(norms.grad[:3], grads, rtol=1e-5)
+    # A remainder holds 16 bits of the weight that the parameter does not show.
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    np.testing.assert_allclose(norms.weight[:3], weight, rtol=close)
+    change = [(a.double() - b.double()).norm().item() for a, b in zip(p.split(rows), before.split(rows), strict=True)]
+    np.testing.assert_allclose(norms.update[:3], change, rtol=5e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert (norms.angle[:3] > 0).all()
+
+
 @pytest.mark.parametrize(
     "options", [{"master_weights": torch.float32}, {"master_weights": "remainder"}, {"rounding": "kahan"}]
 )
