@@ -23,6 +23,10 @@ _IGNORED = (
     "{} does not read the width multipliers of these groups, so the rule has no effect. Make the groups with "
     "param_groups(..., fold=True, lr=..., weight_decay=...), or take lwadamw.AdamW."
 )
+_TWICE = (
+    'The base lr of every group is a multiple of its width_lr_mult, so the step multiplies twice: group["lr"] holds the base '
+    "value, the same in all groups."
+)
 
 
 @dataclass
@@ -86,6 +90,7 @@ def summary(optimizer: Optimizer | Groups, *, steps: int | None = None, full: bo
             _tail(totals, evidence),
             *_assumptions(evidence),
             *([_IGNORED.format(type(optimizer).__name__)] if ignored else []),
+            *([_TWICE] if not ignored and _is_multiplied_twice(groups) else []),
         ]
     )
 
@@ -94,6 +99,13 @@ def _reads_multipliers(optimizer: Any) -> bool:
     """Return whether an optimizer, or the one that it wraps, is one of this package."""
     wrapped = (optimizer, getattr(optimizer, "optim", None), getattr(optimizer, "optimizer", None))
     return any(hasattr(inner, "effective") for inner in wrapped)
+
+
+def _is_multiplied_twice(groups: Sequence[dict[str, Any]]) -> bool:
+    """Return whether somebody has written lr * width_lr_mult into the groups of a rule."""
+    pairs = [(float(group["lr"]), keys.WIDTH_LR_MULT.of(group)) for group in groups if "lr" in group]
+    bases = {f"{lr / multiplier:.6g}" for lr, multiplier in pairs if multiplier}
+    return len(bases) == 1 and len({multiplier for _, multiplier in pairs}) > 1 and next(iter(bases)) != "0"
 
 
 def _named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:

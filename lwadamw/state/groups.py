@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import warnings
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any, NamedTuple
@@ -14,6 +16,18 @@ from .names import names_of
 from .storage import check_options, check_parameter
 
 _PLAIN_NUMBERS = keys.named((*keys.WIDTH, keys.WIDTH_WARMUP, keys.PEAK_LR, keys.HUBER_SCALE))
+_TORCH_KEYS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "amsgrad",
+    "maximize",
+    "capturable",
+    "params",
+    "param_names",
+    "initial_lr",
+)
 
 
 class Effective(NamedTuple):
@@ -94,6 +108,15 @@ def check_numbers(group: Mapping[str, Any], where: str) -> None:
             )
 
 
+def _warn_of_misspelt_keys(group: Mapping[str, Any], where: str) -> None:
+    """Warn of keys that nobody reads and that are nearly the names of keys that the step reads."""
+    read = (*keys.named(keys.ALL), *_TORCH_KEYS)
+    for key in group:
+        close = [] if key in read else difflib.get_close_matches(key, read, n=1, cutoff=0.88)
+        if close:
+            warnings.warn(f"lwadamw.AdamW: {where}nobody reads the key {key!r}. Closest: {close[0]!r}.", stacklevel=5)
+
+
 def complete_group(group: dict[str, Any], index: int) -> None:
     """Check a new group, and add the keys that it needs.
 
@@ -104,12 +127,16 @@ def complete_group(group: dict[str, Any], index: int) -> None:
         group: the new group, changed in place.
         index: its position in `param_groups`, for error messages.
 
+    Warns:
+        UserWarning: a key is nearly the name of another one, such as `weight_deacy`.
+
     Raises:
         ValueError: a storage option, the decay law, a width multiplier or a segment is not valid, or a parameter does not fit
             the storage options.
         TypeError: a hyperparameter is neither a number nor a tensor of one element.
     """
     where = f"group {index}: "
+    _warn_of_misspelt_keys(group, where)
     check_options(group, where)
     decay.complete_law(group, where)
     named = list(zip(names_of(group, index), group["params"], strict=True))

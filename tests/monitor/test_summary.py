@@ -83,3 +83,15 @@ def test_the_summary_of_an_optimizer_that_ignores_width_multipliers_says_so():
     assert "does not read" not in summary(
         torch.optim.AdamW(param_groups(model, 16, fold=True, lr=0.01, weight_decay=0.1))
     )
+
+
+def test_the_summary_says_when_a_scheduler_has_multiplied_by_the_width():
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64, bias=False))
+    optimizer = AdamW(param_groups(model, 16), lr=0.01)
+    assert "multiplies twice" not in summary(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.008 * group["width_lr_mult"]
+    assert "so the step multiplies twice" in summary(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    assert "multiplies twice" not in summary(optimizer)

@@ -131,3 +131,15 @@ def test_the_error_for_an_unknown_rule_lists_the_known_rules():
         Rule("mine", matrix=Scale(lr=math.nan))
     with pytest.raises(ValueError, match="width ratio m=0 is not a positive number"):
         Scale().at(0)
+
+
+def test_a_misspelt_key_of_a_group_is_warned_of_and_other_keys_are_not():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning) as found:
+        AdamW([{"params": [p], "weight_deacy": 0.0, "width_lr_mul": 3.0, "lr_mult": 2.0, "wd_mult": 1.0, "name": "a"}])
+    assert [
+        str(warning.message).removeprefix("lwadamw.AdamW: group 0: nobody reads the key ") for warning in found
+    ] == [
+        "'weight_deacy'. Closest: 'weight_decay'.",
+        "'width_lr_mul'. Closest: 'width_lr_mult'.",
+    ]
