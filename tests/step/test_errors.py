@@ -135,7 +135,7 @@ def test_the_error_for_an_unknown_rule_lists_the_known_rules():
 
 def test_a_misspelt_key_of_a_group_is_warned_of_and_other_keys_are_not():
     p = torch.nn.Parameter(torch.ones(2))
-    with pytest.warns(UserWarning) as found:
+    with pytest.warns(UserWarning, match="nobody reads the key") as found:
         AdamW([{"params": [p], "weight_deacy": 0.0, "width_lr_mul": 3.0, "lr_mult": 2.0, "wd_mult": 1.0, "name": "a"}])
     assert [
         str(warning.message).removeprefix("lwadamw.AdamW: group 0: nobody reads the key ") for warning in found
