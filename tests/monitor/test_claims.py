@@ -48,6 +48,36 @@ def test_what_was_not_held_is_named_with_its_layers_and_cause():
     assert "weight decays predict x1.41, so the values are not" in claim(made(FAN, 1.0), own).sentence
 
 
+def _with_kinds(given, count, factor=1.0):
+    """Return a profile with `count` kinds of matrices, the first of which has `factor` times the top singular value."""
+    first = given.segments[0]
+    kinds = [
+        dataclasses.replace(
+            first,
+            name=f"layers.0.kind{i}.weight",
+            values={**first.values, "top": first.values["top"] * (1.0 if i else factor)},
+        )
+        for i in range(count)
+    ]
+    return dataclasses.replace(given, segments=tuple(kinds))
+
+
+@pytest.mark.parametrize(
+    ("width", "limit"),
+    [(1.0, 1.35 * 1.25), (2.0, 1.35 * 1.25 * 1.15), (4.0, 1.35 * 1.25 * 1.15**2), (8.0, 1.35 * 1.25 * 1.15**3)],
+)
+def test_a_single_kind_of_five_may_be_off_by_a_factor_that_grows_with_the_octaves_and_by_no_more(width, limit):
+    """The median of the kinds is as the rule claims. The single kind decides, in both directions."""
+    proxy, target = _with_kinds(made(FAN, 1.0, noise=0.0), 5), made(FAN, width, noise=0.0)
+    for factor in (limit, 1 / limit):
+        within, beyond = factor**0.99, factor**1.01
+        assert claim(proxy, _with_kinds(target, 5, within)).held is True
+        found = claim(proxy, _with_kinds(target, 5, beyond))
+        assert found.held is False
+        assert "top changed by x" in found.sentence
+        assert "in 1 of 5 kinds of matrices (layers.*.kind0.weight): " in found.sentence
+
+
 def test_two_runs_under_standard_hold_nothing_if_the_width_grows():
     standard = RULES["standard"]
     found = claim(made(standard, 1.0), made(standard, 4.0))
