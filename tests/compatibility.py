@@ -22,7 +22,11 @@ QUICK = (
     "tests/step/test_torch_parity.py",
     "tests/step/test_norms.py",
     "tests/step/test_clipping.py",
+    "tests/step/test_torch_behaviours.py",
     "tests/state/test_checkpoint.py",
+    "tests/state/test_fixtures.py",
+    "tests/state/test_saved_form.py",
+    "tests/sharded/test_global_values.py",
     "tests/width/test_roles.py",
 )
 VERSIONS = """
