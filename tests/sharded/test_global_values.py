@@ -111,7 +111,9 @@ def _one_bad_shard(give, shards, many):
 
 
 MATRIX = pytest.mark.matrix
-ONLY_FSDP2 = pytest.mark.skipif(not models.FSDP2_ON_CPU, reason="this torch cannot run the forward pass of FSDP2 on the CPU")
+ONLY_FSDP2 = pytest.mark.skipif(
+    not models.FSDP2_ON_CPU, reason="this torch cannot run the forward pass of FSDP2 on the CPU"
+)
 WORLDS = [2, pytest.param(3, marks=ONLY_FSDP2), pytest.param(4, marks=ONLY_FSDP2)]
 
 
@@ -151,6 +153,6 @@ def _own_gradients(world):
     return True
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=MATRIX)])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=[MATRIX, ONLY_FSDP2])])
 def test_a_sharded_model_trains_as_the_single_process_does(world):
     assert run(world, _own_gradients, world) == [True] * world
