@@ -7,13 +7,14 @@
 # make test-frameworks   runs the tests inside transformers, Lightning, torchtitan and others, on CPU; CI runs it last
 # make check  runs lint and types
 # make docs   builds the documentation site in build/site; a warning is an error; CI runs it after make test
+# make dist   builds the sdist and the wheel in dist/, the wheel from the sdist, and checks what an index would refuse
 # make bench  runs the benchmarks that need no GPU, and updates the figure and the table in README
 # make gpu-test   runs the tests that need a GPU; needs only python3, torch, triton and numpy, and pytest for some
 # make gpu-bench  runs the benchmarks on a GPU; make gpu-tune compares launch constants. Each of the three takes less than
 #             9 minutes. make gpu runs all of them.
 # make study  makes the laboratory's runs behind docs/width_transfer.md, then its figures and tables. It takes hours on a CPU.
 #             Runs that exist already are not repeated.
-# All targets but test-zoo, test-engines, test-engines-whole, test-frameworks, docs, gpu-... and clean build .venv first.
+# All targets but test-zoo, test-engines, test-engines-whole, test-frameworks, docs, dist, gpu-... and clean build .venv first.
 # PYTHON=python3.12 chooses the interpreter for .venv.
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ BIN := .venv/bin
 ENGINES := .venv-engines
 FRAMEWORKS := .venv-frameworks
 
-.PHONY: demo test test-matrix test-zoo test-engines test-engines-whole test-frameworks check docs bench study gpu gpu-test gpu-bench gpu-tune clean
+.PHONY: demo test test-matrix test-zoo test-engines test-engines-whole test-frameworks check docs dist bench study gpu gpu-test gpu-bench gpu-tune clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -87,6 +88,16 @@ test-engines-whole: $(ENGINES)/.installed
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
 
+.venv-dist/.installed: constraints.txt Makefile
+	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	touch $@
+
+dist: .venv-dist/.installed
+	rm -rf dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/python -m twine check --strict dist/*
+
 $(FRAMEWORKS)/.installed: tests/engines/requirements-frameworks.txt constraints.txt
 	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
@@ -140,4 +151,4 @@ gpu-tune:
 	$(PYTHON) -m bench.tune --device cuda --json $(OUT)/tune.json
 
 clean:
-	rm -rf .venv .venv-zoo .venv-engines .venv-frameworks .venv-docs build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-zoo .venv-engines .venv-frameworks .venv-docs .venv-dist build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -22,7 +22,11 @@ QUICK = (
     "tests/step/test_torch_parity.py",
     "tests/step/test_norms.py",
     "tests/step/test_clipping.py",
+    "tests/step/test_torch_behaviours.py",
     "tests/state/test_checkpoint.py",
+    "tests/state/test_fixtures.py",
+    "tests/state/test_saved_form.py",
+    "tests/sharded/test_global_values.py",
     "tests/width/test_roles.py",
 )
 VERSIONS = """
@@ -94,8 +98,8 @@ def main() -> None:
     """Read the command line, run, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python", nargs="+", help="an interpreter")
-    rows = dict(run(python) for python in parser.parse_args().python)
-    PAGE.write_text(merged(PAGE.read_text(), rows))
+    for python in parser.parse_args().python:
+        PAGE.write_text(merged(PAGE.read_text(), dict([run(python)])))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ def patch_language_once_per_launch() -> None:
     """Let the interpreter patch `triton.language` once for each launch.
 
     It patches the module again at every call of a device function, and looks through all members of the module each time.
-    That is 71 % of the time of an interpreted launch of these kernels (profiled, Triton 3.9).
+    That is 71 % of the time of an interpreted launch of these kernels (profiled, Triton 3.9). Triton 3.2 never takes its
+    patches back, so there one patch lasts for the whole process.
     """
     if importlib.util.find_spec("triton") is None:
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_LangPatchScope"):
-        return  # other versions of Triton patch in another way
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[frozenset[int]] = set()
 
@@ -35,4 +34,5 @@ def patch_language_once_per_launch() -> None:
         return launch(self, *args, **kwargs)
 
     interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_anew
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter.GridExecutor.__call__ = launch_anew

@@ -122,8 +122,12 @@ def cpu_name() -> str:
 
 def _version() -> str:
     """Return the version of the package, with the commit if the package is a git checkout."""
+    checkout = Path(__file__).resolve().parents[2]
+    # Any repository may be around an installed package, for example that of a project which keeps its environment in .venv.
+    if not (checkout / ".git").exists():
+        return lwadamw.__version__
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty"]
+        command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=10", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return lwadamw.__version__

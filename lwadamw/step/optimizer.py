@@ -27,6 +27,10 @@ from .options import Options
 if TYPE_CHECKING:
     from ..state.shards import ShardGroup
 
+# torch 2.7 made AdamW a subclass of Adam, and gave its groups this key. A distributed checkpoint loads only if it has every
+# key that is asked for, so groups that were loaded have the same keys as new ones.
+HAS_DECOUPLED_KEY = issubclass(torch.optim.AdamW, torch.optim.Adam)
+
 
 class AdamW(StateExchange):
     r"""AdamW that updates all parameter groups in one Triton step, with width scaling, clipping and norms inside it.
@@ -588,7 +592,8 @@ class AdamW(StateExchange):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            group["decoupled_weight_decay"] = True
+            if HAS_DECOUPLED_KEY:
+                group["decoupled_weight_decay"] = True
             for p in group["params"]:
                 p_state = self.state.get(p, {})
                 if "step" in p_state and not isinstance(p_state["step"], Tensor):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.compatibility import PAGE, QUICK, ROOT, counts, merged
+from tests.compatibility import PAGE, QUICK, ROOT, TABLE, counts, merged
 
 
 def test_a_row_is_replaced_and_the_others_stay():
@@ -21,6 +21,12 @@ def test_the_last_line_of_pytest_is_read():
     assert counts("F\n1 failed, 11 passed, 2 errors in 4.5s") == {"passed": 11, "failed": 1, "error": 2}
     with pytest.raises(ValueError, match="ran no test"):
         counts("3 deselected in 0.1s")
+
+
+def test_the_package_names_the_versions_of_python_that_were_run():
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    run = {".".join(row.strip("| ").split(".")[:2]) for row in TABLE.findall(PAGE.read_text())[0].splitlines()[2:]}
+    assert set(named) == run
 
 
 def test_the_quick_tests_exist():

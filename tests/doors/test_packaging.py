@@ -23,6 +23,20 @@ from lwadamw.kernels import adamw_kernel, layout
 assert layout.BLOCK == 1024
 print(pathlib.Path(kernels.__file__).resolve())
 """
+STEPS = """
+import torch, lwadamw
+start, after = torch.linspace(-1, 1, 1100).reshape(11, 100), {}
+for backend in ("torch", "triton"):
+    p = torch.nn.Parameter(start.clone())
+    optimizer = lwadamw.AdamW([p], lr=0.01, backend=backend, max_grad_norm=1.0)
+    for _ in range(2):
+        p.grad = p.detach().sin()
+        optimizer.step()
+    after[backend] = p.detach()
+    assert abs(optimizer.norms().weight[0] - p.double().norm().item()) < 1e-4
+torch.testing.assert_close(after["triton"], after["torch"], rtol=1e-5, atol=1e-6)
+assert not after["torch"].equal(start)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +44,7 @@ def source(tmp_path_factory):
     """A clean copy of what git would check out."""
     copy = tmp_path_factory.mktemp("checkout") / "lwadamw"
     ignored = shutil.ignore_patterns(
-        ".venv", ".git", ".hypothesis", "__pycache__", "*.egg-info", ".*_cache", "build", "dist"
+        ".venv*", ".git", ".hypothesis", "__pycache__", "*.egg-info", ".*_cache", "build", "dist"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     return copy
@@ -92,11 +106,11 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     assert not any(name.startswith(("tests", "bench", "csrc_triton")) for name in files)
 
 
-def test_an_installed_wheel_imports_and_has_the_command_line(wheel, python, tmp_path):
+def test_an_installed_wheel_steps_on_both_backends_and_has_the_command_line(wheel, python, tmp_path):
     (entry_points,) = (text for name, text in _contents(wheel).items() if name.endswith("entry_points.txt"))
     assert entry_points.decode().split() == ["[console_scripts]", "lwadamw", "=", "lwadamw.commands:main"]
     _install(python, wheel, cwd=tmp_path)
-    assert "site-packages" in _run(python, "-c", CHECK, cwd=tmp_path)
+    assert "site-packages" in _run(python, "-c", CHECK + STEPS, cwd=tmp_path, TRITON_INTERPRET="1")
     assert "rule" in _run(python.parent / "lwadamw", "--help", cwd=tmp_path)
 
 

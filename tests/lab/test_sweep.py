@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lwadamw
 from lwadamw.commands import main
 from lwadamw.lab import sweep as sweeps
 from lwadamw.lab.arms import arm_rule
@@ -279,3 +280,14 @@ def test_the_message_about_a_bad_argument_names_the_argument(arguments, problem,
         main(["sweep", *arguments])
     assert exit_.value.code == 2
     assert problem in capsys.readouterr().err
+
+
+def test_the_version_in_the_rows_is_not_the_commit_of_another_repository(tmp_path, monkeypatch):
+    """Such as the repository of a project whose environment the package is installed in."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=user", "-c", "user.email=user@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
+    lab = tmp_path / ".venv" / "site-packages" / "lwadamw" / "lab"
+    lab.mkdir(parents=True)
+    monkeypatch.setattr(sweeps, "__file__", str(lab / "sweep.py"))
+    assert sweeps._version() == lwadamw.__version__

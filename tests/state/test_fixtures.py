@@ -86,7 +86,8 @@ def test_state_of_today_has_the_keys_dtypes_and_shapes_of_an_earlier_one(case, c
     write.take_steps(model, optimizer, seed=1)
     today = optimizer.state_dict()
     assert today.keys() == saved.keys()
-    assert [list(g) for g in today["param_groups"]] == [list(g) for g in saved["param_groups"]]
+    newer = {"decoupled_weight_decay"} - torch.optim.AdamW([torch.zeros(1)]).defaults.keys()  # torch 2.7 has added it
+    assert [{*g} for g in today["param_groups"]] == [{*g} - newer for g in saved["param_groups"]]
     for state, earlier in _states(optimizer, saved):
         found = {key: (value.dtype, value.shape) for key, value in state.items()}
         assert found == {key: (value.dtype, value.shape) for key, value in earlier.items()}
