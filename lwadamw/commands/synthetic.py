@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..width.rules import RULES
-from .arguments import device, output_file, positive, refuse, whole
+from .arguments import RULE_NAMES, device, output_file, positive, refuse, whole
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,7 +21,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     option = parser.add_argument
     option("--out", type=Path, default=Path("synthetic.csv"), metavar="CSV", help="file of runs (default: %(default)s)")
-    option("--arms", nargs="+", default=list(RULES), metavar="A", help="rules, or exponents like lr=-0.5,wd=0.25")
+    option(
+        "--arms",
+        nargs="+",
+        default=list(RULES),
+        metavar="A",
+        help=f"rules ({RULE_NAMES}) or exponents like lr=-0.5,wd=0.25 (default: {', '.join(RULES)})",
+    )
     option("--variants", nargs="+", default=["relu", "swiglu"], choices=["relu", "swiglu"], help="activations")
     option(
         "--widths", nargs="+", type=whole, default=[64, 128, 256, 512], metavar="N", help="widths, the proxy's first"
