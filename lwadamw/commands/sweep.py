@@ -80,7 +80,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2, before the first run."""
     from ..lab.study import RESULT, SERIES, train, watch
-    from ..lab.sweep import sweep
+    from ..lab.sweep import output, sweep
 
     transfer.check_plot(parser, args.plot)
     tasks = _tasks(parser, args)
@@ -88,9 +88,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     place = device(parser, args.device)
     try:
         work, columns = (watch, SERIES) if args.series else (train, RESULT)
-        failures = sweep(
-            tasks, work, columns, args.out, place, jobs=args.jobs, show=lambda line: print(line, flush=True)
-        )
+        failures = sweep(tasks, work, columns, args.out, place, jobs=args.jobs, **output())
     except (ValueError, OSError) as error:
         refuse(parser, error, "argument --out: ")
     if failures:

@@ -45,7 +45,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
     from ..lab import findings
-    from ..lab.sweep import sweep
+    from ..lab.sweep import output, sweep
     from ..lab.synthetic import RESULT, Noise
     from ..lab.synthetic import run as work
 
@@ -68,7 +68,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"argument --arms: {error}")
     output_file(parser, "--out", args.out)
     try:
-        failures = sweep(tasks, work, RESULT, args.out, device(parser, args.device), jobs=args.jobs)
+        failures = sweep(tasks, work, RESULT, args.out, device(parser, args.device), jobs=args.jobs, **output())
     except (ValueError, OSError) as error:
         refuse(parser, error, "argument --out: ")
     try:
