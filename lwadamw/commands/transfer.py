@@ -53,7 +53,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="of the runs that differ in this column alone, use the one with the lowest loss",
     )
     option(
-        "--effective-decay", action="store_true", help="weight decays are effective values: turn them into base values"
+        "--effective-decay",
+        action="store_true",
+        help="weight decays are effective values (scaled by the width, or products lr·wd): turn them into base values",
+    )
+    option(
+        "--effective-lr",
+        action="store_true",
+        help="learning rates are effective values, scaled by the width: turn them into base values",
     )
     option("--next", action="store_true", help="say which learning rate to run next at every width, and along a ridge")
     option("--plot", type=Path, metavar="OUT", help="draw loss against learning rate into a .svg, .png or .pdf file")
@@ -77,6 +84,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             columns=_columns(parser, args.column),
             over=args.over,
             effective_decay=args.effective_decay,
+            effective_lr=args.effective_lr,
             plan=args.next,
         )
     except (ValueError, OSError) as error:
@@ -123,6 +131,7 @@ def report(
     columns: Mapping[str, str] | None = None,
     over: str | None = None,
     effective_decay: bool = False,
+    effective_lr: bool = False,
     plan: bool = False,
 ) -> None:
     """Analyse a file of runs, print the tables, and write the figure and the numbers.
@@ -140,20 +149,27 @@ def report(
         columns: names of columns by kind; see `outcomes.read`.
         over: name of a column over which the lowest loss counts; see `outcomes.read`.
         effective_decay: whether the weight decays are effective values; see `transfer_decay.to_base`.
+        effective_lr: whether the learning rates are effective values; see `transfer_lr.to_base`.
         plan: whether to say what to run next.
 
     Raises:
         ValueError: the file or an argument is not as it has to be.
         OSError: a file cannot be written.
     """
-    from ..lab import outcomes, plots, plots_runs, transfer, transfer_decay, transfer_table
+    from ..lab import outcomes, plots, plots_runs, transfer, transfer_decay, transfer_lr, transfer_table
 
     found = outcomes.read(runs, loss, columns, over)
+    base = proxy or min(row.width for row in found.rows)
+    # Products are those of the learning rates that the table has, so the decays come first.
     if effective_decay:
-        base = proxy or min(row.width for row in found.rows)
         found = replace(found, rows=tuple(transfer_decay.to_base(found.rows, base)))
-    elif note := transfer_decay.note(transfer_decay.exponents(found.rows)):
-        found = replace(found, notes=(*found.notes, note))
+    else:
+        found = replace(found, notes=(*found.notes, *transfer_decay.notes(found.rows)))
+    if effective_lr:
+        found = replace(found, rows=tuple(transfer_lr.to_base(found.rows, base)))
+    else:
+        scaled = transfer_lr.exponents(found.rows, found.lr)
+        found = replace(found, notes=(*found.notes, *transfer_lr.notes(scaled)))
     result = transfer.analyse(found.rows, proxy=proxy, lr=lr, noise=noise)
     print(transfer_table.table(result, found, plan))
     if numbers is not None:
