@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from ..width.rules import RECIPES, RULES, unknown_rule
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +86,16 @@ def corpus(parser: argparse.ArgumentParser, path: Path | None, context: int) -> 
         return (data.standard_library() if path is None else data.from_file(path)).require(context)
     except ValueError as error:
         parser.error(f"argument --data: {error}")
+
+
+RULE_NAMES: Final = ", ".join((*RULES, *RECIPES))  # for --help
+
+
+def rule_name(text: str) -> str:
+    """Return the name of a rule or recipe as it was typed. Another text is an error of the argument."""
+    if text not in RULES and text not in RECIPES:
+        raise argparse.ArgumentTypeError(unknown_rule(text))
+    return text
 
 
 def whole(text: str) -> int:

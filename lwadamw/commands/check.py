@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..monitor.text import aligned
-from ..width.rules import RULES
-from .arguments import output_file, positive, refuse, whole
+from .arguments import RULE_NAMES, output_file, positive, refuse, rule_name, whole
 from .factory import EXAMPLE, find, literal
 
 if TYPE_CHECKING:
@@ -36,7 +35,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "factory", metavar="module:factory", help=f"function that takes width=N and returns the model, like {EXAMPLE}"
     )
     option("--widths", nargs="+", type=whole, required=True, metavar="N", help="two widths or more")
-    option("--rule", default="fan2025", choices=list(RULES), help="width rule (default: %(default)s)")
+    option(
+        "--rule",
+        type=rule_name,
+        default="fan2025",
+        metavar="RULE",
+        help=f"{RULE_NAMES} (default: %(default)s). The depth is the same at every width",
+    )
     option("--base-width", type=whole, metavar="N", help="width of the proxy (default: the smallest width)")
     option("--args", nargs="+", default=[], metavar="k=v", help="further arguments of the factory, like depth=4")
     option("--loss", metavar="module:function", help="function of the model that returns the loss of a fixed batch")

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from ..state import keys
 from ..state.names import layer_type
 from ..step.optimizer import AdamW
+from ..width.applied import needs_depth
+from ..width.blocks import blocks_of
 from ..width.groups import param_groups
+from ..width.rules import get_rule
 
 # Octaves per octave of width. Without scaling, changes grow by 0.5 to 0.8. Under muP they fall by up to 0.3 at widths below
 # 128, where updates are not yet aligned with their inputs.
@@ -64,7 +67,7 @@ def check(
     Args:
         build: returns the model of a width.
         widths: at least two widths.
-        rule: name of the width rule.
+        rule: name of a rule or recipe. The depth ratio is 1.
         base_width: width at which lr and weight decay hold as they are.
         batch: what the loss is called with. By default random tokens, for a model whose input is an embedding.
         loss: loss(model, batch), a scalar. By default the cross-entropy of the next token.
@@ -77,13 +80,21 @@ def check(
         ValueError: the loss is not a finite scalar, or the default batch or loss does not fit the model.
     """
     base = build(base_width)
+    depth = blocks_of(base) if needs_depth(get_rule(rule)) else None
+    if depth == {}:
+        raise ValueError(
+            f"check: the rule {rule!r} scales residual blocks, and the model has no list of numbered layers that could be its "
+            "blocks. Give a rule without depth, like --rule kosson2025."
+        )
     seen: dict[tuple[str, str], dict[int, list[tuple[float, ...]]]] = {}
     for width in widths:
         for seed in range(seeds):
             torch.manual_seed(seed)
             model = build(width)
             data = tokens_of(model, seed) if batch is None else batch
-            for key, values in _one(model, base, rule, data, loss or next_token, lr, weight_decay, steps).items():
+            groups = param_groups(model, base, rule, base_depth=depth)
+            optimizer = AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
+            for key, values in _one(model, optimizer, data, loss or next_token, steps).items():
                 seen.setdefault(key, {}).setdefault(width, []).append(values)
     return [
         Layer(name, role, *zip(*(_means(by_width[width]) for width in widths), strict=True))
@@ -93,9 +104,8 @@ def check(
 
 
 def _one(
-    model: nn.Module, base: nn.Module, rule: str, batch: Any, loss: Loss, lr: float, weight_decay: float, steps: int
+    model: nn.Module, optimizer: AdamW, batch: Any, loss: Loss, steps: int
 ) -> dict[tuple[str, str], tuple[float, ...]]:
-    optimizer = AdamW(param_groups(model, base, rule), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
     before = _outputs(model, batch, loss)
     for step in range(steps):
         value = loss(model, batch)

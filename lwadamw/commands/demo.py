@@ -6,8 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from ..width.rules import RULES
-from .arguments import corpus, device, output_file, positive, whole
+from .arguments import RULE_NAMES, corpus, device, output_file, positive, rule_name, whole
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,7 +18,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "rate and base weight decay under a width rule. Then compare the weights with their steady state.",
     )
     option = parser.add_argument
-    option("--rule", choices=tuple(RULES), help="width rule (default: fan2025)")
+    option("--rule", type=rule_name, metavar="RULE", help=f"{RULE_NAMES} (default: fan2025)")
     option("--base-width", type=whole, metavar="N", help="width of the proxy (default: 64; on a GPU 128)")
     option("--ratio", type=whole, default=4, metavar="M", help="width ratio of the target (default: 4)")
     option("--steps", type=whole, metavar="N", help="steps at each width (default: 300; on a GPU 1500)")

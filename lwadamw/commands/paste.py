@@ -40,12 +40,19 @@ class Paste:
     roles: Mapping[str, RoleSpec | None]
     remarks: Mapping[str, str] = field(default_factory=dict)
 
-    def code(self, rule: str, output: str, values: tuple[float, float] | None) -> str:
+    def code(
+        self,
+        rule: str,
+        output: str,
+        values: tuple[float, float] | None,
+        base_depth: int | Mapping[str, int] | None = None,
+    ) -> str:
         """Return Python source that makes the groups.
 
         Args:
-            rule: name of the width rule.
+            rule: name of a rule or recipe.
             output: the argument of `param_groups`.
+            base_depth: the argument of `param_groups`.
             values: lr and weight decay at the proxy, for a line that makes the optimizer; None: no such line.
         """
         lines = ["groups = lwadamw.param_groups(", "    model,"]
@@ -56,6 +63,8 @@ class Paste:
         )
         lines += self._entries("roles", {k: _source(v) for k, v in self.roles.items()}, "")
         lines.append(f'    rule="{rule}",')
+        if base_depth is not None:
+            lines.append(f"    base_depth={base_depth if isinstance(base_depth, int) else json.dumps(base_depth)},")
         if output != "output":
             lines.append(f'    output="{output}",')
         lines.append(")")

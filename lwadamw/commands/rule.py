@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from ..monitor.text import aligned
 from ..width.rules import RECIPES, ROLES, RULES, Rule, Scale, get_rule, with_output
 from . import plan as planning
-from .arguments import positive, whole
+from .arguments import RULE_NAMES, positive, rule_name, whole
 
 if TYPE_CHECKING:
     from ..width.targets import Horizon, Target
@@ -32,8 +32,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option(
         "rule",
         nargs="?",
-        choices=(*RULES, *RECIPES),
-        help="width rule, or a recipe for width and depth (default: fan2025)",
+        type=rule_name,
+        metavar="RULE",
+        help=f"{RULE_NAMES} (default: fan2025)",
     )
     option("--from", dest="base_width", type=whole, required=True, metavar="N", help="width or fan_in of the proxy")
     option("--to", dest="width", type=whole, required=True, metavar="N", help="width or same fan_in of the target")

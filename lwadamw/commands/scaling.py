@@ -35,7 +35,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2, before the first run."""
     from ..lab.scaling import deep_runs, horizon_runs
     from ..lab.study import RESULT, train
-    from ..lab.sweep import sweep
+    from ..lab.sweep import output, sweep
 
     failed = 0
     studies: dict[str, tuple[str, Callable[[], Sequence[Any]]]] = {
@@ -48,9 +48,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     place = device(parser, args.device)
     for name, runs in chosen:
         try:
-            failures = sweep(
-                runs(), train, RESULT, args.out / name, place, jobs=args.jobs, show=lambda line: print(line, flush=True)
-            )
+            failures = sweep(runs(), train, RESULT, args.out / name, place, jobs=args.jobs, **output())
         except (ValueError, OSError) as error:
             refuse(parser, error, "argument --out: ")
         if failures:

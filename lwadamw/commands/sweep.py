@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..width.rules import RULES
 from . import transfer
-from .arguments import corpus, device, output_file, positive, refuse, whole
+from .arguments import RULE_NAMES, corpus, device, output_file, positive, refuse, whole
 
 # One arm at three widths takes minutes on two cores.
 MINI: Final[dict[str, Any]] = {
@@ -43,7 +43,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option = parser.add_argument
     option("--out", type=Path, default=Path("sweep.csv"), metavar="CSV", help="file of the runs (default: %(default)s)")
     option("--mini", action="store_true", help="one arm at three small widths: minutes on two cores")
-    option("--arms", nargs="+", metavar="A", help=f"rules ({', '.join(RULES)}) or exponents like lr=-0.5,wd=0.25")
+    option(
+        "--arms",
+        nargs="+",
+        metavar="A",
+        help=f"rules ({RULE_NAMES}) or exponents like lr=-0.5,wd=0.25 (default: {', '.join(RULES)})",
+    )
     option("--widths", nargs="+", type=whole, metavar="N", help="widths; the first is the proxy's without --base-width")
     option("--base-width", type=whole, metavar="N", help="width of the proxy, at which all arms are the same")
     option("--lr", nargs="+", type=positive, metavar="X", help="base learning rates")
@@ -75,7 +80,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2, before the first run."""
     from ..lab.study import RESULT, SERIES, train, watch
-    from ..lab.sweep import sweep
+    from ..lab.sweep import output, sweep
 
     transfer.check_plot(parser, args.plot)
     tasks = _tasks(parser, args)
@@ -83,9 +88,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     place = device(parser, args.device)
     try:
         work, columns = (watch, SERIES) if args.series else (train, RESULT)
-        failures = sweep(
-            tasks, work, columns, args.out, place, jobs=args.jobs, show=lambda line: print(line, flush=True)
-        )
+        failures = sweep(tasks, work, columns, args.out, place, jobs=args.jobs, **output())
     except (ValueError, OSError) as error:
         refuse(parser, error, "argument --out: ")
     if failures:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..width.rules import RULES
-from .arguments import device, output_file, positive, refuse, whole
+from .arguments import RULE_NAMES, device, output_file, positive, refuse, whole
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,7 +21,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     option = parser.add_argument
     option("--out", type=Path, default=Path("synthetic.csv"), metavar="CSV", help="file of runs (default: %(default)s)")
-    option("--arms", nargs="+", default=list(RULES), metavar="A", help="rules, or exponents like lr=-0.5,wd=0.25")
+    option(
+        "--arms",
+        nargs="+",
+        default=list(RULES),
+        metavar="A",
+        help=f"rules ({RULE_NAMES}) or exponents like lr=-0.5,wd=0.25 (default: {', '.join(RULES)})",
+    )
     option("--variants", nargs="+", default=["relu", "swiglu"], choices=["relu", "swiglu"], help="activations")
     option(
         "--widths", nargs="+", type=whole, default=[64, 128, 256, 512], metavar="N", help="widths, the proxy's first"
@@ -39,7 +45,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
     from ..lab import findings
-    from ..lab.sweep import sweep
+    from ..lab.sweep import output, sweep
     from ..lab.synthetic import RESULT, Noise
     from ..lab.synthetic import run as work
 
@@ -62,7 +68,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"argument --arms: {error}")
     output_file(parser, "--out", args.out)
     try:
-        failures = sweep(tasks, work, RESULT, args.out, device(parser, args.device), jobs=args.jobs)
+        failures = sweep(tasks, work, RESULT, args.out, device(parser, args.device), jobs=args.jobs, **output())
     except (ValueError, OSError) as error:
         refuse(parser, error, "argument --out: ")
     try:

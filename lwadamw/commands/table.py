@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
 import sys
@@ -11,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..state.names import layer_type
-from ..width.rules import ROLES, RULES
-from .arguments import positive, whole
+from .arguments import RULE_NAMES, positive, rule_name, whole
 from .factory import EXAMPLE, build, literal
 from .hf import build_pair
 from .pair import Pair
+from .table_values import base_depth_of, base_width, number, role, setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +73,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="with --hf: value of a field of the config at the proxy, as a Python literal, like num_key_value_heads=2 or "
         "text_config.head_dim=64",
     )
-    option("--rule", choices=tuple(RULES), default="fan2025", help="width rule (default: %(default)s)")
+    option("--rule", type=rule_name, default="fan2025", metavar="RULE", help=f"{RULE_NAMES} (default: %(default)s)")
+    option(
+        "--base-depth",
+        nargs="+",
+        metavar="N",
+        help="for a rule that scales the depth: number of residual blocks of the proxy, or numbers by name pattern, like "
+        "'layers.*=4' (default: those of the proxy of --hf or --base; without a proxy those of this model)",
+    )
     option(
         "--output", choices=("output", "vector"), default="output", help="'vector' if the model divides its logits by m"
     )
@@ -111,29 +117,30 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if (args.factory is None) == (args.hf is None):
         parser.error("give either module:factory or --hf CONFIG: the model comes from one of them.")
     try:
-        roles = dict(_role(text) for text in args.role)
+        roles = dict(role(text) for text in args.role)
         found = _from_config(args) if args.hf is not None else None
         if found is None and (args.depth is not None or args.set):
             raise ValueError("arguments --depth and --set: they change a config, so they need --hf CONFIG.")
         model = found.model if found else build("module:factory", args.factory, dict(map(literal, args.args)))
+        proxy = found.proxy if found else build("--base", args.base, {}) if args.base is not None else None
+        base_depth = base_depth_of(
+            args.base_depth, args.rule, model if proxy is None else proxy, args.base_width is not None and found is None
+        )
         undecided, patterns = _undecided(model, roles)
         if undecided:
             print(_complaint(undecided, patterns, args.full), file=sys.stderr)
-            if found is not None and found.proxy is not model:
+            if found is not None and proxy is not None and proxy is not model:
                 # The rest needs no choice. What takes the place of a choice here is left out of what is printed.
                 instead: dict[str, RoleSpec] = {f"re:^{re.escape(name)}$": "vector" for name, _, _ in undecided}
-                groups = param_groups(model, found.proxy, args.rule, {**roles, **instead}, output=args.output)
-                _write(args, found, paste(found, groups.evidence, roles, undecided), [], [])
+                given = {**roles, **instead}
+                groups = param_groups(model, proxy, args.rule, given, output=args.output, base_depth=base_depth)
+                _write(args, found, paste(found, groups.evidence, roles, undecided), [], [], base_depth)
             return 1
-        base: Any = model
-        if found is not None:
-            base = found.proxy
-        elif args.base is not None:
-            base = build("--base", args.base, {})
-        elif args.base_width is not None:
-            base = _base_width(args.base_width)
+        base: Any = model if proxy is None else proxy
+        if proxy is None and args.base_width is not None:
+            base = base_width(args.base_width)
         width = None if found else args.width
-        groups = param_groups(model, base, args.rule, roles, width=width, output=args.output)
+        groups = param_groups(model, base, args.rule, roles, width=width, output=args.output, base_depth=base_depth)
     except (ValueError, TypeError, RuntimeError) as error:
         shallow = (
             ""
@@ -148,7 +155,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     table = "" if args.json else summary(groups, steps=args.steps, full=args.full)
     if found is not None:
         made = None if found.proxy is model else paste(found, groups.evidence, roles)
-        _write(args, found, made, rows, [table, found.unlike(groups.evidence)])
+        _write(args, found, made, rows, [table, found.unlike(groups.evidence)], base_depth)
     else:
         print(json.dumps(rows, indent=1) if args.json else table)
     return 0
@@ -165,29 +172,21 @@ def _from_config(args: argparse.Namespace) -> Pair:
         raise ValueError("arguments --depth and --set: they change the proxy, so they need --base-width N.")
     if texts is not None and (len(texts) > 1 or "=" in texts[0]):
         raise ValueError("argument --base-width: with --hf it is one number, the width of the proxy, like 256.")
-    base_width = None if texts is None else _whole(texts[0], texts[0])
-    return build_pair(args.hf, args.width, base_width, args.depth, dict(map(_setting, args.set)))
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    path, equals, value = text.partition("=")
-    try:
-        if not (equals and all(part.isidentifier() for part in path.split("."))):
-            raise ValueError(text)
-        return path, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        raise ValueError(
-            f"argument --set: {text!r} is not field=value with a Python literal, like num_key_value_heads=2 or "
-            "text_config.head_dim=64."
-        ) from None
+    proxy_width = None if texts is None else number("--base-width", texts[0], texts[0])
+    return build_pair(args.hf, args.width, proxy_width, args.depth, dict(map(setting, args.set)))
 
 
 def _write(
-    args: argparse.Namespace, found: Pair, made: Paste | None, rows: Sequence[Mapping[str, Any]], parts: Sequence[str]
+    args: argparse.Namespace,
+    found: Pair,
+    made: Paste | None,
+    rows: Sequence[Mapping[str, Any]],
+    parts: Sequence[str],
+    base_depth: int | Mapping[str, int] | None,
 ) -> None:
     """Print the output of --hf: as JSON the rows, or else what was done to the config, the parts, and the code."""
     values = None if args.lr is None else (args.lr, args.wd)
-    code = made.code(args.rule, args.output, values) if made is not None else None
+    code = made.code(args.rule, args.output, values, base_depth) if made is not None else None
     if args.json:
         more = {**made.as_dict(), "code": code} if made is not None else {}
         print(json.dumps({**found.as_dict(), **more, "parameters": rows}, indent=1))
@@ -197,47 +196,6 @@ def _write(
     else:
         last = f"The call that makes these ratios in a program, for the names of {found.name}:\n\n{code}"
     print("\n\n".join(part for part in (found.report(), *parts, last) if part))
-
-
-def _base_width(texts: Sequence[str]) -> int | dict[str, int]:
-    if len(texts) == 1 and "=" not in texts[0]:
-        return _whole(texts[0], texts[0])
-    pairs = {}
-    for text in texts:
-        pattern, equals, value = text.rpartition("=")
-        if not equals:
-            raise ValueError(
-                f"argument --base-width: {text!r} is not pattern=fan_in, like '*=256'. Give pairs, or one number alone as the "
-                "width."
-            )
-        pairs[pattern] = _whole(value, text)
-    return pairs
-
-
-def _whole(value: str, text: str) -> int:
-    try:
-        return whole(value)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"argument --base-width: {error}, in {text!r}") from None
-
-
-def _role(text: str) -> tuple[str, RoleSpec]:
-    from ..width.specs import Matrix, Output
-
-    pattern, _, spec = text.rpartition("=")
-    role, colon, dimension = spec.partition(":")
-    kinds: dict[str, type[Matrix] | type[Output]] = {"matrix": Matrix, "output": Output}
-    if pattern and colon and role in kinds and re.fullmatch(r"-?\d+(,-?\d+)*", dimension):
-        dims = tuple(map(int, dimension.split(",")))
-        return pattern, kinds[role](fan_in=dims if len(dims) > 1 else dims[0])
-    if pattern and not colon:
-        for known in ROLES:
-            if role == known:
-                return pattern, known
-    raise ValueError(
-        f"argument --role: {text!r} is not pattern=role, like '*.A_log=vector' or '*.experts.w1=matrix:-1'. Roles are "
-        f"{', '.join(ROLES)}."
-    )
 
 
 Undecided = list[tuple[str, tuple[int, ...], str]]

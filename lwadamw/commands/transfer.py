@@ -53,7 +53,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="of the runs that differ in this column alone, use the one with the lowest loss",
     )
     option(
-        "--effective-decay", action="store_true", help="weight decays are effective values: turn them into base values"
+        "--effective-decay",
+        action="store_true",
+        help="weight decays are effective values (scaled by the width, or products lr·wd): turn them into base values",
+    )
+    option(
+        "--effective-lr",
+        action="store_true",
+        help="learning rates are effective values, scaled by the width: turn them into base values",
     )
     option(
         "--against",
@@ -89,6 +96,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             columns=_columns(parser, args.column),
             over=args.over,
             effective_decay=args.effective_decay,
+            effective_lr=args.effective_lr,
             plan=args.next,
             beta1=args.beta1 if args.against == "relative-update" else None,
         )
@@ -136,6 +144,7 @@ def report(
     columns: Mapping[str, str] | None = None,
     over: str | None = None,
     effective_decay: bool = False,
+    effective_lr: bool = False,
     plan: bool = False,
     beta1: float | None = None,
 ) -> None:
@@ -154,6 +163,7 @@ def report(
         columns: names of columns by kind; see `outcomes.read`.
         over: name of a column over which the lowest loss counts; see `outcomes.read`.
         effective_decay: whether the weight decays are effective values; see `transfer_decay.to_base`.
+        effective_lr: whether the learning rates are effective values; see `transfer_lr.to_base`.
         plan: whether to say what to run next.
         beta1: read the runs against the relative update, with this beta1; see `transfer_relative`. None: against the lr.
 
@@ -161,17 +171,32 @@ def report(
         ValueError: the file or an argument is not as it has to be.
         OSError: a file cannot be written.
     """
-    from ..lab import outcomes, plots, plots_runs, transfer, transfer_decay, transfer_relative, transfer_table
+    from ..lab import (
+        outcomes,
+        plots,
+        plots_runs,
+        transfer,
+        transfer_decay,
+        transfer_lr,
+        transfer_relative,
+        transfer_table,
+    )
 
     found = outcomes.read(runs, loss, columns, over)
+    base = proxy or min(row.width for row in found.rows)
+    # Products are those of the learning rates that the table has, so the decays come first.
     if effective_decay:
-        base = proxy or min(row.width for row in found.rows)
         found = replace(found, rows=tuple(transfer_decay.to_base(found.rows, base)))
-    elif note := transfer_decay.note(transfer_decay.exponents(found.rows)):
-        found = replace(found, notes=(*found.notes, note))
+    else:
+        found = replace(found, notes=(*found.notes, *transfer_decay.notes(found.rows)))
+    if effective_lr:
+        found = replace(found, rows=tuple(transfer_lr.to_base(found.rows, base)))
+    else:
+        scaled = transfer_lr.exponents(found.rows, found.lr)
+        found = replace(found, notes=(*found.notes, *transfer_lr.notes(scaled)))
     swept = {}
     if beta1 is not None:
-        found = transfer_relative.against_relative_update(found, proxy or min(row.width for row in found.rows), beta1)
+        found = transfer_relative.against_relative_update(found, base, beta1)
         swept = {"swept": found.swept, "title": f"Loss against {found.swept}"}
     result = transfer.analyse(found.rows, proxy=proxy, lr=lr, noise=noise)
     print(transfer_table.table(result, found, plan))

@@ -17,7 +17,7 @@ from .figures import rows_of
 from .outcomes import read
 from .paired import Difference, differences
 from .transfer import Arm, Drift, Transfer, analyse, curves_of
-from .transfer_table import regret_of, signed_span, span
+from .transfer_table import regret_difference, regret_of, signed_span, span
 
 Rows = Sequence[Mapping[str, str]]
 Table = Callable[[Path], str]
@@ -170,12 +170,21 @@ def _line(arm: Arm) -> list[str]:
 
 def _differences(path: Path) -> str:
     """Table of the drift of every arm in a row minus that of the arm in the column."""
+    return _pairs(path, "drift of, minus drift of", _slope)
+
+
+def _regret_differences(path: Path) -> str:
+    """Table of the regret of every arm in a row minus that of the arm in the column, at the largest width."""
+    return _pairs(path, "regret of, minus regret of", lambda d: regret_difference(d.regrets[-1]))
+
+
+def _pairs(path: Path, corner: str, cell: Callable[[Difference], str]) -> str:
     found = differences(curves_of(read(path).rows))
     arms = list(dict.fromkeys(d.arm for d in found))
     others = list(dict.fromkeys(d.other for d in found))
-    cells = {(d.arm, d.other): _slope(d) for d in found}
+    cells = {(d.arm, d.other): cell(d) for d in found}
     return markdown(
-        ["drift of, minus drift of", *others],
+        [corner, *others],
         [[arm, *(cells.get((arm, other), "") for other in others)] for arm in arms],
     )
 
@@ -264,8 +273,10 @@ TABLES: Final[Mapping[str, tuple[str, Table]]] = {
     "transfer": ("transfer.csv", _transfer),
     "weights": ("transfer.csv", _weights),
     "paired": ("transfer.csv", _differences),
+    "paired_regret": ("transfer.csv", _regret_differences),
     "transfer_low": ("transfer_low_wd.csv", _transfer),
     "paired_low": ("transfer_low_wd.csv", _differences),
+    "paired_regret_low": ("transfer_low_wd.csv", _regret_differences),
     "series": ("series.csv", _series),
     "ridge": ("heatmap.csv", _ridge),
 }

@@ -29,6 +29,7 @@ class ModelConfig:
         vocab: number of different tokens. A token is a byte.
         rope_base: base of the wavelengths of the rotary embedding.
         branch: factor on the output of every residual branch.
+        logits: factor on the logits.
 
     Raises:
         ValueError: a size or the factor is not positive, head_dim is odd, or the width is not a whole number of heads.
@@ -41,6 +42,7 @@ class ModelConfig:
     vocab: int = 256
     rope_base: float = 10_000.0
     branch: float = 1.0
+    logits: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "head_dim", "context", "vocab"):
@@ -48,10 +50,11 @@ class ModelConfig:
                 raise ValueError(
                     f"ModelConfig: {name}={getattr(self, name)} is not positive. Give a whole number of 1 or more."
                 )
-        if not self.branch > 0:
-            raise ValueError(
-                f"ModelConfig: branch={self.branch} is no positive factor. Give the factor on residual branches, such as 1.0."
-            )
+        for name, what in (("branch", "residual branches"), ("logits", "the logits")):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"ModelConfig: {name}={getattr(self, name)} is no positive factor. Give the factor on {what}, such as 1.0."
+                )
         if self.head_dim % 2:
             raise ValueError(
                 f"ModelConfig: head_dim={self.head_dim} is odd, but the rotary embedding rotates pairs. Give an even number."
@@ -198,7 +201,7 @@ class Transformer(nn.Module):
         cos, sin = rope(tokens.shape[1], self.config, tokens.device)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        logits: Tensor = self.head(self.norm(x))
+        logits: Tensor = self.config.logits * self.head(self.norm(x))
         return logits
 
     def loss(self, windows: Tensor) -> Tensor:

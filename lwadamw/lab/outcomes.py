@@ -49,6 +49,7 @@ class Outcomes:
         caption: how the runs were made, in one line, like '600 steps, 2 seeds, version 0.1.0+1a2b3c4'.
         width: name of the column that holds the widths.
         notes: what was left out of the file, one sentence each.
+        lr: name of the column that holds the learning rates.
         swept: what `Outcome.lr` holds, in words.
     """
 
@@ -58,6 +59,7 @@ class Outcomes:
     caption: str = ""
     width: str = "width"
     notes: tuple[str, ...] = ()
+    lr: str = "lr"
     swept: str = "lr"
 
 
@@ -108,7 +110,9 @@ def read(
             )
     finite = [row for (_, row), outcome in zip(lines, rows, strict=True) if math.isfinite(outcome.loss)]
     caption = conditions([dict(zip(table.names, row, strict=True)) for row in finite])
-    return Outcomes(path.name, found["loss"].name, tuple(rows), caption, found["width"].name, tuple(notes))
+    return Outcomes(
+        path.name, found["loss"].name, tuple(rows), caption, found["width"].name, tuple(notes), found["lr"].name
+    )
 
 
 def conditions(rows: Sequence[Mapping[str, str]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final
@@ -17,6 +16,7 @@ from lwadamw import Monitor
 from .arms import arm_rule
 from .data import Corpus, from_file, standard_library, windows
 from .model import FFN_RATIO
+from .pool import Alive
 from .training import Run, Settings
 
 STANDARD_LIBRARY: Final = "standard library"
@@ -126,7 +126,7 @@ class Training:
         return 20 * (self._matrix_elements + 512 * self.width) + 4 * activations
 
 
-def train(task: Training, device: torch.device, alive: Callable[[], None]) -> dict[str, Any]:
+def train(task: Training, device: torch.device, alive: Alive) -> dict[str, Any]:
     """Run one training.
 
     Args:
@@ -142,7 +142,7 @@ def train(task: Training, device: torch.device, alive: Callable[[], None]) -> di
     seen: dict[str, float] = {}
     losses: list[float] = []
     for record in run.train():
-        alive()
+        alive(record.step, task.steps, record.loss)
         losses.append(record.loss)
         if not math.isfinite(record.loss):
             break
@@ -172,7 +172,7 @@ def train(task: Training, device: torch.device, alive: Callable[[], None]) -> di
     }
 
 
-def watch(task: Training, device: torch.device, alive: Callable[[], None]) -> list[dict[str, Any]]:
+def watch(task: Training, device: torch.device, alive: Alive) -> list[dict[str, Any]]:
     """Run one training with a `Monitor` on it.
 
     Args:
@@ -187,8 +187,8 @@ def watch(task: Training, device: torch.device, alive: Callable[[], None]) -> li
     probe = windows(run.corpus.validation, 8, task.context)[:, :-1].to(device)
     every = max(1, task.steps // READINGS)
     monitor = Monitor(run.optimizer, run.model, every=every, spectrum_every=every, probe=probe, history=task.steps)
-    for _ in run.train():
-        alive()
+    for record in run.train():
+        alive(record.step, task.steps, record.loss)
     rows = []
     for reading in monitor.readings:
         matrices = np.array([role == "matrix" for role in reading.roles])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
@@ -16,6 +17,7 @@ import torch
 import lwadamw
 
 from .pool import Failure, Work, run_all
+from .progress import Progress
 from .table import Row, RunTable
 
 # Columns that say where and when a run was made. They do not identify the run.
@@ -48,6 +50,7 @@ def sweep(
     *,
     jobs: int | None = None,
     show: Callable[[str], None] = print,
+    live: bool = False,
 ) -> list[Failure]:
     """Run every task that is not in the file yet, and append its result as soon as the run has ended.
 
@@ -60,7 +63,8 @@ def sweep(
         path: path of the CSV file.
         device: passed to `work`.
         jobs: number of runs at once. By default one per core; on a GPU, as many as fit in its memory.
-        show: called with a line of text at the start and at the end of every run.
+        show: called with a line of text at the start, at the end of every run, and now and then while no run ends.
+        live: whether the standard output is a terminal, on which lines can change in place; see `Progress`.
 
     Returns:
         The runs that failed, by an exception or by the end of their process. They are not in the file.
@@ -83,21 +87,24 @@ def sweep(
         show(f"{path}: {there} runs there, {len(todo)} to make, {jobs} at once on {device}")
         failures: list[Failure] = []
         place = _place(device)
-        start, total, spent = time.time(), sum(task.cost for task in todo), 0.0
-        outcomes = run_all(work, todo, device, jobs, threads=max(1, cores // jobs))
-        for ended, (task, outcome) in enumerate(outcomes, 1):
-            spent += task.cost
-            left = (time.time() - start) * (total - spent) / spent
-            rate = f"{ended}/{len(todo)}  {_duration(left)} left"
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-                show(f"{rate}  FAILED {_label(task)}\n{outcome.text}")
-                continue
-            members = computations[task.shared()]
-            rows = outcome if isinstance(outcome, list) else [outcome]
-            table.append([{**asdict(member), **row, **place} for member in members for row in rows])
-            show(f"{rate}  {_label(task)}  {_outcome(rows[-1])}")
+        with Progress(show, {task: task.cost for task in todo}, _label, live) as progress:
+            outcomes = run_all(work, todo, device, jobs, threads=max(1, cores // jobs), seen=progress.step)
+            for task, outcome in outcomes:
+                progress.ended(task)
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                    progress.line(f"{progress.rate()}  FAILED {_label(task)}\n{outcome.text}")
+                    continue
+                members = computations[task.shared()]
+                rows = outcome if isinstance(outcome, list) else [outcome]
+                table.append([{**asdict(member), **row, **place} for member in members for row in rows])
+                progress.line(f"{progress.rate()}  {_label(task)}  {_outcome(rows[-1])}")
     return failures
+
+
+def output() -> dict[str, Any]:
+    """Return the arguments of `sweep` that write to the standard output."""
+    return {"show": lambda line: print(line, flush=True), "live": sys.stdout.isatty()}
 
 
 def _fitting(tasks: Sequence[Any], device: torch.device) -> int:
@@ -143,7 +150,3 @@ def _label(task: Any) -> str:
 def _outcome(outcome: Row) -> str:
     shown = {name: outcome[name] for name in ("status", "loss", "gain_network") if name in outcome}
     return "  ".join(f"{name} {value:.4f}" if isinstance(value, float) else str(value) for name, value in shown.items())
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

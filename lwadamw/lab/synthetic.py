@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ import lwadamw
 from lwadamw.width.steady_state import tau_of, weight_rms_of
 
 from .arms import arm_rule
+from .pool import Alive
 
 VARIANTS: Final = ("relu", "swiglu")
 MATRICES: Final = ("in", "out", "gate")
@@ -151,13 +151,13 @@ class Network(nn.Module):
         return y
 
 
-def run(task: Noise, device: torch.device, alive: Callable[[], None]) -> dict[str, Any]:
+def run(task: Noise, device: torch.device, alive: Alive) -> dict[str, Any]:
     """Take one network to its steady state, and measure it.
 
     Args:
         task: the setting of the run.
         device: where to run.
-        alive: called at every measurement; see `pool.run_all`.
+        alive: called after every hundredth of the run; see `pool.run_all`.
 
     Returns:
         The columns in `RESULT` that the variant has, and "seconds".
@@ -181,7 +181,8 @@ def run(task: Noise, device: torch.device, alive: Callable[[], None]) -> dict[st
         optimizer.zero_grad(set_to_none=False)
         if step in places:
             seen.append(_measure(network, draw(PROBE)))
-            alive()
+        if step % max(1, task.steps // 100) == 0:
+            alive(step, task.steps)
     lr, wd = task.effective
     return {
         "effective_lr": lr,

@@ -143,7 +143,10 @@ class Run:
         if self.rule.depth is not None:
             base_depth = s.base_depth or s.depth
             branch = self.rule.depth.factor(s.depth / base_depth)
-        config = ModelConfig(width=self.width, depth=s.depth, context=s.context, branch=branch)
+        # A rule that leaves the lr of the head alone relies on logits that are divided by m.
+        divided = self.rule.output.lr == 0 and self.rule.matrix.lr != 0
+        logits = s.base_width / self.width if divided else 1.0
+        config = ModelConfig(width=self.width, depth=s.depth, context=s.context, branch=branch, logits=logits)
         self.model = Transformer(config, s.seed).to(self.device)
         groups = lwadamw.param_groups(self.model, base_width=s.base_width, rule=self.rule, base_depth=base_depth)
         self.optimizer = lwadamw.AdamW(

@@ -14,7 +14,7 @@ from lwadamw.state.arrays import Array
 
 from .curves import Curve, Edge, Reached, combined, interval, lowest, noise_of, slope_weights
 from .outcomes import Outcome
-from .paired import Difference, differences
+from .paired import Difference, differences, moved_lr
 from .ridge import Ridge, ridge
 from .transfer_next import Next, along, suggest
 from .transfer_shape import problem
@@ -133,7 +133,7 @@ class Transfer:
         given_lr: learning rate of the regrets, if it was given instead of taken from the proxy's best run.
         arms: results of every arm at every weight decay.
         ridges: ridges of the arms with several weight decays.
-        differences: differences of the drifts of all pairs of arms.
+        differences: differences of the drifts and the regrets of all pairs of arms.
         next: what to run next, for every arm, weight decay and width, and along every ridge.
     """
 
@@ -201,7 +201,7 @@ def analyse(
                 ridges.append(found)
                 planned.append(along(found, here, level[0]))
     names = dict.fromkeys(curve.arm for curve in curves)
-    pairs = differences(curves, noise) if len(names) <= MOST_PAIRED else []
+    pairs = differences(curves, noise, proxy, lr) if len(names) <= MOST_PAIRED else []
     return Transfer(proxy, lr, tuple(arms), tuple(ridges), tuple(pairs), tuple(planned))
 
 
@@ -228,8 +228,7 @@ def _arm(curves: Sequence[Curve], proxy: int, lr: float | None, noise: float, no
     drawn = [c.redraw(noise, generator) for c in curves]
     low, high = np.array([c.bounds(d) for c, d in zip(curves, drawn, strict=True)]).swapaxes(0, 1)
     optima = tuple(_optimum(c, noise, fit, *ends) for c, fit, *ends in zip(curves, fits, low, high, strict=True))
-    at_proxy = next((o for o in optima if o.width == proxy and math.isfinite(o.best_loss)), None)
-    moved = lr if lr is not None else at_proxy.best_lr if at_proxy else None
+    moved = moved_lr(next((c for c in curves if c.width == proxy), None), lr)
     regrets = () if moved is None else tuple(_regret(c, moved, d) for c, d in zip(curves, drawn, strict=True))
     known = [i for i, fit in enumerate(fits) if math.isfinite(fit)]
     some = [optima[i] for i in known]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lwadamw.monitor.text import aligned
 
 from .outcomes import Outcomes
-from .paired import Difference
+from .paired import Difference, RegretDifference
 from .ridge import Ridge
 from .transfer import Arm, Optimum, Regret, Transfer
 from .transfer_next import Next
@@ -50,7 +50,7 @@ def table(found: Transfer, outcomes: Outcomes, plan: bool = False) -> str:
         several = len({d.weight_decay for d in found.differences}) > 1
         blocks.append(
             "\n".join(
-                aligned([_pairs_header(axis, swept), *(_pair(d, several) for d in found.differences)], range(1, 2))
+                aligned([_pairs_header(axis, swept), *(_pair(d, several) for d in found.differences)], range(1, 3))
             )
         )
     blocks += ["\n".join(map(_ridge, found.ridges))] if found.ridges else []
@@ -68,7 +68,8 @@ def _summary_header(axis: str, swept: str) -> Sequence[str]:
 
 
 def _pairs_header(axis: str, swept: str) -> Sequence[str]:
-    return ("difference of two drifts", f"octaves of {swept} per octave of {axis}", f"runs in common at {axis}")
+    drift = f"drift, octaves of {swept} per octave of {axis}"
+    return ("difference of two arms", drift, "regret at the widest", f"runs in common at {axis}")
 
 
 def _lines(arm: Arm) -> Sequence[Sequence[str]]:
@@ -119,7 +120,8 @@ def _summary(arm: Arm, label: str) -> Sequence[str]:
 def _pair(d: Difference, several: bool) -> Sequence[str]:
     decay = f", wd {d.weight_decay:g}" if several else ""
     slope = f"{d.slope:+.2f} ({signed_span(d.slope_low, d.slope_high, 2)})"
-    return (f"{d.arm} - {d.other}{decay}", slope, ", ".join(map(str, d.shared)) or "-")
+    regret = regret_difference(d.regrets[-1]) if d.regrets else "-"
+    return (f"{d.arm} - {d.other}{decay}", slope, regret, ", ".join(map(str, d.shared)) or "-")
 
 
 def _next(n: Next) -> Sequence[str]:
@@ -151,8 +153,8 @@ def _notes(found: Transfer) -> str:
         notes.append("ridge: the exponent is -1 where lr·wd decides the loss, and +1 where lr/wd does.")
     if found.differences:
         notes.append(
-            "difference of two drifts: runs that both arms have in common do not count as noise, so the interval is narrower "
-            "than the two intervals of the drifts suggest."
+            "difference of two arms: runs that both have in common do not count as noise, so the interval is narrower than the "
+            "intervals of the two arms suggest. Where it does not contain 0, the arms differ."
         )
     single = [arm for arm in found.arms if arm.drift is None and arm.weight_decay is not None]
     if single and len({o.width for arm in found.arms for o in arm.optima}) > 1:
@@ -198,6 +200,13 @@ def regret_of(regret: Regret) -> str:
     if math.isnan(regret.low):
         return "diverged" if math.isinf(regret.regret) else "-"
     return f"{regret.regret:.3f} ({regret.low:.3f} to {regret.high:.3f})"
+
+
+def regret_difference(difference: RegretDifference) -> str:
+    """Return the difference of two regrets with its interval as text."""
+    if math.isnan(difference.value):
+        return "-"
+    return f"{difference.value:+.3f} ({signed_span(difference.low, difference.high, 3)})"
 
 
 def _loss(loss: float) -> str:

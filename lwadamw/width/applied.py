@@ -65,6 +65,11 @@ class Applied:
         return None if kind is None else self.rule.modules.get(kind)
 
 
+def needs_depth(rule: Rule) -> bool:
+    """Return whether a rule has to know the residual blocks, so that `param_groups` needs `base_depth`."""
+    return rule.depth is not None or rule.block_vector is not None
+
+
 def check_depth(rule: Rule, base_depth: object, depth: int | None) -> None:
     """Raise a ValueError if a rule and the arguments of `param_groups` for the depth do not belong together.
 
@@ -82,7 +87,7 @@ def check_depth(rule: Rule, base_depth: object, depth: int | None) -> None:
             'rule="completep", or give your rule depth exponents: rule=dataclasses.replace(lwadamw.RULES["kosson2025"], '
             'depth=lwadamw.DEPTHS["completep"]). Or leave base_depth out.'
         )
-    if base_depth is None and (rule.depth is not None or rule.block_vector is not None):
+    if base_depth is None and needs_depth(rule):
         raise ValueError(
             f"param_groups: the rule {rule.name!r} scales residual blocks, so it has to know the blocks. Give "
             "base_depth=<number of blocks of the proxy>; this model may have as many."

@@ -8,7 +8,7 @@ from typing import Final
 from torch import nn
 
 from .patterns import as_mapping, matches_any
-from .roles import Decided
+from .roles import Decided, decide
 from .sites import children, unwrapped
 from .widths import config_values
 
@@ -63,6 +63,24 @@ def depth_ratios(
             )
     ratio, remark = depth / base_depth, f"; one of {depth} blocks, {base_depth} at the proxy"
     return lambda d: (ratio, remark) if _stack(d)[0] == path else (None, "")
+
+
+def blocks_of(model: nn.Module) -> int | dict[str, int]:
+    """Return the number of residual blocks of a model, in the form of the argument `base_depth` of `param_groups`.
+
+    Args:
+        model: the model, for instance the proxy.
+
+    Returns:
+        A number. If the model has several lists of blocks, a mapping from their patterns to their numbers; it is empty if there
+        is no list of blocks.
+    """
+    stacks = _stacks(decide(model, {}))
+    return next(iter(stacks.values())) if len(stacks) == 1 else _patterns(stacks)
+
+
+def _patterns(stacks: Mapping[str, int]) -> dict[str, int]:
+    return {f"{path}.*" if path else "*": count for path, count in stacks.items()}
 
 
 def _is_count(value: object) -> bool:
@@ -125,7 +143,7 @@ def _unclear(base_depth: int, stacks: Mapping[str, int]) -> str:
             f'Say which parameters are inside blocks: base_depth={{"<pattern>": {base_depth}}}.'
         )
     listed = ", ".join(f"{path!r} of {count}" for path, count in stacks.items())
-    text = as_mapping({f"{path}.*" if path else "*": base_depth for path in stacks})
+    text = as_mapping(_patterns(dict.fromkeys(stacks, base_depth)))
     return (
         f"param_groups: base_depth={base_depth} is one number, but there are several lists of blocks: {listed}. Give the depth "
         f"of each at the proxy, and leave out those that are no residual blocks: base_depth={text}."

@@ -14,6 +14,7 @@ has to be constant so that hyperparameters transfer is an open question. Here th
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
@@ -153,10 +154,16 @@ def get_rule(rule: str | Rule) -> Rule:
         raise TypeError(f"rule must be a name or a lwadamw.Rule, got {type(rule).__name__}.")
     known = {**RULES, **RECIPES}
     if rule not in known:
-        raise ValueError(
-            f"unknown rule {rule!r}. Rules are {', '.join(known)}. You can also pass a lwadamw.Rule(...) of your own."
-        )
+        raise ValueError(f"{unknown_rule(rule)} You can also pass a lwadamw.Rule(...) of your own.")
     return known[rule]
+
+
+def unknown_rule(name: str) -> str:
+    """Return the message for a name that neither a rule nor a recipe has."""
+    known = (*RULES, *RECIPES)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Closest: {close[0]!r}." if close else ""
+    return f"unknown rule {name!r}.{hint} Rules are {', '.join(known)}."
 
 
 def with_modules(rule: Rule, modules: Mapping[Kind, Module] | None) -> Rule:

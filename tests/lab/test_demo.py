@@ -213,7 +213,7 @@ def test_the_steady_step_counts_the_decay_of_the_warm_up(text):
         (["--out", "no/such/folder/x.png"], "--out: 'no/such/folder/x.png' is in a folder that does not exist"),
         (["--device", "tpu"], "--device: 'tpu' is no device"),
         (["--device", "meta"], "--device: the laboratory runs on cpu or cuda"),
-        (["--rule", "none"], "--rule: invalid choice: 'none'"),
+        (["--rule", "none"], "--rule: unknown rule 'none'. Rules are standard"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -19,7 +19,7 @@ from lwadamw.commands import main
 from lwadamw.lab import sweep as sweeps
 from lwadamw.lab.arms import arm_rule
 from lwadamw.lab.data import from_file
-from lwadamw.lab.pool import Failure, run_all
+from lwadamw.lab.pool import Failure, Step, run_all
 from lwadamw.lab.study import RESULT, Training, train
 from lwadamw.lab.sweep import sweep
 from lwadamw.lab.table import RunTable
@@ -50,9 +50,9 @@ def nap(task, device, alive):
         raise ZeroDivisionError("as asked")
     if task.does == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    for _ in range(10):
+    for step in range(10):
         time.sleep(0.01)
-        alive()
+        alive(step + 1, 10, 0.5)
     return {"square": task.number**2}
 
 
@@ -69,10 +69,10 @@ def in_process(monkeypatch):
     """
     made = []
 
-    def run_here(work, tasks, device, jobs, threads):
+    def run_here(work, tasks, device, jobs, threads, seen):
         for task in tasks:
             made.append(task)
-            yield task, work(task, device, lambda: None)
+            yield task, work(task, device, lambda *_: None)
 
     monkeypatch.setattr(sweeps, "run_all", run_here)
     return made
@@ -206,8 +206,10 @@ def test_the_next_sweep_tries_a_run_that_failed_again(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the processes of the machine from /proc")
 def test_ending_the_iteration_ends_the_processes():
     before = set(children_of(os.getpid()))
-    outcomes = run_all(nap, [Nap(i) for i in range(8)], CPU, 2, 1)
+    steps = []
+    outcomes = run_all(nap, [Nap(i) for i in range(8)], CPU, 2, 1, seen=lambda task, step: steps.append((task, step)))
     task, result = next(outcomes)
+    assert (task, Step(1, 10, 0.5)) in steps
     assert not isinstance(result, Failure)
     assert result == {"square": task.number**2}
     workers = [pid for pid in children_of(os.getpid()) if pid not in before and is_worker(pid)]
@@ -218,7 +220,7 @@ def test_ending_the_iteration_ends_the_processes():
 
 def test_a_diverged_run_is_recorded_as_diverged(text):
     task = Training.of("standard", 32, replace(TINY, lr=1e6, weight_decay=1e-9), str(text))
-    result = train(task, CPU, lambda: None)
+    result = train(task, CPU, lambda *_: None)
     assert result["status"] == "diverged"
     assert math.isnan(result["loss"])
     assert set(result) <= {*RESULT, "seconds"}
@@ -226,7 +228,7 @@ def test_a_diverged_run_is_recorded_as_diverged(text):
 
 def test_the_result_of_a_run_holds_its_effective_values(text):
     task = Training.of("lr=-0.5,wd=0.25", 128, replace(TINY, lr=0.01, weight_decay=2.0), str(text))
-    result = train(task, CPU, lambda: None)
+    result = train(task, CPU, lambda *_: None)
     lr, wd = 0.01 * 4**-0.5, 2.0 * 4**0.25
     assert result["status"] == "done"
     assert (result["effective_lr"], result["effective_wd"]) == pytest.approx((lr, wd))

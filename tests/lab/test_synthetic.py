@@ -41,7 +41,7 @@ def test_weights_settle_where_noise_takes_them(variant):
     lr, wd = 0.02 / 2, 2.0
     for seed in range(4):
         task = Noise.of("kosson2025", variant, 64, seed=seed, **SETTING)
-        result = run(task, CPU, lambda: None)
+        result = run(task, CPU, lambda *_: None)
         assert result["steady_rms"] == pytest.approx(math.sqrt(lr / (2 * wd)))
         assert result["steps"] == 300
         assert result["taus"] == pytest.approx(6)
@@ -76,7 +76,7 @@ def expected_gains(weight_in, weight_out):
 def test_statistics_are_those_of_the_weights():
     """The run hardly moves its weights, so NumPy knows the spectrum and the expected gains in float64."""
     task = Noise.of("standard", "relu", 48, seed=3, **{**SETTING, "lr": 1e-9, "base_width": 48, "run_taus": 4e-8})
-    result = run(task, CPU, lambda: None)
+    result = run(task, CPU, lambda *_: None)
     network = Network(48, "relu", torch.Generator().manual_seed(3))
     weights = {name: layer.weight.detach().double().numpy() for name, layer in network.matrices.items()}
     for name, weight in weights.items():
