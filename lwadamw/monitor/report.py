@@ -88,7 +88,7 @@ def table(
             break
     of = f" of {steps}" if steps else ""
     median = "median" if _RANGES in missing else f"median ({_RANGES})"
-    title = f"step {reading.step}{of}   {median}; the verdict is that of the slowest"
+    title = f"step {reading.step}{of}   {median}; each line has the verdict of its slowest weight"
     said = [*_wrapped(title, width), *with_short_names(cells, width)]
     for text in _largest(reading, lines):
         said += _wrapped(text, width)
