@@ -92,13 +92,13 @@ def _broken(findings: Sequence[Finding]) -> str:
 
 def _titles(proxies: Sequence[Profile], target: Profile) -> list[str]:
     return [
-        f"{name:<6}  rule {p.rule}   base {', '.join(f'{k} {_base(k, v)}' for k, v in p.base.items())}   "
+        f"{name:<6}  rule {p.rule}   base {', '.join(f'{k} {_base_value(k, v)}' for k, v in p.base.items())}   "
         f"steps {p.window[0]} to {p.window[1]} of {p.steps}" + "".join(f"   {k} {v}" for k, v in p.meta.items())
         for name, p in [*(("proxy", proxy) for proxy in proxies), ("target", target)]
     ]
 
 
-def _base(key: str, value: object) -> str:
+def _base_value(key: str, value: object) -> str:
     """Return a base value as text. Older profiles hold the lr at the end of the run, which may be 0."""
     return "decayed to 0" if key == "lr" and value == 0 else str(value)
 
