@@ -1,9 +1,10 @@
 """torch.distributed.checkpoint: a checkpoint of torch.optim.AdamW is loaded into an optimizer with a width rule.
 
 The groups of a rule have keys that a checkpoint of torch's AdamW lacks, such as `role`. torch's own planner then fails with
-"Missing key in checkpoint state_dict: ....role". With allow_partial_load=True it would also leave out missing moments. Checkpoints
-that torch 2.6 wrote, of its AdamW or of this package, fail in the same way in later torch: "Missing key in checkpoint state_dict:
-....decoupled_weight_decay". Run with torch 2.13, on checkpoints of torch 2.13 and 2.6.
+"Missing key in checkpoint state_dict: ....role". With allow_partial_load=True it would also leave out missing moments.
+
+Checkpoints that torch 2.6 wrote, of its AdamW or of this package, fail in the same way in later torch: "Missing key in
+checkpoint state_dict: ....decoupled_weight_decay". Run with torch 2.13, on checkpoints of torch 2.13 and 2.6.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ..state import keys
 
-# torch itself adds the names, where parameters have any. torch 2.7 has added decoupled_weight_decay, which is True in every AdamW.
+# torch itself adds the names, where parameters have any. From torch 2.7 on, it also adds decoupled_weight_decay, which is True
+# in every AdamW.
 _OPTIONAL = frozenset((*keys.named(keys.ALL), "param_names", "decoupled_weight_decay"))
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """A `DefaultLoadPlanner` that asks a checkpoint for names, for the group keys of this package and for `decoupled_weight_decay` only if it has them.
+    """A `DefaultLoadPlanner` that asks a checkpoint for some group keys only if it has them.
 
-    The optimizer keeps its own values of the keys that are left out. Any other key that is missing is an error, as always.
+    These keys are names, the group keys of this package, and torch's `decoupled_weight_decay`. The optimizer keeps its own
+    values of the keys that are left out. Any other key that is missing is an error, as always.
     Arguments are those of torch's class.
 
     The groups of a rule are other groups than those of the checkpoint. So write and read with names: give
