@@ -25,8 +25,6 @@ QUICK = (
     "tests/step/test_torch_behaviours.py",
     "tests/state/test_checkpoint.py",
     "tests/state/test_fixtures.py",
-    "tests/state/test_saved_form.py",
-    "tests/sharded/test_global_values.py",
     "tests/width/test_roles.py",
 )
 VERSIONS = """
@@ -99,7 +97,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python", nargs="+", help="an interpreter")
     for python in parser.parse_args().python:
-        PAGE.write_text(merged(PAGE.read_text(), dict([run(python)])))
+        versions, found = run(python)
+        PAGE.write_text(merged(PAGE.read_text(), {versions: found}))
 
 
 if __name__ == "__main__":
