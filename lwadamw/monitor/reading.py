@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..state.arrays import Array
+from ..step.norms import Norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Reading:
         shapes: shape of the whole parameter, by name, of parameters that are held in pieces whose place is known.
         fan_in: fan_in of every segment. Empty if it is not known of any.
         rule: name of the optimizer's rule.
+        norms: the norms of the step, in the order of `names`. None if they are not known.
     """
 
     step: int
@@ -40,3 +42,4 @@ class Reading:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fan_in: Array = field(default_factory=lambda: np.empty(0))
     rule: str = "none"
+    norms: Norms | None = None
