@@ -76,7 +76,8 @@ def adamw_of(
         model: the model.
         args: `transformers.TrainingArguments`, or another object with `learning_rate`, `weight_decay`,
             `adam_beta1`, `adam_beta2` and `adam_epsilon`.
-        width: arguments of `lwadamw.param_groups` besides the model. None: no rule.
+        width: arguments of `lwadamw.param_groups` besides the model. None: no rule. With `fold=True`, the base values are
+            those of the arguments too.
         decayed: without a rule: a function from the model to the names of the parameters that have weight decay. None: all.
         **options: further arguments of `lwadamw.AdamW`.
 
@@ -90,7 +91,8 @@ def adamw_of(
         "eps": args.adam_epsilon,
     }
     if width is not None:
-        return AdamW(param_groups(model, **width), **{**values, **options})
+        base = {key: {**values, **options}[key] for key in ("lr", "weight_decay", "eps")} if width.get("fold") else {}
+        return AdamW(param_groups(model, **{**base, **width}), **{**values, **options})
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     names = {name for name, _ in trained} if decayed is None else set(decayed(model))
     groups: list[dict[str, Any]] = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.engines.killed import STEPS, check, run_twice
 
 pytestmark = pytest.mark.engines
 
-if importlib.util.find_spec("composer") is None:
+if not Path(sys.prefix, "composer").is_dir():
     pytest.skip("Composer is not installed", allow_module_level=True)
 
 
