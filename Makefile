@@ -98,12 +98,15 @@ dist: .venv-dist/.installed
 	.venv-dist/bin/python -m build
 	.venv-dist/bin/python -m twine check --strict dist/*
 
-$(FRAMEWORKS)/.installed: tests/engines/requirements-frameworks.txt constraints.txt
+$(FRAMEWORKS)/.installed: tests/engines/requirements-frameworks.txt tests/engines/requirements-composer.txt constraints.txt
 	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		torch triton numpy pytest pytest-xdist
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 		-r tests/engines/requirements-frameworks.txt
+	rm -rf $(FRAMEWORKS)/composer
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		--target $(FRAMEWORKS)/composer -r tests/engines/requirements-composer.txt
 	touch $@
 
 test-frameworks: $(FRAMEWORKS)/.installed

@@ -48,20 +48,22 @@ class TensorBoardLogger:
     Args:
         writer: a `SummaryWriter`, or another object with `add_scalar`.
         prefix: text in front of every name.
+        roles_only: log totals and medians of roles, and nothing of single parameters: see `Monitor.as_dict`.
 
     Examples:
         monitor.on_reading.append(TensorBoardLogger(SummaryWriter()))
     """
 
-    def __init__(self, writer: ScalarWriter, prefix: str = "") -> None:
+    def __init__(self, writer: ScalarWriter, prefix: str = "", *, roles_only: bool = False) -> None:
         self.writer = writer
         self.prefix = prefix
+        self.roles_only = roles_only
 
     def __call__(self, reading: Reading) -> None:
         """Write one reading."""
         if not reading.writes:
             return
-        for tag, value in as_dict(reading, self.prefix).items():
+        for tag, value in as_dict(reading, self.prefix, self.roles_only).items():
             self.writer.add_scalar(tag, value, reading.step)
 
 
@@ -74,19 +76,21 @@ class WandbLogger:
     Args:
         run: what `wandb.init()` returns, or another object with `log`.
         prefix: text in front of every name.
+        roles_only: log totals and medians of roles, and nothing of single parameters: see `Monitor.as_dict`.
 
     Examples:
         monitor.on_reading.append(WandbLogger(wandb.init()))
     """
 
-    def __init__(self, run: DictLogger, prefix: str = "") -> None:
+    def __init__(self, run: DictLogger, prefix: str = "", *, roles_only: bool = False) -> None:
         self.run = run
         self.prefix = prefix
+        self.roles_only = roles_only
 
     def __call__(self, reading: Reading) -> None:
         """Log one reading."""
         if reading.writes:
-            self.run.log(as_dict(reading, self.prefix), step=reading.step)
+            self.run.log(as_dict(reading, self.prefix, self.roles_only), step=reading.step)
 
 
 class LightningHooks:
@@ -101,16 +105,18 @@ class LightningHooks:
     Args:
         monitor: the monitor whose readings are logged.
         prefix: text in front of every name.
+        roles_only: log totals and medians of roles, and nothing of single parameters: see `Monitor.as_dict`.
 
     Examples:
         class LogReadings(lwadamw.loggers.LightningHooks, lightning.pytorch.Callback): ...
         trainer = Trainer(callbacks=[LogReadings(monitor)])
     """
 
-    def __init__(self, monitor: Monitor, prefix: str = "") -> None:
+    def __init__(self, monitor: Monitor, prefix: str = "", *, roles_only: bool = False) -> None:
         super().__init__()
         self.monitor = monitor
         self.prefix = prefix
+        self.roles_only = roles_only
         self._logged: Reading | None = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -118,7 +124,7 @@ class LightningHooks:
         reading = self.monitor.latest
         if reading is not None and reading is not self._logged:
             self._logged = reading
-            pl_module.log_dict(as_dict(reading, self.prefix), on_step=True, on_epoch=False)
+            pl_module.log_dict(as_dict(reading, self.prefix, self.roles_only), on_step=True, on_epoch=False)
 
 
 def report_to_composer(optimizer: AdamW) -> Callable[[], None]:

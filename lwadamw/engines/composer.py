@@ -13,15 +13,16 @@ from ..monitor.arguments import optimizer_behind
 from ..monitor.monitor import Monitor
 
 
-def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
+def callback(every: int = 50, prefix: str = "", *, roles_only: bool = False, **options: Any) -> Any:
     """Return a callback for `Trainer(callbacks=[...])` of Composer that attaches a `Monitor` and logs its readings.
 
-    Readings go to all loggers of the Trainer, at the batch after which Composer's own OptimizerMonitor logs. The monitor is part
-    of Composer's checkpoints. It stays attached until the Trainer is closed, over several calls of `fit()`.
+    Readings go to all loggers of the Trainer, at the end of the batch of their step. The monitor is part of
+    Composer's checkpoints. It stays attached until the Trainer is closed, over several calls of `fit()`.
 
     Args:
         every: steps from one reading to the next.
         prefix: text in front of every logged name.
+        roles_only: log the totals and medians of every role, and nothing of single parameters: see `Monitor.as_dict`.
         **options: further arguments of `lwadamw.Monitor`.
 
     Returns:
@@ -31,7 +32,7 @@ def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
         ModuleNotFoundError: Composer is not installed.
         TypeError: when a fit starts: the Trainer's optimizer is no `lwadamw.AdamW`.
     """
-    return _callback_class()({"every": every, **options}, prefix)
+    return _callback_class()({"every": every, **options}, prefix, roles_only)
 
 
 @functools.cache
@@ -41,9 +42,10 @@ def _callback_class() -> type[Any]:
     class WidthCallback(composer.Callback):  # type: ignore[misc]
         """Logs readings. `lwadamw.engines.composer.callback` makes it."""
 
-        def __init__(self, options: dict[str, Any], prefix: str) -> None:
+        def __init__(self, options: dict[str, Any], prefix: str, roles_only: bool) -> None:
             super().__init__()
             self.monitor: Monitor | None = None
+            self._roles_only = roles_only
             self._options, self._prefix, self._logged = options, prefix, -1
             self._loaded: dict[str, Any] | None = None
 
@@ -58,7 +60,7 @@ def _callback_class() -> type[Any]:
             latest = None if self.monitor is None else self.monitor.latest
             if self.monitor is not None and latest is not None and latest.step != self._logged:
                 self._logged = latest.step
-                logger.log_metrics(self.monitor.as_dict(self._prefix))
+                logger.log_metrics(self.monitor.as_dict(self._prefix, self._roles_only))
 
         def close(self, state: Any, logger: Any) -> None:
             if self.monitor is not None:

@@ -76,7 +76,8 @@ def adamw_of(
         model: the model.
         args: `transformers.TrainingArguments`, or another object with `learning_rate`, `weight_decay`,
             `adam_beta1`, `adam_beta2` and `adam_epsilon`.
-        width: arguments of `lwadamw.param_groups` besides the model. None: no rule.
+        width: arguments of `lwadamw.param_groups` besides the model. None: no rule. With `fold=True`, the base values are
+            those of the arguments too.
         decayed: without a rule: a function from the model to the names of the parameters that have weight decay. None: all.
         **options: further arguments of `lwadamw.AdamW`.
 
@@ -90,7 +91,8 @@ def adamw_of(
         "eps": args.adam_epsilon,
     }
     if width is not None:
-        return AdamW(param_groups(model, **width), **{**values, **options})
+        base = {key: {**values, **options}[key] for key in ("lr", "weight_decay", "eps")} if width.get("fold") else {}
+        return AdamW(param_groups(model, **{**base, **width}), **{**values, **options})
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     names = {name for name, _ in trained} if decayed is None else set(decayed(model))
     groups: list[dict[str, Any]] = [
@@ -100,7 +102,7 @@ def adamw_of(
     return AdamW([group for group in groups if group["params"]], **{**values, **options})
 
 
-def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
+def callback(every: int = 50, prefix: str = "", *, roles_only: bool = False, **options: Any) -> Any:
     """Return a callback for `Trainer(callbacks=[...])` that attaches a `Monitor` and logs its readings.
 
     With `WidthTrainer`, readings go to every tracker of `report_to`. With another Trainer they go to
@@ -110,6 +112,7 @@ def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
     Args:
         every: steps from one reading to the next.
         prefix: text in front of every logged name.
+        roles_only: log the totals and medians of every role, and nothing of single parameters: see `Monitor.as_dict`.
         **options: further arguments of `lwadamw.Monitor`.
 
     Returns:
@@ -119,7 +122,7 @@ def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
         ModuleNotFoundError: transformers is not installed.
         TypeError: when training starts: the Trainer's optimizer is no `lwadamw.AdamW`.
     """
-    return _callback_class()({"every": every, **options}, prefix)
+    return _callback_class()({"every": every, **options}, prefix, roles_only)
 
 
 @functools.cache
@@ -129,8 +132,9 @@ def _callback_class() -> type[Any]:
     class WidthCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """Logs readings. `lwadamw.engines.huggingface.callback` makes it."""
 
-        def __init__(self, options: dict[str, Any], prefix: str) -> None:
+        def __init__(self, options: dict[str, Any], prefix: str, roles_only: bool) -> None:
             self.monitor: Monitor | None = None
+            self._roles_only = roles_only
             self._options, self._prefix, self._logged = options, prefix, -1
 
         def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
@@ -151,7 +155,7 @@ def _callback_class() -> type[Any]:
             if self.monitor is None or latest is None or latest.step == self._logged:
                 return {}
             self._logged = latest.step
-            return self.monitor.as_dict(self._prefix)
+            return self.monitor.as_dict(self._prefix, self._roles_only)
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.log_history and (values := self.unlogged()):

@@ -18,7 +18,7 @@ from ..monitor.monitor import Monitor
 from ..step.optimizer import AdamW
 
 
-def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
+def callback(every: int = 50, prefix: str = "", *, roles_only: bool = False, **options: Any) -> Any:
     """Return a callback for `Trainer(callbacks=[...])` of Lightning.
 
     When a fit starts, it does two things for the `lwadamw.AdamW` of the module. It takes `gradient_clip_val` of the trainer as
@@ -28,6 +28,7 @@ def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
     Args:
         every: steps from one reading to the next.
         prefix: text in front of every logged name.
+        roles_only: log the totals and medians of every role, and nothing of single parameters: see `Monitor.as_dict`.
         **options: further arguments of `lwadamw.Monitor`. Other optimizers of the module are watched too.
 
     Returns:
@@ -38,7 +39,7 @@ def callback(every: int = 50, prefix: str = "", **options: Any) -> Any:
         ModuleNotFoundError: neither lightning nor pytorch_lightning is installed.
         TypeError: when a fit starts: the module has no `lwadamw.AdamW`, or two.
     """
-    return _callback_class()({"every": every, **options}, prefix)
+    return _callback_class()({"every": every, **options}, prefix, roles_only)
 
 
 def clip_gradients(optimizer: Any, max_norm: float) -> Any:
@@ -65,8 +66,9 @@ def _callback_class() -> type[Any]:
     class WidthCallback(lightning.Callback):  # type: ignore[misc]
         """Clips inside the step and logs readings. `lwadamw.engines.lightning.callback` makes it."""
 
-        def __init__(self, options: dict[str, Any], prefix: str) -> None:
+        def __init__(self, options: dict[str, Any], prefix: str, roles_only: bool) -> None:
             self.monitor: Monitor | None = None
+            self._roles_only = roles_only
             self._options, self._prefix = options, prefix
             self._loaded: dict[str, Any] | None = None
 
@@ -86,7 +88,7 @@ def _callback_class() -> type[Any]:
         def _log(self, trainer: Any) -> None:
             if self.monitor is not None:
                 for logger in trainer.loggers:
-                    logger.log_metrics(self.monitor.as_dict(self._prefix), step=self.monitor.step)
+                    logger.log_metrics(self.monitor.as_dict(self._prefix, self._roles_only), step=self.monitor.step)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             if self.monitor is not None:

@@ -11,6 +11,7 @@ from torch import nn
 from ..state.arrays import Array
 from ..state.collectives import READING
 from ..state.itself import itself
+from ..state.places import place_of
 from ..state.telling import tell
 from ..step.optimizer import AdamW
 from .measured import Joined, Measured
@@ -61,6 +62,39 @@ def check_optimizer(optimizer: object) -> None:
         )
     if not optimizer.options.norms:
         raise RuntimeError("Monitor: this AdamW was built with norms=False. Build it with norms=True.")
+
+
+def check_model(model: Any, optimizer: Measured) -> None:
+    """Check that a model is one that the optimizer trains, in whole or in part.
+
+    Frozen parameters, parameters of other optimizers and parameters of other stages of a pipeline are normal. So a model is
+    refused only if it has trainable parameters and the optimizer has none of its parameters. Where an engine gives the
+    optimizer placed pieces or shards of parameters, nothing can be said.
+
+    Args:
+        model: what the user gave, or None.
+        optimizer: the optimizer, together with the others.
+
+    Raises:
+        ValueError: the optimizer has none of the model's parameters.
+    """
+    if not isinstance(model, nn.Module) or isinstance(optimizer, Joined) or optimizer.shards.declared:
+        return
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {id(p) for p in held}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not own or not trained or any(id(p) in own for p in model.parameters()):
+        return
+    if any(place_of(p) is not None for p in held):
+        return
+    name, p = trained[0]
+    raise ValueError(
+        f"Monitor: model: none of its {len(trained)} trainable parameters belongs to the optimizer, for instance {name!r} "
+        f"{tuple(p.shape)}. The optimizer has {len(held)} other tensors, of shape {tuple(held[0].shape)} the first. "
+        "Give the model whose parameters() the optimizer was built of, or build the optimizer after every conversion that "
+        "replaces parameters. If another optimizer trains this model, give it in others=[...]. "
+        "Without a probe, leave model out."
+    )
 
 
 def steps_of(optimizer: Measured) -> int:

@@ -15,7 +15,16 @@ from ..state.checks import capturing
 from ..step.norms import Norms
 from ..step.optimizer import AdamW
 from ..width.steady_state import Elapsed
-from .arguments import check_number, check_optimizer, optimizer_behind, probe_columns, probe_of, steps_of, writes
+from .arguments import (
+    check_model,
+    check_number,
+    check_optimizer,
+    optimizer_behind,
+    probe_columns,
+    probe_of,
+    steps_of,
+    writes,
+)
 from .group_tracker import GroupTracker
 from .growth import growths
 from .measured import Joined, Measured
@@ -76,7 +85,8 @@ class Monitor:
     Args:
         optimizer: an `lwadamw.AdamW` that was built with norms=True, or an object of a framework that wraps one. For Megatron,
             `watch.monitor()` makes the monitor.
-        model: the model of the probe. It is needed only if `probe` is a batch.
+        model: the model of the probe. It is needed only if `probe` is a batch. It may have frozen parameters, parameters of
+            `others`, and be a part of what the optimizer trains.
         every: steps from one reading to the next.
         spectrum_every: steps from one measurement of singular values to the next. The probe is asked at the same steps. 0
             means never. The default is ten times `every`.
@@ -97,7 +107,8 @@ class Monitor:
     Raises:
         TypeError: the optimizer is not an `lwadamw.AdamW`, or one of `others` is no `torch.optim.Optimizer`.
         ValueError: `every`, `spectrum_every`, `steps` or `history` is not a whole number in its range; the probe is a batch
-            and there is no model; or there is a probe, but spectrum_every=0; or optimizers share a parameter or a name.
+            and there is no model; the model has trainable parameters, and none of its parameters belongs to the optimizer or to
+            one of `others`; or there is a probe, but spectrum_every=0; or optimizers share a parameter or a name.
         RuntimeError: the optimizer was built with norms=False, or a probe is given and parameters are split over processes.
 
     Examples:
@@ -134,6 +145,7 @@ class Monitor:
         if others:
             behind = [optimizer_behind(other) for other in others]
             measured = Together(measured, behind, lambda: self._is_due(self.step + 1))
+        check_model(model, measured)
         self.optimizer: Measured = measured
         optimizer = measured
         self.every, self.spectrum_every, self.steps = every, spectrum_every, steps
@@ -177,17 +189,19 @@ class Monitor:
         """Return the medians of the latest reading: role -> statistic -> value. Values that are not known are left out."""
         return {} if self.latest is None else medians_by_role(self.latest)
 
-    def as_dict(self, prefix: str = "") -> dict[str, float]:
+    def as_dict(self, prefix: str = "", roles_only: bool = False) -> dict[str, float]:
         """Return the latest reading as flat floats for a logger. Values that are not known are left out.
 
         Args:
             prefix: text in front of every key.
+            roles_only: leave the values of segments out: about 20 values per role, however many parameters there are.
 
         Returns:
-            The values of segments under `{prefix}{statistic}/{name}`, and medians under
-            `{prefix}role/{role}/{statistic}`. Empty before the first reading.
+            The values of segments under `{prefix}{statistic}/{name}`. Under `{prefix}role/{role}/{statistic}`: medians over the
+            segments of a role, and `weight_norm`, `update_norm` and `grad_norm` of all of them together, which are roots of
+            sums of squares. Empty before the first reading.
         """
-        return {} if self.latest is None else as_dict(self.latest, prefix)
+        return {} if self.latest is None else as_dict(self.latest, prefix, roles_only)
 
     def report(self, width: int | None = None) -> str:
         """Return the latest reading as a table: one line per role, then one line per type of layer.
@@ -338,6 +352,7 @@ class Monitor:
             fan_in=segments.fan_in,
             rule=rules_of(self.optimizer.param_groups),
             unbounded=segments.unbounded(),
+            norms=norms,
         )
         self.readings.append(reading)
         for call in self.on_reading:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..state.arrays import Array
+from ..step.norms import Norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Reading:
         fan_in: fan_in of every segment. Empty if it is not known of any.
         rule: name of the optimizer's rule.
         unbounded: names of the segments with two or more dimensions and without weight decay: nothing bounds their norms.
+        norms: the norms of the step, in the order of `names`. None if they are not known.
     """
 
     step: int
@@ -42,3 +44,4 @@ class Reading:
     fan_in: Array = field(default_factory=lambda: np.empty(0))
     rule: str = "none"
     unbounded: tuple[str, ...] = ()
+    norms: Norms | None = None

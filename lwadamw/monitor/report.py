@@ -42,25 +42,48 @@ def medians_by_role(reading: Reading) -> dict[str, dict[str, float]]:
     return out
 
 
-def as_dict(reading: Reading, prefix: str) -> dict[str, float]:
+def totals_by_role(reading: Reading) -> dict[str, dict[str, float]]:
+    """Return the norms of all segments of a role together: the root of the sum of their squares.
+
+    Args:
+        reading: one reading of a monitor.
+
+    Returns:
+        role -> `weight_norm`, `update_norm` and `grad_norm`. A norm that is not known of every segment is left out.
+    """
+    norms = reading.norms
+    if norms is None:
+        return {}
+    kinds = {"weight_norm": norms.weight, "update_norm": norms.update, "grad_norm": norms.grad}
+    out: dict[str, dict[str, float]] = {}
+    for role in dict.fromkeys(reading.roles):
+        of_role = np.array([r == role for r in reading.roles])
+        totals = {kind: float(np.linalg.norm(values[of_role])) for kind, values in kinds.items()}
+        out[role] = {kind: value for kind, value in totals.items() if not math.isnan(value)}
+    return out
+
+
+def as_dict(reading: Reading, prefix: str, roles_only: bool = False) -> dict[str, float]:
     """Return a reading as flat floats. Values that are not known are left out.
 
     Args:
         reading: one reading of a monitor.
         prefix: text in front of every key.
+        roles_only: leave the values of segments out.
 
     Returns:
-        The values of segments under `{prefix}{statistic}/{name}`, and medians under
+        The values of segments under `{prefix}{statistic}/{name}`, and medians and totals under
         `{prefix}role/{role}/{statistic}`.
     """
     out = {
         f"{prefix}{statistic}/{name}": float(value)
-        for statistic, values in reading.columns.items()
+        for statistic, values in ({} if roles_only else reading.columns).items()
         for name, value in zip(reading.names, values, strict=True)
         if not math.isnan(value)
     }
-    for role, medians in medians_by_role(reading).items():
-        out |= {f"{prefix}role/{role}/{statistic}": value for statistic, value in medians.items()}
+    for of_roles in (medians_by_role(reading), totals_by_role(reading)):
+        for role, found in of_roles.items():
+            out |= {f"{prefix}role/{role}/{statistic}": value for statistic, value in found.items()}
     return out
 
 

@@ -51,6 +51,14 @@ def test_wandb_gets_one_dict_with_the_step_of_the_optimizer():
     assert run == [("log", (EXPECTED,), {"step": 70})]
 
 
+def test_with_roles_only_trackers_get_the_values_of_roles():
+    writer, run = Calls(), Calls()
+    TensorBoardLogger(writer, "net/", roles_only=True)(READING)
+    WandbLogger(run, "net/", roles_only=True)(READING)
+    expected = {name: value for name, value in EXPECTED.items() if name.startswith("net/role/")}
+    assert {args[0]: args[1] for _, args, _ in writer} == run[0][1][0] == expected
+
+
 def _model():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3, bias=False))

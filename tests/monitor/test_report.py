@@ -4,9 +4,14 @@ import math
 import re
 
 import numpy as np
+import pytest
+import torch
 from torch import nn
 
 from lwadamw import AdamW, Monitor, param_groups
+from lwadamw.monitor.reading import Reading
+from lwadamw.monitor.report import as_dict
+from lwadamw.step.norms import Norms
 from tests.cases import train_on_noise
 
 
@@ -40,6 +45,25 @@ def test_as_dict_and_by_role_hold_the_latest_reading():
     assert "rms_ratio" not in monitor.by_role()["vector"]
     assert "lw/rms_ratio/embed.weight" not in flat
     assert all(type(value) is float and math.isfinite(value) for value in flat.values())
+
+
+def test_as_dict_of_roles_has_totals_that_are_roots_of_sums_of_squares_and_no_segment():
+    optimizer, monitor = _model_with_roles()
+    train_on_noise(optimizer, 5)
+    whole, roles = monitor.as_dict("lw/"), monitor.as_dict("lw/", roles_only=True)
+    assert roles == {name: value for name, value in whole.items() if name.startswith("lw/role/")}
+    for role in ("matrix", "vector"):
+        params = [p for group in optimizer.param_groups if group["role"] == role for p in group["params"]]
+        for kind, tensors in {"weight_norm": params, "grad_norm": [p.grad for p in params]}.items():
+            expected = torch.cat([x.detach().double().flatten() for x in tensors]).norm().item()
+            assert roles[f"lw/role/{role}/{kind}"] == pytest.approx(expected, rel=1e-6)
+        assert roles[f"lw/role/{role}/update_norm"] > 0
+
+
+def test_a_total_of_which_a_part_is_not_known_is_left_out():
+    norms = Norms(("a", "b"), np.array([3.0, 4.0]), np.array([3.0, np.nan]), np.full(2, np.nan), np.zeros(2))
+    reading = Reading(1, norms.names, ("matrix",) * 2, *np.ones((3, 2)), norms=norms)
+    assert as_dict(reading, "") == {"role/matrix/weight_norm": 5.0}
 
 
 def test_the_report_has_a_line_per_role_and_type_of_layer():

@@ -5,22 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.architectures.packages import declare_torchvision_operators
-
-# Composer imports torchvision, whose binary is not loaded next to a torch without CUDA. A run uses none of its operators.
-declare_torchvision_operators()
-
-import composer
 import torch
 import torch.nn.functional as F
-from composer.algorithms import GradientClipping
-from composer.callbacks import OptimizerMonitor
-from composer.loggers import InMemoryLogger
 from torch import nn
 
 import lwadamw
 from lwadamw.engines.composer import callback
 from lwadamw.loggers import report_to_composer
+from tests.engines.composer.on_cpu import composer
 from tests.engines.killed import HALF, STEPS, kill_at, main
 
 VALUES = {"lr": 1e-2, "weight_decay": 0.1}
@@ -75,7 +67,7 @@ def trainer_of(kind: str, **options: Any) -> Any:
         train_dataloader=torch.utils.data.DataLoader(Data(), batch_size=8),
         max_duration=f"{STEPS}ba",
         device="cpu",
-        algorithms=[GradientClipping("norm", CLIP)],
+        algorithms=[composer.algorithms.GradientClipping("norm", CLIP)],
         progress_bar=False,
         **options,
     )
@@ -103,14 +95,16 @@ def plain() -> list[float]:
     return seen
 
 
-def series(logger: InMemoryLogger, name: str) -> list[list[float]]:
+def series(logger: Any, name: str) -> list[list[float]]:
     return [[int(timestamp.batch), float(value)] for timestamp, value in logger.data[name]]
 
 
 def monitored_by_composer() -> dict[str, Any]:
     """Return what OptimizerMonitor logs of the optimizer, and the norms of the optimizer itself after the last step."""
-    logger = InMemoryLogger()
-    trainer = trainer_of("ours", callbacks=[OptimizerMonitor(batch_log_interval=STEPS)], loggers=[logger])
+    logger = composer.loggers.InMemoryLogger()
+    trainer = trainer_of(
+        "ours", callbacks=[composer.callbacks.OptimizerMonitor(batch_log_interval=STEPS)], loggers=[logger]
+    )
     report_to_composer(trainer.state.optimizers[0])
     trainer.fit()
     norms = trainer.state.optimizers[0].norms()
@@ -122,10 +116,14 @@ def monitored_by_composer() -> dict[str, Any]:
 def first(folder: Path, noted: dict[str, Any]) -> None:
     noted["torch"], noted["ours"], noted["plain"] = losses(fit("torch")), losses(fit("ours")), plain()
     noted["by composer"] = monitored_by_composer()
-    watch, logger = callback(every=5, prefix="norms/"), InMemoryLogger()
+    watch, logger = callback(every=5, prefix="norms/"), composer.loggers.InMemoryLogger()
     trainer = fit("rule", callbacks=[watch], loggers=[logger])
     noted["rule"] = losses(trainer)
     noted["logged"] = series(logger, "norms/weight_rms/1.weight")
+    noted["last of a role"] = logger.data["norms/role/matrix/weight_norm"][-1][1]
+    noted["norms"] = [
+        watch.monitor.latest.norms.weight[i] for i, role in enumerate(watch.monitor.latest.roles) if role == "matrix"
+    ]
     noted["last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
 
 
@@ -135,8 +133,10 @@ def doomed(folder: Path) -> None:
 
 
 def second(folder: Path, noted: dict[str, Any]) -> None:
-    watch = callback(every=5, prefix="norms/")
-    trainer = fit("rule", callbacks=[watch], load_path=str(next((folder / "saved").glob(f"ep*ba{HALF}-rank0.pt"))))
+    watch, logger = callback(every=5, prefix="norms/", roles_only=True), composer.loggers.InMemoryLogger()
+    path = str(next((folder / "saved").glob(f"ep*ba{HALF}-rank0.pt")))
+    trainer = fit("rule", callbacks=[watch], loggers=[logger], load_path=path)
+    noted["by role"] = sorted(name for name in logger.data if name.startswith("norms/"))
     noted["resumed"] = losses(trainer)
     noted["resumed last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
     noted["multipliers"] = sorted({group["width_lr_mult"] for group in trainer.state.optimizers[0].param_groups})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.engines.killed import STEPS, check, run_twice
 
 pytestmark = pytest.mark.engines
 
-if importlib.util.find_spec("composer") is None:
+if not Path(sys.prefix, "composer").is_dir():
     pytest.skip("Composer is not installed", allow_module_level=True)
 
 
@@ -38,3 +39,9 @@ def test_the_optimizer_monitor_of_composer_logs_the_norms_of_the_step(noted):
     found = noted["by composer"]
     assert found["logged"] == {"param": [[STEPS, found["weight"]]], "update": [[STEPS, found["update"]]]}
     assert found["clipped"][0][1] == pytest.approx(0.2, rel=1e-5)
+
+
+def test_with_roles_only_totals_and_medians_of_roles_are_logged_and_no_single_parameter(noted):
+    assert {name.split("/")[1] for name in noted["by role"]} == {"role"}
+    assert {f"norms/role/matrix/{kind}_norm" for kind in ("weight", "update", "grad")} <= set(noted["by role"])
+    assert noted["last of a role"] == pytest.approx(sum(x**2 for x in noted["norms"]) ** 0.5, rel=1e-12)

@@ -96,6 +96,29 @@ def train(
     return trainer
 
 
+def passed(way: str, fold: bool, folder: Path, resume: bool = False) -> list[float]:
+    """Return the losses of a Trainer that gets the optimizer in one of the three ways. It saves after HALF steps."""
+    net, folder = model(), folder / f"{way} {fold}"
+    args = arguments(folder, **{} if resume else {"save_strategy": "steps", "save_steps": HALF})
+    base = {"lr": VALUES["lr"], "weight_decay": VALUES["weight_decay"]} if fold else {}
+    given: dict[str, Any] = {}
+    if way != "mixin":
+        groups = lwadamw.param_groups(net, **RULE, fold=fold, **base)
+        optimizer = lwadamw.AdamW(groups, **VALUES) if way == "optimizers" else None
+        if optimizer is not None:
+            given = {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0))}
+        else:
+            given = {"optimizer_cls_and_kwargs": (lwadamw.AdamW, {**VALUES, "params": groups})}
+    trainer = (Ours if way == "mixin" else Recorded)(model=net, args=args, train_dataset=Data(), **given)
+    if way == "mixin":
+        trainer.width = {**RULE, "fold": fold}
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}") if resume else None)
+    return trainer.losses
+
+
+WAYS = [(way, fold) for way in ("optimizers", "optimizer_cls_and_kwargs", "mixin") for fold in (False, True)]
+
+
 def batch(step: int) -> torch.Tensor:
     return torch.stack([Data()[i]["input_ids"] for i in range(8 * step, 8 * step + 8)])
 
@@ -156,6 +179,7 @@ def first(folder: Path, noted: dict[str, Any]) -> None:
     noted["accelerate"]["rule"] = loop.train(range(STEPS))
     noted["accelerate"]["plain"] = noted["plain"]
     noted["accelerate logged"] = monitor.as_dict()
+    noted["ways"] = {f"{way} {fold}": passed(way, fold, folder) for way, fold in WAYS}
     noted["norms inside"] = float(loop.optimizer.optimizer.norms().weight.min())
 
 
@@ -168,8 +192,11 @@ def doomed(folder: Path) -> None:
 
 
 def second(folder: Path, noted: dict[str, Any]) -> None:
-    watch = huggingface.callback(every=5, prefix="norms/")
+    watch = huggingface.callback(every=5, prefix="norms/", roles_only=True)
     trainer = train(folder, Ours, RULE, str(folder / f"checkpoint-{HALF}"), [watch])
+    logged = {name for entry in trainer.state.log_history if entry["step"] > HALF for name in entry}
+    noted["by role"] = sorted(name for name in logged if name.startswith("norms/"))
+    noted["ways resumed"] = {f"{way} {fold}": passed(way, fold, folder, resume=True) for way, fold in WAYS}
     noted["resumed"] = trainer.losses
     noted["resumed last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
     noted["multipliers"] = sorted({group["width_lr_mult"] for group in trainer.optimizer.param_groups})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engines.killed import check, run_twice
+from tests.engines.killed import HALF, TOLERANCE, check, run_twice
 
 pytestmark = pytest.mark.engines
 
@@ -26,6 +26,20 @@ def test_norms_are_in_the_logs_of_the_trainer(noted):
     assert [entry["step"] for entry in noted["logged"]] == [1, 5, 10, 15, 20]
     for entry in noted["logged"]:
         assert entry["norms/weight_rms/model.layers.0.mlp.up_proj.weight"] > 0
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs", "mixin"])
+def test_each_way_of_passing_the_optimizer_trains_alike_and_resumes(noted, way, fold):
+    losses = noted["ways"][f"{way} {fold}"]
+    assert losses == (noted["ways"]["mixin True"] if fold else noted["rule"])
+    assert losses == pytest.approx(noted["plain"], abs=TOLERANCE, rel=0)
+    assert noted["ways resumed"][f"{way} {fold}"] == losses[HALF:]
+
+
+def test_with_roles_only_totals_and_medians_of_roles_are_logged_and_no_single_parameter(noted):
+    assert {name.split("/")[1] for name in noted["by role"]} == {"role"}
+    assert {f"norms/role/matrix/{kind}_norm" for kind in ("weight", "update", "grad")} <= set(noted["by role"])
 
 
 def test_the_monitor_resumes_with_what_it_knew(noted):

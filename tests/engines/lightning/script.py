@@ -190,8 +190,12 @@ def clipped_in_bf16(folder: Path) -> list[Any]:
 
 
 def second(folder: Path, noted: dict[str, Any]) -> None:
-    watch = callback(every=5, prefix="norms/")
-    trainer, module = fit("rule", folder, resume=str(folder / "half.ckpt"), callbacks=[watch])
+    watch, logger = (
+        callback(every=5, prefix="norms/", roles_only=True),
+        CSVLogger(str(folder), name="", version="roles"),
+    )
+    trainer, module = fit("rule", folder, resume=str(folder / "half.ckpt"), callbacks=[watch], logger=logger)
+    logger.save()
     noted["resumed"] = module.seen
     noted["resumed last"] = {k: list(v) for k, v in watch.monitor.latest.columns.items()}
     noted["multipliers"] = sorted({group["width_lr_mult"] for group in trainer.optimizers[0].param_groups})

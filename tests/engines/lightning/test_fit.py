@@ -59,6 +59,13 @@ def test_norms_go_to_the_loggers_of_the_trainer(noted, folder):
     assert steps == [1, 5, 10, 15, 20]
 
 
+def test_with_roles_only_totals_and_medians_of_roles_are_logged_and_no_single_parameter(folder):
+    header = (folder / "roles" / "metrics.csv").read_text().splitlines()[0].split(",")
+    logged = {name for name in header if name.startswith("norms/")}
+    assert {name.split("/")[1] for name in logged} == {"role"}
+    assert {f"norms/role/matrix/{kind}_norm" for kind in ("weight", "update", "grad")} <= logged
+
+
 def test_the_monitor_resumes_with_what_it_knew(noted):
     for name in ("weight_rms", "relative_update", "taus", "expected_rms"):
         assert noted["resumed last"][name] == pytest.approx(noted["last"][name], rel=1e-12, nan_ok=True)
