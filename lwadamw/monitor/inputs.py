@@ -106,7 +106,8 @@ class InputWatch(TorchFunctionMode):
         self._weights: dict[int, list[Tensor]] = {}
         for weight in weights:
             self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append(weight)
-        self._copies: dict[int, tuple[Tensor, _View]] = {}  # by id(), with the copy itself so that the id stays its own
+        # By address, with the copy itself, so that no other tensor gets its address.
+        self._copies: dict[int, tuple[Tensor, _View]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -120,20 +121,17 @@ class InputWatch(TorchFunctionMode):
         if name in _CASTS and args and isinstance(out, Tensor) and out is not args[0]:
             view = self._find(args[0])
             if view is not None and out.shape == args[0].shape:
-                self._copies[id(out)] = (out, view)
+                self._copies[out.untyped_storage().data_ptr()] = (out, view)
         return out
 
     def _find(self, tensor: Any) -> _View | None:
         """Return what a tensor shows of a watched parameter. None if it shows nothing, or only a part of a matrix."""
         if not isinstance(tensor, Tensor) or tensor.ndim < 2 or tensor.layout is not torch.strided:
             return None
-        if id(tensor) in self._copies:
-            return self._copies[id(tensor)][1]
-        for base in (tensor, tensor._base):
-            if base is not None and id(base) in self._copies:
-                copy, view = self._copies[id(base)]
-                return _place(tensor, copy, view)
-        for param in self._weights.get(tensor.untyped_storage().data_ptr(), ()):
+        address = tensor.untyped_storage().data_ptr()
+        if address in self._copies:
+            return _place(tensor, *self._copies[address])
+        for param in self._weights.get(address, ()):
             whole = _View(param, 0, len(param) if param.ndim == 3 else 1, False)
             if (placed := _place(tensor, param, whole)) is not None:
                 return placed

@@ -172,7 +172,7 @@ def test_weights_that_become_nan_are_a_verdict_in_report_and_profile(tmp_path):
     train_on_noise(optimizer, 3)
     assert monitor.verdicts["w0.weight"].startswith("steady from step")
     assert monitor.verdicts["w1.weight"] == "not finite from step 41"
-    lines = monitor.report().splitlines()
+    lines = monitor.report(120).splitlines()
     assert lines[2].endswith("1 of 2 not finite from step 41"), "the line of the role says so too"
     monitor.save(tmp_path / "run.json")
     assert [x.verdict for x in load(tmp_path / "run.json").segments] == ["steady", "not finite"]
