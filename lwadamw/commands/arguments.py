@@ -72,6 +72,49 @@ def output_file(parser: argparse.ArgumentParser, argument: str, path: Path | Non
         )
 
 
+def add_trackers(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that also write the runs for trackers."""
+    option = parser.add_argument
+    option("--wandb", action="store_true", help="also write the runs as W&B exports them, into <name>_wandb.csv")
+    option(
+        "--tensorboard",
+        action="store_true",
+        help="also write an event file for each run, into the folder <name>_tensorboard; needs tensorboard",
+    )
+
+
+def check_trackers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with exit code 2, before the first run, if a tracker's format cannot be written on this machine."""
+    from ..lab import trackers
+
+    if args.tensorboard:
+        try:
+            trackers.check("tensorboard")
+        except ValueError as error:
+            parser.error(f"argument --tensorboard: {error}")
+
+
+def write_trackers(args: argparse.Namespace, runs: Path) -> None:
+    """Write the runs of a file for the trackers that were asked for, next to the file.
+
+    Args:
+        args: the arguments of the command.
+        runs: the CSV file of the runs.
+
+    Raises:
+        ValueError: the file is not one of a sweep's results.
+        OSError: a file cannot be written.
+    """
+    from ..lab import trackers
+
+    if args.wandb:
+        out = runs.with_name(f"{runs.stem}_wandb.csv")
+        print(f"{out}: {trackers.wandb(runs, out)} runs")
+    if args.tensorboard:
+        out = runs.with_name(f"{runs.stem}_tensorboard")
+        print(f"{out}: {trackers.tensorboard(runs, out)} new runs")
+
+
 def corpus(parser: argparse.ArgumentParser, path: Path | None, context: int) -> Corpus:
     """Return the text of --data, or Python's own sources. A text that is too short ends the program with exit code 2.
 

@@ -85,6 +85,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if bad
         else "flat: no output grows, and no change of an output depends on the width"
     )
+    first = "\n".join([first, *_at_initialisation(widths, layers)])
     title = f"rule {args.rule}, base width {args.base_width or widths[0]}, {args.steps} steps, {args.seeds} seeds"
     print("\n".join([first, title, "", *lines, "", *_over_tau(widths, layers, args.steps)]))
     if args.json is not None:
@@ -117,6 +118,21 @@ def _measured(widths: Sequence[int], layers: Sequence[Layer]) -> tuple[list[str]
             rows.append((layer.role, layer.name, what, *numbers, said))
     header = ("role", "layers", "", *(f"width {width}" for width in widths), "max/min", "slope", "")
     return aligned([header, *rows], range(3, len(header) - 1)), bad
+
+
+def _at_initialisation(widths: Sequence[int], layers: Sequence[Layer]) -> list[str]:
+    """Return a text if outputs of matrices grow with the width before the first step, which no learning rate mends."""
+    from .coordinates import INITIAL, slope
+
+    slopes = {layer.name: slope(widths, layer.initial) for layer in layers if layer.role == "matrix"}
+    grows = [f"{name} as width^{found:+.2f}" for name, found in slopes.items() if found > INITIAL]
+    if not grows:
+        return []
+    return [
+        f"before the first step, outputs grow already: {'; '.join(grows)}. No learning rate mends that. Initialise matrices "
+        "with a standard deviation that is proportional to fan_in^-0.5. In transformers this is initializer_range=0.02 * "
+        f"({widths[0]} / width) ** 0.5."
+    ]
 
 
 def _over_tau(widths: Sequence[int], layers: Sequence[Layer], steps: int) -> list[str]:

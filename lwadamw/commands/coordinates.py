@@ -17,13 +17,15 @@ from ..state.names import layer_type
 from ..step.optimizer import AdamW
 from ..width.applied import needs_depth
 from ..width.blocks import blocks_of
-from ..width.groups import param_groups
+from ..width.groups import Groups, param_groups
 from ..width.rules import get_rule
 
 # Octaves per octave of width. Without scaling, changes grow by 0.5 to 0.8. Under muP they fall by up to 0.3 at widths below
 # 128, where updates are not yet aligned with their inputs.
 FLAT: Final = 0.35
+INITIAL: Final = 0.25  # a standard deviation that does not follow the fan_in makes outputs grow by 0.5
 Loss = Callable[[nn.Module, Any], Tensor]
+_Decay = tuple[str, tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Layer:
     Attributes:
         name: name of the modules, with layer numbers as `*`.
         role: role of their weight.
+        initial: RMS of the output before the steps.
         activation: RMS of the output after the steps.
         update: RMS of the change of the output in all steps together.
         tau: 1 / (lr wd) of the weight, in steps; inf without weight decay.
@@ -42,6 +45,7 @@ class Layer:
 
     name: str
     role: str
+    initial: tuple[float, ...]
     activation: tuple[float, ...]
     update: tuple[float, ...]
     tau: tuple[float, ...]
@@ -94,7 +98,8 @@ def check(
             data = tokens_of(model, seed) if batch is None else batch
             groups = param_groups(model, base, rule, base_depth=depth)
             optimizer = AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
-            for key, values in _one(model, optimizer, data, loss or next_token, steps).items():
+            decay = _effective(optimizer, groups)
+            for key, values in _one(model, optimizer, decay, data, loss or next_token, steps).items():
                 seen.setdefault(key, {}).setdefault(width, []).append(values)
     return [
         Layer(name, role, *zip(*(_means(by_width[width]) for width in widths), strict=True))
@@ -104,7 +109,7 @@ def check(
 
 
 def _one(
-    model: nn.Module, optimizer: AdamW, batch: Any, loss: Loss, steps: int
+    model: nn.Module, optimizer: AdamW, effective: Mapping[int, _Decay], batch: Any, loss: Loss, steps: int
 ) -> dict[tuple[str, str], tuple[float, ...]]:
     before = _outputs(model, batch, loss)
     for step in range(steps):
@@ -117,12 +122,13 @@ def _one(
         torch.autograd.backward(value)
         optimizer.step()
     after = _outputs(model, batch, loss)
-    effective = _effective(optimizer)
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for name in after:
-        role, decay = effective.get(f"{name}.weight", ("", (math.inf, math.nan, math.nan)))
+        # By the parameter and not by its name: a head that is tied to the embedding has the name of the embedding.
+        role, decay = effective.get(id(weights[name]), ("", (math.inf, math.nan, math.nan)))
         if role and name in before and before[name].shape == after[name].shape:
-            sizes = (_rms(after[name]), _rms(after[name] - before[name]))
+            sizes = (_rms(before[name]), _rms(after[name]), _rms(after[name] - before[name]))
             rows.setdefault((layer_type(name), role), []).append((*sizes, *decay))
     return {key: _means(values) for key, values in rows.items()}
 
@@ -153,19 +159,19 @@ def _outputs(model: nn.Module, batch: Any, loss: Loss) -> dict[str, Tensor]:
     return found
 
 
-def _effective(optimizer: AdamW) -> dict[str, tuple[str, tuple[float, float, float]]]:
-    """Return role, and tau, gain and relative update after tau up to a factor, of every parameter by name."""
+def _effective(optimizer: AdamW, groups: Groups) -> dict[int, _Decay]:
+    """Return role, and tau, gain and relative update after tau up to a factor, of every parameter by its id."""
     found = {}
     for group in optimizer.param_groups:
         lr = float(group["lr"]) * keys.WIDTH_LR_MULT.of(group)
         wd = float(group["weight_decay"]) * keys.WIDTH_WD_MULT.of(group)
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            fan_in = p.shape[1] if p.dim() == 2 else math.nan
+            fan_in = groups.evidence[name].fan_in or math.nan
             role = str(keys.ROLE.of(group))
             after = (math.inf, math.nan, math.nan)
             if lr * wd > 0 and role == "matrix":
                 after = (1 / (lr * wd), math.sqrt(lr / wd) * fan_in**0.75, math.sqrt(lr * wd))
-            found[name] = (role, after)
+            found[id(p)] = (role, after)
     return found
 
 
@@ -179,7 +185,9 @@ def tokens_of(model: nn.Module, seed: int) -> Tensor:
     Raises:
         ValueError: the model has no embedding.
     """
-    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    # A model of transformers says which of its embeddings is the one of tokens.
+    told: Any = getattr(model, "get_input_embeddings", lambda: None)
+    sizes = [m.num_embeddings for m in (told(), *model.modules()) if isinstance(m, nn.Embedding)]
     if not sizes:
         raise ValueError(
             "check: the model has no nn.Embedding, so its input is not known. Give --loss module:function, a function of the "
@@ -240,7 +248,7 @@ def _rms(x: Tensor) -> float:
 
 def as_dict(widths: Sequence[int], layer: Layer) -> Mapping[str, Any]:
     """Return a layer with its slopes, for JSON."""
-    quantities = ("activation", "update", "tau", "gain", "relative")
+    quantities = ("initial", "activation", "update", "tau", "gain", "relative")
     slopes = {f"{name}_slope": slope(widths, getattr(layer, name)) for name in quantities}
     return {key: _plain(value) for key, value in (vars(layer) | slopes).items()}
 

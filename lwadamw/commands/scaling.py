@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .arguments import device, output_file, refuse, whole
+from .arguments import add_trackers, check_trackers, device, output_file, refuse, whole, write_trackers
 
 DEPTH: Final = "depth.csv"
 HORIZON: Final = "horizon.csv"
@@ -28,6 +28,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option("--only", choices=("depth", "horizon"), help="make the runs of one file only")
     option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)")
     option("--jobs", type=whole, metavar="N", help="runs at once (default: one per core; on a GPU as many as fit)")
+    add_trackers(parser)
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
@@ -45,10 +46,12 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     chosen = [studies[args.only]] if args.only else list(studies.values())
     for name, _ in chosen:
         output_file(parser, "--out", args.out / name)
+    check_trackers(parser, args)
     place = device(parser, args.device)
     for name, runs in chosen:
         try:
             failures = sweep(runs(), train, RESULT, args.out / name, place, jobs=args.jobs, **output())
+            write_trackers(args, args.out / name)
         except (ValueError, OSError) as error:
             refuse(parser, error, "argument --out: ")
         if failures:

@@ -10,7 +10,18 @@ from typing import Any, Final
 
 from ..width.rules import RULES
 from . import transfer
-from .arguments import RULE_NAMES, corpus, device, output_file, positive, refuse, whole
+from .arguments import (
+    RULE_NAMES,
+    add_trackers,
+    check_trackers,
+    corpus,
+    device,
+    output_file,
+    positive,
+    refuse,
+    whole,
+    write_trackers,
+)
 
 # One arm at three widths takes minutes on two cores.
 MINI: Final[dict[str, Any]] = {
@@ -74,6 +85,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--series", action="store_true", help="write gain, alignment and norms against the step, instead of the results"
     )
     option("--plot", type=Path, metavar="PNG", help="figure of loss against learning rate (default: next to --out)")
+    add_trackers(parser)
     parser.set_defaults(command=lambda args: run(parser, args))
 
 
@@ -83,6 +95,11 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from ..lab.sweep import output, sweep
 
     transfer.check_plot(parser, args.plot)
+    if args.series and (args.wandb or args.tensorboard):
+        parser.error(
+            "argument --series: it writes no results, which --wandb and --tensorboard need. Leave one of them out."
+        )
+    check_trackers(parser, args)
     tasks = _tasks(parser, args)
     output_file(parser, "--out", args.out)
     place = device(parser, args.device)
@@ -99,6 +116,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.series:
         return 1 if failures else 0
     try:
+        write_trackers(args, args.out)
         transfer.report(args.out, args.plot or args.out.with_suffix(".png"))
     except (ValueError, OSError) as error:
         refuse(parser, error)

@@ -77,7 +77,7 @@ def read(
     repeats another one. `Outcomes.notes` says so.
 
     Args:
-        path: path of the file.
+        path: path of the file, or a folder with event files of TensorBoard.
         loss: name of the column with the losses. By default the first name of `ALIASES` that the file has.
         columns: kind -> name of the column, where the names are others; see `transfer_columns.places`.
         over: name of a column. Of the runs that differ in it alone, only the one with the lowest loss counts.
@@ -86,7 +86,12 @@ def read(
         ValueError: the file cannot be read or lacks a column, a cell holds neither a number nor a known status, the same run is
             there twice, or runs with equal settings differ in how they were made. The message names file, line and column.
     """
-    table = cells(path)
+    if path.is_dir():
+        from .trackers import table as events  # It imports torch, which a CSV file does not need.
+
+        table = events(path)
+    else:
+        table = cells(path)
     found = places(table, {**(columns or {}), **({} if loss is None else {"loss": loss})})
     lines, notes = ended(table, found)
     rows = [_Line(path, number, row, found, table.decimal_comma).outcome() for number, row in lines]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -96,6 +97,48 @@ def test_a_loss_of_the_user_makes_any_model_checkable(capsys):
     with pytest.raises(SystemExit):
         main(["check", *arguments])
     assert "the model has no nn.Embedding, so its input is not known. Give --loss" in capsys.readouterr().err
+
+
+class Tied(nn.Module):
+    """A language model whose head is the embedding, and whose first embedding is no embedding of tokens."""
+
+    def __init__(self, width, std):
+        super().__init__()
+        self.positions = nn.Embedding(1024, width)
+        self.tokens = nn.Embedding(16, width)
+        self.hidden = nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.hidden.weight, std=std)
+        self.head = nn.Linear(width, 16, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def get_input_embeddings(self):
+        return self.tokens
+
+    def forward(self, tokens):
+        return self.head(self.hidden(self.tokens(tokens)) + self.positions.weight[: tokens.shape[1]])
+
+
+def tied(width):
+    """`Tied`, with a standard deviation that does not follow the width."""
+    return Tied(width, 0.02)
+
+
+def tied_well(width):
+    """`Tied`, with a standard deviation that follows the width."""
+    return Tied(width, 0.16 * width**-0.5)
+
+
+def test_a_tied_head_is_measured_and_outputs_that_grow_before_the_first_step_are_named(capsys):
+    arguments = [*WIDTHS, "--rule", "mup", "--steps", "1", "--seeds", "1", "--lr", "1e-4"]
+    assert main(["check", f"{HERE}:tied", *arguments]) == 1
+    _, initial, *lines = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"before the first step, outputs grow already: hidden as width\^\+0\.[456]\d\. No learning rate", initial
+    )
+    assert "initializer_range=0.02 * (32 / width) ** 0.5." in initial
+    assert {line.split()[1] for line in lines if line.startswith("vector")} >= {"head", "tokens"}
+    main(["check", f"{HERE}:tied_well", *arguments])
+    assert "before the first step" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
