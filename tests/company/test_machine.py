@@ -28,8 +28,9 @@ def _run(backend, examples, steps, thorough=False):
     )
 
 
-def test_company_of_others_leaves_weights_within_float64_bounds(backend):
-    _run(backend, examples=200, steps=6 if backend == "triton" else 10)
+@pytest.mark.parametrize("examples", [60, pytest.param(240, marks=pytest.mark.matrix)])
+def test_company_of_others_leaves_weights_within_float64_bounds(backend, examples):
+    _run(backend, examples=examples, steps=6 if backend == "triton" else 10)
 
 
 @pytest.mark.slow
