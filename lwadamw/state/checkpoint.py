@@ -21,6 +21,7 @@ from .blocks import cut
 from .companions import misfit, misfit_of_codes
 from .groups import effective
 from .members import Member, is_sharded, local, split_dimensions, wrap_like
+from .missing_names import without_names
 from .names import names_of
 from .packing import read_moment
 from .saved_form import from_saved, group_from_saved
@@ -82,7 +83,7 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     if all("param_names" in g for g in [*saved, *groups]) and groups:
         saved = _by_name(saved, groups)
     elif [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
-        raise ValueError(_without_names(saved, groups))
+        raise ValueError(without_names(saved, groups, state_dict["state"]))
     _warn_of_base_values(saved, groups)
     saved = [_with_model_keys(s, g, i) for i, (s, g) in enumerate(zip(saved, groups, strict=True))]
     adapted = {**state_dict, "param_groups": saved, "state": dict(state_dict["state"])}
@@ -92,22 +93,6 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
                 adapted["state"][i] = from_saved(adapted["state"][i], p)
     _check_state(adapted, groups)
     return adapted
-
-
-def _without_names(saved: list[StateDict], groups: list[StateDict]) -> str:
-    """Return what to do about a checkpoint whose groups are others than those of the optimizer, if names are missing."""
-    sizes, own = ([len(g["params"]) for g in of] for of in (saved, groups))
-    said = f"load_state_dict: the checkpoint has groups of {sizes} parameters, and this optimizer has groups of {own}. "
-    if not all("param_names" in g for g in groups):
-        return said + (
-            "They can be matched by name only if both have names. Build this optimizer with names: "
-            "AdamW(model.named_parameters(), ...) or AdamW(lwadamw.param_groups(model, ...), ...)."
-        )
-    return said + (
-        "The checkpoint has no names. Give each of its groups the names of its parameters, in the order in which the old "
-        "optimizer got them. If it got model.parameters():\n"
-        "    state_dict['param_groups'][0]['param_names'] = [name for name, _ in model.named_parameters()]"
-    )
 
 
 def _warn_of_base_values(saved: list[StateDict], groups: list[StateDict]) -> None:

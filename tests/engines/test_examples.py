@@ -19,7 +19,11 @@ SAID = {
     "low_precision": "8-bit moments",
     "width_transfer": "never in this run",
 }
-FRAMEWORKS = {"huggingface_trainer": ("transformers", "(10, 0.0"), "lightning_fit": ("lightning", "matrix")}
+FRAMEWORKS = {
+    "huggingface_trainer": ("transformers", "(10, 0.0"),
+    "lightning_fit": ("lightning", "matrix"),
+    "old_checkpoint": ("transformers", "all moments kept: True   base lr of the groups: [0.01, 0.01, 0.01]"),
+}
 ELSEWHERE = {
     "megatron_gpt": "tests/engines/megatron/test_example.py",
     "torchtitan/width": "tests/engines/torchtitan/test_trainer.py",

@@ -351,3 +351,45 @@ def test_distributed_checkpoint_reads_without_moving_weights(backend, device):
             assert torch.equal(other.state[q][key].cpu(), value.cpu()), (name, key)
     assert [g["width_lr_mult"] for g in other.param_groups] == [0.25, 1.0]
     assert [g["lr"] for g in other.param_groups] == [1e-2, 1e-2]
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_the_lines_that_name_two_groups_of_an_old_checkpoint_work_when_pasted(order):
+    def of(wide):
+        return [p for p in model.parameters() if (p.ndim >= 2) == wide]
+
+    def load():
+        with pytest.warns(UserWarning, match="written without a width rule"):
+            ruled.load_state_dict(state_dict)
+
+    model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5))
+    old = torch.optim.AdamW([{"params": of(wide), "weight_decay": 0.1} for wide in order], lr=0.01)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    old.step()
+    state_dict = copy.deepcopy(old.state_dict())
+    ruled = AdamW(param_groups(model, 4, width=8, roles={"3.weight": "output"}))
+    with pytest.raises(ValueError, match="has no names. .* split by the number of dimensions") as error:
+        ruled.load_state_dict(state_dict)
+    lines = [line.strip() for line in str(error.value).splitlines() if line.startswith("    ")]
+    assert len(lines) == 2
+    exec(lines[0], {"state_dict": state_dict, "model": model})
+    wrong = copy.deepcopy(state_dict)
+    wrong["param_groups"][0]["param_names"].append("0.weight")
+    count = len(wrong["param_groups"][0]["params"])
+    with pytest.raises(ValueError, match=f"Group 0 of the checkpoint has {count} parameters and {count + 1} names"):
+        ruled.load_state_dict(wrong)
+    exec(lines[1], {"state_dict": state_dict, "model": model})
+    load()
+    for p in model.parameters():
+        assert ruled.state[p]["exp_avg"].equal(old.state[p]["exp_avg"])
+
+
+def test_names_that_shapes_do_not_tell_are_left_to_the_user():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    old = torch.optim.AdamW([{"params": layer.parameters()} for layer in model])
+    ruled = AdamW(param_groups(model, 4, width=4, roles={"1.weight": "output"}))
+    with pytest.raises(
+        ValueError, match=r"fill in the names:\n    .*\[0\]\['param_names'\] = \[...\]  # 2 names\n    .*\[1\]"
+    ):
+        ruled.load_state_dict(old.state_dict())
