@@ -13,7 +13,7 @@ from .curves import Curve, noise_of
 from .outcomes import Outcomes
 from .plots import GREY, by_width, fold, hide, legend, log2_axis, log_axis, panels, styled
 from .ridge import Ridge, ridge
-from .transfer import NOISE, curves_of
+from .transfer import NOISE, Optimum, analyse, curves_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # The loss axis ends at least this share of the loss above the best loss of the worst width; see `_cut`.
 HEADROOM: Final = 0.15
 MAP: Final = (4.2, 3.8)  # inches
+BAR: Final = 0.04  # height of a panel that the bar of one width takes
+SIDE: Final = 0.06  # share of the lr axis, in octaves, that is free on either side
+TINY: Final = 1e-12  # a learning rate that is outside of every panel
 NUMBER: Final = 0.2  # the height at which a number stands in its cell, from 0 to 1
 
 
@@ -38,7 +41,9 @@ def transfer(
     """Draw loss against learning rate, in a panel per arm and weight decay, with a line per width.
 
     A thick line is the mean over seeds, with a circle at its best run. A thin line is one seed. A cross at the top edge
-    marks a run that diverged. The dotted line marks the learning rate whose regret the tables have.
+    marks a run that diverged. A bar at the bottom edge is the 95 % interval of the optimum, with a dot at the fitted optimum;
+    it goes to the edge of the panel where the interval is open. The dotted line marks the learning rate whose regret the
+    tables have.
 
     Args:
         outcomes: the runs.
@@ -55,7 +60,9 @@ def transfer(
     proxy = min(c.width for c in curves) if proxy is None else proxy
     value = swept.removeprefix("base ")
     dotted = f"{value} of the best run at {scaled} {proxy}" if lr is None else f"{value} {lr:g}"
-    key = f"circle: best run; dotted: {dotted}; crosses at the top: diverged"
+    bars = "bars at the bottom: fitted optimum and its 95 % interval"
+    key = f"circle: best run; {bars}; dotted: {dotted}; crosses at the top: diverged"
+    optima = {(arm.name, arm.weight_decay): arm.optima for arm in analyse(outcomes.rows, proxy=proxy, lr=lr).arms}
     caption = "\n".join(filter(None, (key, outcomes.caption)))
     figure, grid = panels(rows, columns, title, caption, sharey=True, sharex=True)
     colours = by_width(c.width for c in curves)
@@ -65,16 +72,23 @@ def transfer(
         for curve in here:
             rank = list(colours).index(curve.width)
             _curve(axes, curve, colours[curve.width], 0.985 - 0.035 * rank, scaled)
+        for optimum in optima[arm, decay]:
+            rank = list(colours).index(optimum.width)
+            _bar(axes, optimum, colours[optimum.width], BAR * (rank + 0.7))
         at_proxy = [float(c.lr[c.best]) for c in here if c.width == proxy and np.isfinite(c.mean).any()]
         for mark in at_proxy if lr is None else [lr]:
             axes.axvline(mark, color=GREY, linewidth=0.8, linestyle=":", zorder=1, label="_lr of the regret")
         axes.set_title(f"{arm}, wd {decay:g}" if several else arm)
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(swept)
+    lrs = {row.lr for row in outcomes.rows}
     if outcomes.swept == "lr":
-        log2_axis(flat[0], "x", {row.lr for row in outcomes.rows})
+        log2_axis(flat[0], "x", lrs)
     else:  # values at other widths lie between those of the first one, so not every value gets a tick
         log_axis(flat[0], "x")
+    # Bars of open intervals do not count.
+    beyond = max((max(lrs) / min(lrs)) ** SIDE, 2**SIDE)
+    flat[0].set_xlim(min(lrs) / beyond, max(lrs) * beyond)
     for row_of_axes in grid:
         row_of_axes[0].set_ylabel(outcomes.loss.replace("_", " "))
     _cut(flat[0], curves)
@@ -108,6 +122,19 @@ def _curve(axes: Axes, curve: Curve, colour: tuple[float, ...], top: float, scal
         axes.plot(diverged, np.full(len(diverged), top), transform=where, label=f"_diverged {curve.width}", **cross)
 
 
+def _bar(axes: Axes, optimum: Optimum, colour: tuple[float, ...], height: float) -> None:
+    """Draw the fitted optimum and its interval at a height from 0, the bottom of the panel, to 1."""
+    if not np.isfinite(optimum.best_loss):
+        return
+    where = axes.get_xaxis_transform()
+    ends = [max(optimum.low, TINY), min(optimum.high, 1 / TINY)]
+    # An end that is open lies far outside of the panel, which cuts the bar off.
+    axes.plot(ends, [height] * 2, transform=where, color=colour, linewidth=2.2, solid_capstyle="butt")
+    point: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
+    label = f"_optimum {optimum.width}"
+    axes.plot(optimum.lr, height, transform=where, color=colour, linestyle="", label=label, zorder=5, **point)
+
+
 def _cut(axes: Axes, curves: Sequence[Curve]) -> None:
     """Cut the loss axis, because one run that almost diverged would otherwise make all curves look flat.
 
@@ -121,7 +148,8 @@ def _cut(axes: Axes, curves: Sequence[Curve]) -> None:
     highest = max(float(mean.max()) for mean in finite)
     top = min(highest, max(best) + max(max(best) - min(best), HEADROOM * abs(max(best))))
     margin = 0.06 * (top - min(best)) or 0.01
-    axes.set_ylim(min(best) - margin, top + margin)
+    bars = BAR * (len({c.width for c in curves}) + 0.5)
+    axes.set_ylim(min(best) - margin - (top - min(best) + 2 * margin) * bars / (1 - bars), top + margin)
 
 
 @styled

@@ -10,6 +10,7 @@ import pytest
 from lwadamw.commands import main
 from lwadamw.lab import figures, outcomes, plots, plots_norms, plots_runs, scaling_findings, synthetic
 from lwadamw.lab.outcomes import Outcome, Outcomes
+from lwadamw.lab.transfer import analyse
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -85,6 +86,26 @@ def test_transfer_shows_means_best_runs_seeds_and_divergence(runs):
         assert axes.get_xscale() == "log"
         assert axes.get_ylabel() == ("val loss" if arm == ARMS[0] else "")
     assert "600 steps" in figure.get_supxlabel()
+
+
+def test_transfer_shows_the_fitted_optimum_with_its_interval_and_open_ends_reach_the_edge(runs):
+    rows = [r for r in runs.rows if r.arm == "mup" and math.isfinite(r.loss)]
+    best = analyse(rows).arms[0].optima[0]
+    # At width 32, the lowest lr of the grid is the best.
+    rows += [Outcome("mup", 32, lr, 0.1, "0", 3.0 + i) for i, lr in enumerate(LRS)]
+    (axes,) = visible(plots_runs.transfer(Outcomes("runs.csv", "loss", tuple(rows))))
+    bars = [line for line in axes.get_lines() if line.get_linewidth() == 2.2]
+    assert len(bars) == 4
+    low, high = axes.get_xlim()
+    assert LRS[0] / 2 < low < LRS[0] < LRS[-1] < high < 2 * LRS[-1]
+    assert bars[0].get_xdata()[0] < low < bars[0].get_xdata()[1] < high
+    assert list(np.log2(bars[1].get_xdata())) == pytest.approx(np.log2([best.low, best.high]), abs=0.3)
+    assert lines(axes)[f"_optimum {best.width}"].get_xdata()[0] == pytest.approx(best.lr)
+    heights = [float(bar.get_ydata()[0]) for bar in bars]
+    assert len(set(heights)) == len(bars)
+    bottom, top = axes.get_ylim()
+    lowest = min(line.get_ydata().min() for line in axes.get_lines() if line.get_linewidth() == 1.8)
+    assert max(heights) < (lowest - bottom) / (top - bottom), "a bar covers a curve"
 
 
 @pytest.mark.parametrize(("given", "expected"), [({"lr": 0.0123}, 0.0123), ({"proxy": 256}, None), ({}, None)], ids=str)
