@@ -2,8 +2,8 @@
 
     python -m tests.compatibility .venv/bin/python other/bin/python
 
-Each interpreter belongs to an environment with torch, triton, numpy, pytest, expecttest and hypothesis. The interpreter of Triton
-before 3.7 needs numpy < 2.4. lwadamw itself does not have to be installed. The table has one row for each combination of
+Each interpreter belongs to an environment with torch, triton, numpy, pytest, expecttest and hypothesis. The interpreter of
+Triton before 3.7 needs numpy < 2.4. lwadamw itself does not have to be installed. The table has one row for each combination of
 versions. Rows of other combinations stay.
 """
 
