@@ -123,7 +123,9 @@ def test_without_triton_the_torch_backend_takes_the_step(monkeypatch):
 
 
 def test_the_error_for_an_unknown_rule_lists_the_known_rules():
-    with pytest.raises(ValueError, match="unknown rule 'fan'. Rules are standard, mup, fan2025, kosson2025, balanced"):
+    with pytest.raises(
+        ValueError, match=r"unknown rule 'fan'\. .*Rules are standard, mup, fan2025, kosson2025, balanced"
+    ):
         get_rule("fan")
     with pytest.raises(TypeError, match=r"rule must be a name or a lwadamw.Rule, got int"):
         get_rule(3)

@@ -231,7 +231,7 @@ def test_rule_prints_eps_only_if_the_rule_scales_it(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fan2026"], "invalid choice: 'fan2026'"),
+        (["fan2026"], "unknown rule 'fan2026'. Closest: 'fan2025'"),
         (["mup", "--exponents", "lr=-1"], "--exponents: they are in place of a rule. Leave out 'mup'"),
         (["--exponents", "lr=-1,lr=0"], "'lr=-1,lr=0' is not a list of exponents"),
         (["--exponents", "momentum=1"], "'momentum=1' is not a list of exponents"),
