@@ -51,7 +51,9 @@ class TensorBoardLogger:
         roles_only: log totals and medians of roles, and nothing of single parameters: see `Monitor.as_dict`.
 
     Examples:
+        ```python
         monitor.on_reading.append(TensorBoardLogger(SummaryWriter()))
+        ```
     """
 
     def __init__(self, writer: ScalarWriter, prefix: str = "", *, roles_only: bool = False) -> None:
@@ -79,7 +81,9 @@ class WandbLogger:
         roles_only: log totals and medians of roles, and nothing of single parameters: see `Monitor.as_dict`.
 
     Examples:
+        ```python
         monitor.on_reading.append(WandbLogger(wandb.init()))
+        ```
     """
 
     def __init__(self, run: DictLogger, prefix: str = "", *, roles_only: bool = False) -> None:
@@ -108,8 +112,10 @@ class LightningHooks:
         roles_only: log totals and medians of roles, and nothing of single parameters: see `Monitor.as_dict`.
 
     Examples:
+        ```python
         class LogReadings(lwadamw.loggers.LightningHooks, lightning.pytorch.Callback): ...
         trainer = Trainer(callbacks=[LogReadings(monitor)])
+        ```
     """
 
     def __init__(self, monitor: Monitor, prefix: str = "", *, roles_only: bool = False) -> None:

@@ -35,7 +35,9 @@ class LoadPlanner(DefaultLoadPlanner):
         RuntimeError: by `dcp.load`, if any other key is missing.
 
     Examples:
+        ```python
         torch.distributed.checkpoint.load(state, checkpoint_id=folder, planner=LoadPlanner())
+        ```
     """
 
     def set_up_planner(

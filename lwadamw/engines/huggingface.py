@@ -34,8 +34,10 @@ class WidthTrainer:
         adamw: further arguments of `lwadamw.AdamW`.
 
     Examples:
+        ```python
         trainer = MyTrainer(model=model, args=args, train_dataset=data)
         trainer.width = {"base_width": 256}
+        ```
     """
 
     width: Mapping[str, Any] = {}

@@ -34,7 +34,9 @@ def config(**values: Any) -> Any:
         TypeError: a value has another name.
 
     Examples:
+        ```python
         optimizer=lwadamw.engines.torchtitan.config(lr=3e-3, weight_decay=0.1, base_width=256)
+        ```
     """
     return container().Config(**values)
 
@@ -53,7 +55,9 @@ def watched(config: Any, *, prefix: str = "norms/", **monitor: Any) -> Any:
         to load it, add this key to `checkpoint.exclude_from_loading`.
 
     Examples:
+        ```python
         return lwadamw.engines.torchtitan.watched(config, every=100)
+        ```
     """
     owner: Any = type(config)._owner
 

@@ -49,7 +49,9 @@ class ZeroRedundancyOptimizer(_Base):  # type: ignore[misc]
         TypeError: an option is not known.
 
     Examples:
+        ```python
         optimizer = ZeroRedundancyOptimizer(lwadamw.param_groups(model, base_width=256), lr=3e-3, weight_decay=0.1)
+        ```
     """
 
     def __init__(self, params: Iterable[Any], *, process_group: ProcessGroup | None = None, **options: Any) -> None:

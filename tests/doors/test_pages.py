@@ -55,3 +55,5 @@ def test_every_page_is_in_the_navigation():
 def test_examples_in_docstrings_have_the_title_that_the_reference_shows_as_code():
     sources = [*(ROOT / "lwadamw").rglob("*.py"), *(ROOT / "csrc_triton").rglob("*.py")]
     assert [str(path) for path in sources if re.search(r"^ *Example:$", path.read_text(), re.MULTILINE)] == []
+    prose = re.compile(r"^ *Examples:\n(?! *(>>>|```))", re.MULTILINE)
+    assert [str(path) for path in sources if prose.search(path.read_text())] == []
