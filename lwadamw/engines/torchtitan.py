@@ -41,12 +41,13 @@ def config(**values: Any) -> Any:
     return container().Config(**values)
 
 
-def watched(config: Any, *, prefix: str = "norms/", **monitor: Any) -> Any:
+def watched(config: Any, *, prefix: str = "norms/", roles_only: bool = False, **monitor: Any) -> Any:
     """Return a trainer config whose Trainer has a monitor: its readings are logged, and its state is in the checkpoints.
 
     Args:
         config: a config of torchtitan's Trainer, or of a subclass. Its `optimizer` comes from `config` of this module.
         prefix: text in front of every key in the metrics loggers.
+        roles_only: log totals and medians of every role, and nothing of single parameters: see `Monitor.as_dict`.
         **monitor: arguments of `lwadamw.Monitor` but the optimizer, for instance `every=100`.
 
     Returns:
@@ -78,7 +79,7 @@ def watched(config: Any, *, prefix: str = "norms/", **monitor: Any) -> Any:
                 self.checkpointer.states["width_monitor"] = _Saved(self.monitors)
 
         def _log(self, watch: Monitor, _: Reading) -> None:
-            self.metrics_processor.logger.log(watch.as_dict(prefix), watch.step)
+            self.metrics_processor.logger.log(watch.as_dict(prefix, roles_only), watch.step)
 
     return WatchedTrainer.Config(**{each.name: getattr(config, each.name) for each in fields(config)})
 

@@ -31,5 +31,9 @@ def test_the_monitor_of_a_resumed_run_is_that_of_the_straight_run(noted):
     assert noted["resumed monitor"] == noted["monitor"]
 
 
+def test_roles_only_logs_nothing_of_single_parameters(noted):
+    assert noted["resumed keys"] == []
+
+
 def test_the_config_of_the_example_has_a_watched_trainer(noted):
     assert noted["config"] == ["watched.<locals>.WatchedTrainer.Config", 64]

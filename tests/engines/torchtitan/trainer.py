@@ -37,7 +37,7 @@ def build(kind: str, folder: Path, interval: int | None = None) -> tuple[Any, Lo
     """A trainer from torchtitan's command line, and its logger."""
     config = ConfigManager().parse_args(["--module", "examples.torchtitan.width", "--config", "llama3_width"])
     if kind == "rule":
-        config = torchtitan.watched(config, every=5)
+        config = torchtitan.watched(config, every=5, roles_only=interval is not None)
     if kind == "ours":
         config.optimizer = torchtitan.config(**VALUES)
     if kind == "torch":
@@ -99,6 +99,8 @@ def second(folder: Path, noted: dict[str, Any]) -> None:
     noted["resumed steps"] = [
         step for step, values in logger.logged.items() if "norms/role/matrix/weight_rms" in values
     ]
+    keys = {key for values in logger.logged.values() for key in values if key.startswith("norms/")}
+    noted["resumed keys"] = sorted(key for key in keys if not key.startswith("norms/role/"))
     noted["resumed monitor"] = trainer.monitors[0].state_dict()
 
 
