@@ -86,6 +86,7 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+@functools.cache
 def _private_names(source: str) -> set[str]:
     """The private functions, classes, variables, methods and attributes that a module defines."""
     found = set()
@@ -117,8 +118,11 @@ def violations(sources: Sources, may_import: Mapping[str, set[str]]) -> list[str
             if not for_types and target != "__init__":
                 graph.setdefault(module, set()).add(target)
         elsewhere = set().union(*(names for other, names in private.items() if other != room)) - private[room]
+        watched = elsewhere | {"__dict__"}
         for node in ast.walk(_parsed(source)):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            if not isinstance(node, ast.Attribute) or node.attr not in watched:
+                continue
+            if ast.unparse(node.value) not in ("self", "cls"):
                 if node.attr in elsewhere:
                     found.append(f"{module} uses the private name {node.attr} of another room: {ast.unparse(node)}")
                 if node.attr == "__dict__":
