@@ -40,6 +40,16 @@ def _parsed(source: str) -> ast.Module:
     return ast.parse(source)
 
 
+@functools.cache
+def _nodes(source: str) -> tuple[ast.AST, ...]:
+    """The imports, attributes and conditions of a source."""
+    return tuple(
+        node
+        for node in ast.walk(_parsed(source))
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.Attribute, ast.If))
+    )
+
+
 def _room(module: str, rooms: Mapping[str, object]) -> str:
     first = module.partition(".")[0]
     return first if first in rooms else "doors"
@@ -51,16 +61,16 @@ def _is_package(module: str, sources: Sources) -> bool:
 
 def _imports(module: str, sources: Sources) -> Iterator[tuple[str, str, bool]]:
     """(module of this package, name taken from it or "", whether for type checking only) of every import."""
-    tree = _parsed(sources[module])
+    nodes = _nodes(sources[module])
     for_types = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
     path = module.split(".") if module != "__init__" else []
     package = path if _is_package(module, sources) else path[:-1]
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("lwadamw."):
@@ -119,7 +129,7 @@ def violations(sources: Sources, may_import: Mapping[str, set[str]]) -> list[str
                 graph.setdefault(module, set()).add(target)
         elsewhere = set().union(*(names for other, names in private.items() if other != room)) - private[room]
         watched = elsewhere | {"__dict__"}
-        for node in ast.walk(_parsed(source)):
+        for node in _nodes(source):
             if not isinstance(node, ast.Attribute) or node.attr not in watched:
                 continue
             if ast.unparse(node.value) not in ("self", "cls"):
