@@ -330,7 +330,7 @@ class Monitor:
         self._groups.take_back_skipped(self.step, int(self.optimizer.skipped_steps))
         segments = self._segments
         hyper = self._groups.hyperparameters()[segments.group]
-        if len(norms) and not hyper[:, 0].any() and not norms.grad.any():
+        if self.step == 1 and len(norms) and not hyper[:, 0].any() and not norms.grad.any():
             return  # torch takes such a step on an empty state before it loads a checkpoint
         columns = segments.columns(norms, self.step, hyper, self._groups.elapsed)
         if self.spectrum_every:

@@ -182,7 +182,7 @@ def _spectra(world):
     optimizer = lwadamw.AdamW(params.items(), lr=0.0, backend="torch")
     monitor = lwadamw.Monitor(optimizer, every=1, spectrum_every=1)
     for p in params.values():
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.ones_like(p)
     with CommDebugMode() as calls:
         optimizer.step()
     # The norms, and the iterations of all matrices together.
