@@ -29,13 +29,15 @@ def convert(folder, old, new, model):
     saved = torch.load(folder / "optimizer.pt", weights_only=True)
     for group, made in zip(saved["param_groups"], old.param_groups, strict=True):
         group["param_names"], group["weight_decay"] = [names[p] for p in made["params"]], WEIGHT_DECAY
+    # Loading a scheduler does not set lr, so the checkpoint needs the value of the schedule at its own step.
+    lr = LR * saved["param_groups"][0]["lr"] / saved["param_groups"][0]["initial_lr"]
     new.load_state_dict(saved)
     for group in new.param_groups:
-        group["lr"], group["initial_lr"] = LR, LR
+        group["lr"], group["initial_lr"] = lr, LR
     torch.save(new.state_dict(), folder / "optimizer.pt")
 
     scheduler, groups = torch.load(folder / "scheduler.pt", weights_only=True), len(new.param_groups)
-    scheduler |= {"base_lrs": [LR] * groups, "_last_lr": [LR] * groups, "lr_lambdas": [None] * groups}
+    scheduler |= {"base_lrs": [LR] * groups, "_last_lr": [lr] * groups, "lr_lambdas": [None] * groups}
     torch.save(scheduler, folder / "scheduler.pt")
 
 
@@ -58,7 +60,7 @@ def trainer_of(kind, folder, steps):
 
 with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
-    trainer_of(Trainer, folder / "old", 10).train()
+    trainer_of(Trainer, folder / "old", 20).train()  # its checkpoint after 10 steps is the old one
 
     shutil.copytree(folder / "old" / "checkpoint-10", folder / "new" / "checkpoint-10")
     trainer = trainer_of(WidthTrainer, folder / "new", 20)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Final
 
+from ..state.callers import caller_level
 from ..width.steady_state import STEADY_TAUS
 from .comparison import Comparison, Finding, compare
 from .growth import GROWN, fastest_by_type, growths
@@ -160,7 +161,7 @@ class DriftWatch:
         self.warned = True
         if not writes:
             return
-        warnings.warn(f"lwadamw.DriftWatch, {message}", DriftWarning, stacklevel=3)
+        warnings.warn(f"lwadamw.DriftWatch, {message}", DriftWarning, stacklevel=caller_level())
 
 
 def _broken(reading: Reading) -> str:

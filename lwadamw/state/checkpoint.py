@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from . import decay, keys
 from .blocks import cut
+from .callers import caller_level
 from .companions import misfit, misfit_of_codes
 from .groups import effective
 from .members import Member, is_sharded, local, split_dimensions, wrap_like
@@ -107,7 +108,7 @@ def _warn_of_base_values(saved: list[StateDict], groups: list[StateDict]) -> Non
         f"group {scaled} now takes steps with lr={float(lr) * factor:.4g} instead of {float(lr):.4g}. If they are not the "
         "values that were tuned at the base width, set those after loading: "
         "for g in optimizer.param_groups: g['lr'], g['weight_decay'] = lr, weight_decay",
-        stacklevel=5,
+        stacklevel=caller_level(),
     )
 
 
@@ -305,7 +306,7 @@ def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any
         warnings.warn(
             f"load_state_dict: state is used as it was saved, not as the groups of this optimizer ask for: {found[0]}{more}. "
             "To convert it: optimizer.convert_state()",
-            stacklevel=3,
+            stacklevel=caller_level(),
         )
 
 

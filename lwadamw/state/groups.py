@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import decay, keys
+from .callers import caller_level
 from .names import names_of
 from .storage import check_options, check_parameter
 
@@ -114,7 +115,9 @@ def _warn_of_misspelt_keys(group: Mapping[str, Any], where: str) -> None:
     for key in group:
         close = [] if key in read else difflib.get_close_matches(key, read, n=1, cutoff=0.88)
         if close:
-            warnings.warn(f"lwadamw.AdamW: {where}nobody reads the key {key!r}. Closest: {close[0]!r}.", stacklevel=5)
+            warnings.warn(
+                f"lwadamw.AdamW: {where}nobody reads the key {key!r}. Closest: {close[0]!r}.", stacklevel=caller_level()
+            )
 
 
 def complete_group(group: dict[str, Any], index: int) -> None:

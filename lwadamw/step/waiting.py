@@ -6,6 +6,7 @@ import warnings
 from typing import Final
 
 from ..state import keys
+from ..state.callers import caller_level
 from ..state.fingerprint import State
 from ..state.members import ParamGroups, gradients_of
 
@@ -51,5 +52,5 @@ class Waiting:
             "nothing was trained. Probably fully_shard, parallelize_module or another wrapper has put new parameters in the "
             "place of those that the groups hold. Build the optimizer of lwadamw.rebind(groups, model) after the model has "
             "been wrapped. If gradients come later, ignore this.",
-            stacklevel=4,
+            stacklevel=caller_level(),
         )

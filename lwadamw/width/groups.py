@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from torch import Tensor, nn
 
 from ..state import keys
+from ..state.callers import caller_level
 from ..state.names import layer_type
 from . import remedies
 from .applied import Applied, check_depth, outside
@@ -223,7 +224,7 @@ def _check_patterns(given: Mapping[str, Mapping[str, Any]], found: Sequence[Deci
     if strict:
         raise ValueError("param_groups: " + "\n".join(lines))
     for line in lines:
-        warnings.warn(f"param_groups: {line}", stacklevel=3)
+        warnings.warn(f"param_groups: {line}", stacklevel=caller_level())
 
 
 def _numbered(kind: str, pattern: str, names: set[str]) -> str | None:
@@ -246,7 +247,8 @@ def _settle_undecided(found: Sequence[Decided], left_out: set[str], strict: bool
     listed = "".join(f"\n  {d}: {d.decision.why}" for d in undecided[:8])
     listed += f"\n  and {len(undecided) - 8} more" if len(undecided) > 8 else ""
     warnings.warn(
-        f"param_groups: no role is decided, taken as matrices whose fan_in is the last dimension:{listed}", stacklevel=3
+        f"param_groups: no role is decided, taken as matrices whose fan_in is the last dimension:{listed}",
+        stacklevel=caller_level(),
     )
     guessed = {d.name: Decision("matrix", f"guessed: {d.decision.why}", d.evidence.dims or (-1,)) for d in undecided}
     return [replace(d, decision=guessed.get(d.name, d.decision)) for d in found]
