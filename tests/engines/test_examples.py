@@ -22,10 +22,10 @@ SAID = {
 FRAMEWORKS = {
     "huggingface_trainer": ("transformers", "(10, 0.0"),
     "lightning_fit": ("lightning", "matrix"),
-    "old_checkpoint": ("transformers", "all moments kept: True   base lr of the groups: [0.01, 0.01, 0.01]"),
 }
 ELSEWHERE = {
     "megatron_gpt": "tests/engines/megatron/test_example.py",
+    "old_checkpoint": "tests/engines/huggingface/test_old_checkpoint.py",
     "torchtitan/width": "tests/engines/torchtitan/test_trainer.py",
 }
 
