@@ -89,7 +89,7 @@ def check_trackers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
     if args.tensorboard:
         try:
-            trackers.check("tensorboard")
+            trackers.check_tensorboard()
         except ValueError as error:
             parser.error(f"argument --tensorboard: {error}")
 

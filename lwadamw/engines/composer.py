@@ -9,8 +9,7 @@ import functools
 import importlib
 from typing import Any
 
-from ..monitor.arguments import optimizer_behind
-from ..monitor.monitor import Monitor
+from .callbacks import Watching
 
 
 def callback(every: int = 50, prefix: str = "", *, roles_only: bool = False, **options: Any) -> Any:
@@ -39,38 +38,20 @@ def callback(every: int = 50, prefix: str = "", *, roles_only: bool = False, **o
 def _callback_class() -> type[Any]:
     composer: Any = importlib.import_module("composer")
 
-    class WidthCallback(composer.Callback):  # type: ignore[misc]
+    class WidthCallback(Watching, composer.Callback):  # type: ignore[misc]
         """Logs readings. `lwadamw.engines.composer.callback` makes it."""
-
-        def __init__(self, options: dict[str, Any], prefix: str, roles_only: bool) -> None:
-            super().__init__()
-            self.monitor: Monitor | None = None
-            self._roles_only = roles_only
-            self._options, self._prefix, self._logged = options, prefix, -1
-            self._loaded: dict[str, Any] | None = None
 
         def fit_start(self, state: Any, logger: Any) -> None:
             if self.monitor is None:
-                self.monitor = Monitor(optimizer_behind(state.optimizers[0]), **self._options)
-                if self._loaded is not None:
-                    self.monitor.load_state_dict(self._loaded)
+                self.attach(state.optimizers[0])
 
         def batch_end(self, state: Any, logger: Any) -> None:
             # The reading was made inside the step. Composer counts the batch only now, and W&B drops steps that go back.
-            latest = None if self.monitor is None else self.monitor.latest
-            if self.monitor is not None and latest is not None and latest.step != self._logged:
-                self._logged = latest.step
-                logger.log_metrics(self.monitor.as_dict(self._prefix, self._roles_only))
+            if values := self.unlogged():
+                logger.log_metrics(values)
 
         def close(self, state: Any, logger: Any) -> None:
-            if self.monitor is not None:
-                self.monitor.remove()
-
-        def state_dict(self) -> dict[str, Any]:
-            return {} if self.monitor is None else self.monitor.state_dict()
-
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            self._loaded = state_dict or None
+            self.detach()
 
     return WidthCallback
 

@@ -14,10 +14,9 @@ from typing import Any, Final
 
 from torch import nn
 
-from ..monitor.arguments import optimizer_behind
-from ..monitor.monitor import Monitor
 from ..step.optimizer import AdamW
 from ..width.groups import param_groups
+from .callbacks import Watching
 
 _FILE: Final = "lwadamw_monitor.json"
 
@@ -131,33 +130,19 @@ def callback(every: int = 50, prefix: str = "", *, roles_only: bool = False, **o
 def _callback_class() -> type[Any]:
     transformers: Any = importlib.import_module("transformers")
 
-    class WidthCallback(transformers.TrainerCallback):  # type: ignore[misc]
+    class WidthCallback(Watching, transformers.TrainerCallback):  # type: ignore[misc]
         """Logs readings. `lwadamw.engines.huggingface.callback` makes it."""
 
-        def __init__(self, options: dict[str, Any], prefix: str, roles_only: bool) -> None:
-            self.monitor: Monitor | None = None
-            self._roles_only = roles_only
-            self._options, self._prefix, self._logged = options, prefix, -1
-
         def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            self.monitor = Monitor(optimizer_behind(optimizer), **self._options)
             path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _FILE)
             if state.global_step and os.path.exists(path):
                 with open(path, encoding="utf-8") as file:
-                    self.monitor.load_state_dict(json.load(file))
+                    self.load_state_dict(json.load(file))
+            self.attach(optimizer)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            latest = None if self.monitor is None else self.monitor.latest
-            if latest is not None and self._logged != latest.step:
+            if self.has_unlogged():
                 control.should_log = True
-
-        def unlogged(self) -> dict[str, float]:
-            """Return the latest reading if this has not been called since it was made, for a logger."""
-            latest = None if self.monitor is None else self.monitor.latest
-            if self.monitor is None or latest is None or latest.step == self._logged:
-                return {}
-            self._logged = latest.step
-            return self.monitor.as_dict(self._prefix, self._roles_only)
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.log_history and (values := self.unlogged()):
@@ -167,11 +152,10 @@ def _callback_class() -> type[Any]:
             if self.monitor is not None and state.is_world_process_zero:
                 path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _FILE)
                 with open(path, "w", encoding="utf-8") as file:
-                    json.dump(self.monitor.state_dict(), file)
+                    json.dump(self.state_dict(), file)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.monitor is not None:
-                self.monitor.remove()
+            self.detach()
 
     return WidthCallback
 

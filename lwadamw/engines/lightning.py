@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..monitor.arguments import optimizer_behind
-from ..monitor.monitor import Monitor
 from ..step.optimizer import AdamW
+from .callbacks import Watching
 
 
 def callback(every: int = 50, prefix: str = "", *, roles_only: bool = False, **options: Any) -> Any:
@@ -63,14 +63,8 @@ def _callback_class() -> type[Any]:
     except ModuleNotFoundError:
         lightning = importlib.import_module("pytorch_lightning")
 
-    class WidthCallback(lightning.Callback):  # type: ignore[misc]
+    class WidthCallback(Watching, lightning.Callback):  # type: ignore[misc]
         """Clips inside the step and logs readings. `lwadamw.engines.lightning.callback` makes it."""
-
-        def __init__(self, options: dict[str, Any], prefix: str, roles_only: bool) -> None:
-            self.monitor: Monitor | None = None
-            self._roles_only = roles_only
-            self._options, self._prefix = options, prefix
-            self._loaded: dict[str, Any] | None = None
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             ours, others = _split(trainer.optimizers)
@@ -80,25 +74,15 @@ def _callback_class() -> type[Any]:
                 and not others
             ):
                 ours.max_grad_norm, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None
-            self.monitor = Monitor(ours, others=others, **self._options)
-            if self._loaded is not None:
-                self.monitor.load_state_dict(self._loaded)
-            self.monitor.on_reading.append(lambda reading: self._log(trainer))
+            self.attach(ours, others=others).on_reading.append(lambda _: self._log(trainer))
 
         def _log(self, trainer: Any) -> None:
-            if self.monitor is not None:
+            if self.monitor is not None and (values := self.unlogged()):
                 for logger in trainer.loggers:
-                    logger.log_metrics(self.monitor.as_dict(self._prefix, self._roles_only), step=self.monitor.step)
+                    logger.log_metrics(values, step=self.monitor.step)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            if self.monitor is not None:
-                self.monitor.remove()
-
-        def state_dict(self) -> dict[str, Any]:
-            return {} if self.monitor is None else self.monitor.state_dict()
-
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            self._loaded = state_dict or None
+            self.detach()
 
     return WidthCallback
 

@@ -32,3 +32,11 @@ def arm_rule(arm: str) -> Rule:
     except ValueError as error:
         raise ValueError(f"arm {error}; nor is it one of {', '.join((*RULES, *RECIPES))}.") from None
     return Rule(arm, matrix=scale, source="given")
+
+
+def known_arm(arm: str) -> Rule | None:
+    """Return the rule of an arm, or None if its name says nothing of a rule, as in a table of other people."""
+    try:
+        return arm_rule(arm)
+    except ValueError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -111,7 +112,7 @@ class Progress:
 
     def _one(self, run: Any) -> str:
         step = self._running[run]
-        loss = f"  loss {step.loss:.4f}" if step.loss == step.loss else ""
+        loss = f"  loss {step.loss:.4f}" if not math.isnan(step.loss) else ""
         return f"running  {self._label(run)}  step {step.step}/{step.steps}{loss}"
 
 

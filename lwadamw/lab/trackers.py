@@ -68,14 +68,9 @@ def tensorboard(runs: Path, out: Path) -> int:
     return len(rows)
 
 
-def check(name: str) -> None:
-    """Raise a ValueError if a tracker's format cannot be written on this machine.
-
-    Args:
-        name: "wandb" or "tensorboard".
-    """
-    if name == "tensorboard":
-        _writer()
+def check_tensorboard() -> None:
+    """Raise a ValueError if event files cannot be written on this machine."""
+    _writer()
 
 
 def table(folder: Path) -> Table:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from lwadamw.width.rules import RECIPES, RULES
-
+from .arms import known_arm
 from .outcomes import Outcome
 from .transfer_decay import power_of, rounded
 
@@ -57,7 +56,7 @@ def exponents(rows: Sequence[Outcome], column: str = "lr") -> dict[str, Scaled]:
         first, *others = (lrs[width] for width in widths)
         power = power_of([(width, sorted(lrs[width])) for width in widths])
         common = any(first & other for other in others)
-        rule = {**RULES, **RECIPES}.get(arm)
+        rule = known_arm(arm)
         if power is not None:
             named = rule is not None and abs(rule.matrix.lr - power) < ALIKE
             found[arm] = Scaled(power, named or (len(widths) >= SURE and not common))

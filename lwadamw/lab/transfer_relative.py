@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from lwadamw.width.rules import RULES
+from lwadamw.width.rules import RECIPES, RULES
 from lwadamw.width.steady_state import relative_update_of
 
+from .arms import known_arm
 from .outcomes import Outcomes
 
 SWEPT: Final = "relative update"
@@ -18,10 +19,11 @@ def against_relative_update(found: Outcomes, proxy: int, beta1: float) -> Outcom
 
     The relative update is sqrt(2 lr wd (1 - beta1)/(1 + beta1)) (Kosson et al. 2305.17212), with the effective lr and wd that
     the rule gives a matrix at the width of the run. It is the value that a run settles to, so it says nothing of a run that is
-    shorter than some tau. What holds lr wd constant over width, has the same relative update at every width.
+    shorter than some tau. A rule that holds lr wd has the
+    same relative update at every width.
 
     Args:
-        found: the runs. The name of an arm is the name of a rule.
+        found: the runs. Each arm is called like a rule, as `arms.arm_rule` reads it.
         proxy: the width at which effective values are base values.
         beta1: decay rate of the first moment of all runs.
 
@@ -34,17 +36,19 @@ def against_relative_update(found: Outcomes, proxy: int, beta1: float) -> Outcom
         )
     rows = []
     for row in found.rows:
-        if row.arm not in RULES:
+        rule = known_arm(row.arm)
+        if rule is None:
             raise ValueError(
                 f"--against relative-update: the arm {row.arm!r} is no rule, so nothing says how its lr and weight decay "
-                f"follow the width. Rules are {', '.join(RULES)}. Rename the arm in the table to the rule that it followed."
+                f"follow the width. Rules are {', '.join((*RULES, *RECIPES))}. "
+                "Rename the arm in the table to the rule that it followed."
             )
         if not row.weight_decay:
             raise ValueError(
                 f"--against relative-update: a run of {row.arm!r} at width {row.width} has no weight decay, so its relative "
                 "update does not settle. Leave it out, or name the column: --column weight_decay=NAME."
             )
-        scale = RULES[row.arm].matrix.at(row.width / proxy)
+        scale = rule.matrix.at(row.width / proxy)
         relative = float(relative_update_of(row.lr * scale.lr, row.weight_decay * scale.wd, beta1))
         rows.append(replace(row, lr=float(f"{relative:.6g}")))
     note = (

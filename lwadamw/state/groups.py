@@ -17,18 +17,7 @@ from .names import names_of
 from .storage import check_options, check_parameter
 
 _PLAIN_NUMBERS = keys.named((*keys.WIDTH, keys.WIDTH_WARMUP, keys.PEAK_LR, keys.HUBER_SCALE))
-_TORCH_KEYS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "amsgrad",
-    "maximize",
-    "capturable",
-    "params",
-    "param_names",
-    "initial_lr",
-)
+_READ = (*keys.OF_TORCH, "params", "param_names", "initial_lr", *keys.named(keys.ALL))
 
 
 class Effective(NamedTuple):
@@ -111,9 +100,8 @@ def check_numbers(group: Mapping[str, Any], where: str) -> None:
 
 def _warn_of_misspelt_keys(group: Mapping[str, Any], where: str) -> None:
     """Warn of keys that nobody reads and that are nearly the names of keys that the step reads."""
-    read = (*keys.named(keys.ALL), *_TORCH_KEYS)
     for key in group:
-        close = [] if key in read else difflib.get_close_matches(key, read, n=1, cutoff=0.88)
+        close = [] if key in _READ else difflib.get_close_matches(key, _READ, n=1, cutoff=0.88)
         if close:
             warnings.warn(
                 f"lwadamw.AdamW: {where}nobody reads the key {key!r}. Closest: {close[0]!r}.", stacklevel=caller_level()

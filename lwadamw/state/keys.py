@@ -101,6 +101,11 @@ STORAGE: Final[tuple[Key[Any], ...]] = (
 )
 ALL: Final[tuple[Key[Any], ...]] = (*WIDTH, WIDTH_WARMUP, ROLE, RULE, SEGMENTS, *LAW, *STORAGE)
 
+# The keys of torch's AdamW that are options.
+OF_TORCH: Final = (
+    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
+)  # fmt: skip
+
 
 def named(keys: tuple[Key[Any], ...]) -> tuple[str, ...]:
     """Return the names of the given keys, in the same order.

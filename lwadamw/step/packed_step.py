@@ -19,7 +19,7 @@ from ..state.random_bits import hash_bits, random_bits
 from ..state.storage import CODES, MOMENTS
 from . import torch_fused_cpu as fused_cpu
 from .buckets import Bucket, Entry, follow_threshold
-from .torch_norms import add_up
+from .torch_norms import moved_sums, square_sums
 
 
 @torch.no_grad()
@@ -50,12 +50,7 @@ def step_packed(entry: Entry, grad: Tensor, bucket: Bucket, norms: bool) -> None
     if bucket.huber_decay is not None:
         follow_threshold(entry, after, bucket)
     if norms:
-        entry.sums = add_up(entry.member, _statistics, after, after - before, g, before)
-
-
-def _statistics(after: Tensor, change: Tensor, g: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-    """Return the four statistics of a step over the same elements of four arrays, as torch_norms.py has them."""
-    return after.square().sum(), change.square().sum(), g.square().sum(), (before * change).sum()
+        entry.sums = moved_sums(entry.member, before, after, square_sums(entry.member, g))
 
 
 def _limit(g: Tensor, factor: Tensor | None, state: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ class HalfNorms:
         for entry, grad in zip(bucket.entries, grads, strict=True):
             if entry.member.param.dtype in HALVES:
                 factor = _scalar(1.0 if bucket.factor is None else bucket.factor, grad)
-                square = add_up(entry.member, lambda g: (g.square().sum(),), grad)[:, 0]
+                square = square_sums(entry.member, grad)
                 before = local(entry.member.param.detach()).clone()
                 self._rows.append((entry, before, square * factor**2))
 
@@ -62,8 +62,33 @@ class HalfNorms:
     def finish(self) -> None:
         """Compute the statistics after the step, and keep them in `Entry.sums`."""
         for entry, before, grad_square in self._rows:
-            weight, change, dot = add_up(entry.member, _moved, before, entry.member.param).unbind(1)
-            entry.sums = torch.stack([weight, change, grad_square, dot], dim=1)
+            entry.sums = moved_sums(entry.member, before, entry.member.param, grad_square)
+
+
+def square_sums(member: Member, tensor: Tensor) -> Tensor:
+    """Return the square sum of each segment of a parameter, float64[n].
+
+    Args:
+        member: the parameter.
+        tensor: a tensor with as many elements as this process holds of the parameter.
+    """
+    return _add_up(member, lambda t: (t.square().sum(),), tensor)[:, 0]
+
+
+def moved_sums(member: Member, before: Tensor, after: Tensor, grad_square: Tensor) -> Tensor:
+    """Return the statistics of a step from the weight before and after it.
+
+    Args:
+        member: the parameter.
+        before: its weight before the step.
+        after: its weight after the step.
+        grad_square: the square sum of the gradient of each segment, float64[n].
+
+    Returns:
+        float64[n, 4], see the top of this file.
+    """
+    weight, change, dot = _add_up(member, _moved, before, after).unbind(1)
+    return torch.stack([weight, change, grad_square, dot], dim=1)
 
 
 def _moved(before: Tensor, after: Tensor) -> tuple[Tensor, ...]:
@@ -86,7 +111,7 @@ def resting_sums(member: Member, state: Mapping[str, Any]) -> Tensor:
     # A parameter that has moved to a group with a companion has none before its next step.
     has_companion = any(key in state for key in COMPANIONS)
     whole = packing.read_weight(p, state, kept_weight(p, member.group, state)) if has_companion else p
-    weight = add_up(member, lambda w: (w.square().sum(),), whole)
+    weight = square_sums(member, whole)[:, None]
     return torch.cat([weight, weight.new_zeros(len(weight), 3)], dim=1)
 
 
@@ -128,7 +153,7 @@ def step_sums(
             change = p - before
         return p.square().sum(), change.square().sum(), g.square().sum(), (before * change).sum()
 
-    sums = add_up(member, of_piece, param, state["exp_avg"], largest, param if grad is None else grad)
+    sums = _add_up(member, of_piece, param, state["exp_avg"], largest, param if grad is None else grad)
     sums[:, 2] *= math.nan if grad is None else _scalar(1.0 if factor is None else factor, param) ** 2
     if skipped is not False:
         moved = torch.as_tensor(skipped, device=sums.device) == 0
@@ -136,7 +161,7 @@ def step_sums(
     return sums
 
 
-def add_up(member: Member, sums: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Tensor:
+def _add_up(member: Member, sums: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Tensor:
     """Return sums over each segment of a parameter.
 
     Args:

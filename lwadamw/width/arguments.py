@@ -8,10 +8,7 @@ from typing import Any, Final
 
 from ..state import keys
 
-_OF_TORCH: Final = (
-    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
-)  # fmt: skip
-_OPTIONS: Final = sorted({*_OF_TORCH, *keys.named(keys.ALL)})
+_OPTIONS: Final = sorted({*keys.OF_TORCH, *keys.named(keys.ALL)})
 
 
 def check_values(lr: float | None, weight_decay: float | None, overrides: Mapping[str, Mapping[str, Any]]) -> None:

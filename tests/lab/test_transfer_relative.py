@@ -6,6 +6,7 @@ import pytest
 
 from lwadamw.commands import main
 from lwadamw.lab import outcomes, transfer
+from lwadamw.lab.arms import arm_rule
 from lwadamw.lab.transfer_relative import against_relative_update
 from lwadamw.width.rules import RULES
 
@@ -22,12 +23,12 @@ def _table(path, arm, best, decay="0.5"):
     return path
 
 
-@pytest.mark.parametrize("arm", list(RULES))
+@pytest.mark.parametrize("arm", [*RULES, "completep", "kosson2025+completep"])
 def test_each_run_has_the_relative_update_of_its_effective_values(tmp_path, arm):
     found = outcomes.read(_table(tmp_path / "runs.csv", arm, lambda m: 2**-8))
     seen = against_relative_update(found, 64, 0.8)
     for before, after in zip(found.rows, seen.rows, strict=True):
-        scale = RULES[arm].matrix.at(before.width / 64)
+        scale = arm_rule(arm).matrix.at(before.width / 64)
         expected = math.sqrt(2 * before.lr * scale.lr * 0.5 * scale.wd * 0.2 / 1.8)
         assert after.lr == pytest.approx(expected, rel=1e-5)
         assert (after.loss, after.width, after.weight_decay) == (before.loss, before.width, 0.5)
