@@ -20,8 +20,8 @@ _RANGES: Final = "smallest to largest"
 # What a table that is too wide leaves out, in this order. Names are shortened last.
 LEFT_OUT: Final = ("rotation/steady", _RANGES, "rms/expected", "role", "update/steady", "taus")
 UNBOUNDED: Final = (
-    "no weight decay, so nothing bounds these norms. At a constant lr, a norm grows about as the root of the steps if updates are "
-    "noise, and as the steps if all updates agree:"
+    "no weight decay, so nothing bounds these norms. At a constant lr, a norm grows about as the root of the steps if updates "
+    "are noise, and as the steps if all updates agree:"
 )
 
 
