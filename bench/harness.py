@@ -12,7 +12,9 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
+CODE = ROOT / "bench/results/codegen.json"  # what bench.codegen found out about the kernels as they are
 
 
 def log(message: str) -> None:
@@ -89,29 +92,13 @@ def machine(device: torch.device, threads: int | None = None) -> dict[str, str]:
     on_cpu = f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else on_cpu,
-        "driver": driver or "unknown",
+        "driver": driver.splitlines()[0] if driver else "unknown",  # a line for each GPU
         "torch": torch.__version__,
         "triton": version_of("triton"),
         "python": platform.python_version(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-# What decides about the speed of a GPU besides its model, as nvidia-smi names it.
-_STATE = (
-    "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
-    "clocks_event_reasons.active",
-)  # fmt: skip
-
-
-def gpu_state(device: torch.device) -> dict[str, str]:
-    """Clocks, power, temperature and reasons for throttling of a GPU at this moment. Empty without a GPU or nvidia-smi."""
-    if device.type != "cuda":
-        return {}
-    index = str(torch.cuda.current_device() if device.index is None else device.index)
-    read = output("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader")
-    return dict(zip(_STATE, (value.strip() for value in read.split(",")), strict=False)) if read else {}
 
 
 def one_line(description: Mapping[str, str]) -> str:
@@ -121,11 +108,42 @@ def one_line(description: Mapping[str, str]) -> str:
     return ", ".join(value if key == "device" else f"{key} {value}" for key, value in short.items() if value != "-")
 
 
+class Limit:
+    """The time at which a command ends, whatever it does then: a compilation of another package or a kernel may take long.
+
+    Args:
+        minutes: from now.
+        tell: prints and writes what there is, and returns the exit code. It runs in a thread of its own, and the process ends
+            after it.
+    """
+
+    def __init__(self, minutes: float, tell: Callable[[], int]) -> None:
+        self._tell = tell
+        self._timer = threading.Timer(60 * minutes, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end(self) -> None:
+        code = 1
+        try:
+            code = self._tell()
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)  # The main thread may be where no exception reaches it.
+
+    def cancel(self) -> None:
+        """The command has done everything."""
+        self._timer.cancel()
+
+
 class Timer:
     """Measures seconds per call over several consecutive calls.
 
     On a GPU it uses device events, on a CPU the clock. So the result is the time that one call adds to a training loop: the
-    time on the device or the time on the host, whichever is longer.
+    time on the device or the time on the host, whichever is longer. On a GPU one more call runs before the first event. Else an
+    idle device would wait for the host of the first call, and the wait would count.
 
     Args:
         device: the device that the calls use.
@@ -148,6 +166,7 @@ class Timer:
             return (time.perf_counter() - start) / calls
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        call()
         begin.record()
         for _ in range(calls):
             call()
@@ -171,8 +190,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Time contestants in turn. In every round each contestant has one turn, in another order each time.
 
-    Before the first round each contestant is called three times. The first call compiles. The third call is timed, and its
-    time gives the number of calls in one measurement.
+    Before the first round each contestant is called a few times. The first call compiles. The time of the last call gives the
+    number of calls in one measurement.
 
     Args:
         timer: measures one turn.
@@ -232,10 +251,15 @@ def parser_for(module_doc: str | None, **defaults: Any) -> argparse.ArgumentPars
 
 
 def write_json(path: Path | None, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, with numbers rounded to five digits. Nothing is written if the path is None."""
+    """Write a record as JSON, with numbers rounded to five digits. Nothing is written if the path is None.
+
+    A command that is stopped leaves a whole file behind.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+        unfinished.replace(path)
 
 
 def _rounded(value: Any) -> Any:

@@ -42,7 +42,6 @@ LAUNCHES = 10e-6  # seconds of the small kernel before the update, and of the ga
 LANES = 128  # instructions of threads that a multiprocessor can issue in a clock cycle
 STORAGE_WORKLOAD = "llama_1b"
 FP32_WORKLOADS = ("one_huge", "llama_1b", "llama_7b_shard", "mixtral_experts", "vit_465", "gpt2_124m", "cpu_30m")
-CODE = harness.ROOT / "bench/results/codegen.json"
 
 
 class Device(NamedTuple):
@@ -210,7 +209,7 @@ def main() -> None:
     arguments = parser.parse_args()
     record = json.loads(arguments.measured.read_text()) if arguments.measured else None
     # A measurement is compared with what its own kernels should take.
-    source = json.loads(CODE.read_text()) if record is None or "reports" not in record else record
+    source = json.loads(harness.CODE.read_text()) if record is None or "reports" not in record else record
     predicted = predictions(source["reports"])
     print(table(predicted, record))
     harness.finish(arguments.json, "bench.predict", harness.choose_device("cpu"), {"predictions": predicted})

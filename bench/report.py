@@ -105,6 +105,10 @@ def from_gpu(path: Path) -> Report:
     record = read(path)
     rows, positions = [], []
     results = record["step"]
+    for compiled in record.get("compile", ()):  # measured apart from the other peers
+        same = [r for r in results if (r["workload"], r["groups"]) == (compiled["workload"], compiled["groups"])]
+        for result in same:
+            result["rows"] = {**compiled["rows"], **result["rows"]}
     for result in results:
         ours, fused = result["rows"][OURS], result["rows"][peers.FUSED]
         usual, clipped = result["rows"].get(USUAL), result["rows"][CLIPPED]

@@ -6,9 +6,10 @@
     python -m bench.step --base HEAD~1                         # also the package of another revision
 
 In every round each contestant takes several consecutive steps. They are timed by two device events on a GPU, by the clock on
-a CPU. So the result is the time that a step adds to a training loop: the time on the device or the time on the host,
-whichever is longer. Gradients stay at their addresses. `bench.host` measures the cost of moving them.
-No cache is flushed: a note under the table says whether the tensors of a step fit into the L2 cache of the GPU.
+a CPU. On a GPU one more step comes before the first event, so that the device does not wait for the host of the first step. So
+the result is the time that a step adds to a training loop: the time on the device or the time on the host, whichever is longer.
+Gradients stay at their addresses. `bench.host` measures the cost of moving them. No cache is flushed: a note under the table
+says whether the tensors of a step fit into the L2 cache of the GPU.
 
     bytes       bytes that the implementation reads and writes, of p, g, m, v and everything else that it keeps. With float32
                 and one pass over memory this is 28 per parameter.

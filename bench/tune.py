@@ -1,20 +1,28 @@
 """Compares launch constants of csrc_triton/layout.py. Each candidate is the package with some constants replaced.
 
     make gpu-tune                                     # or: python -m bench.tune
+    make gpu-tune MINUTES=8                           # or: python -m bench.tune --minutes 8
     python -m bench.tune --workloads one_huge --only "block 2048" "tail 512"
     python -m bench.tune --storages "bf16, remainder, 8-bit moments" --only "2 stages"
 
 All candidates of a workload and a storage step the same tensors in one process, in turn. A candidate wins if it is faster on
 every workload of a storage, by more than the spread from p20 to p80 of its ratio to the present constants. The winner is
 printed as the lines of layout.py to paste, with its gain. The other candidates are written to LOG.md. Whether a candidate
-spills registers, and how many programs fit, is a question for `bench.codegen`. No workload starts after --minutes.
+spills registers, and how many programs fit, is a question for `bench.codegen`.
+
+On a GPU, the kernels of all candidates are compiled first, in a process for each candidate; Triton keeps what it has compiled
+in a folder that all processes share. Then comes the first workload in every storage, then the next workload. After --minutes
+the command ends with what it has.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +34,7 @@ import torch
 
 from bench import harness, peers, revision
 from bench.step import make_copy
-from bench.workloads import WORKLOADS, make_params
+from bench.workloads import WORKLOADS, Workload, make_params
 from lwadamw.state.combinations import COMBINATIONS
 
 AS_IT_IS = "as it is"
@@ -57,7 +65,9 @@ CANDIDATES: dict[str, dict[str, object]] = {
 # Chunks count on small models, bytes in flight on large ones.
 WORKLOADS_TO_TUNE = ("llama_1b", "gpt2_124m", "cpu_30m")
 STORAGES_TO_TUNE = ("fp32", "bf16, remainder, bf16 moments", "bf16, stochastic, 8-bit moments")
-MINUTES = 8.5
+MINUTES = 2.0
+ROUNDS = 12
+COMPILE_SECONDS = 60.0  # at most
 _numbers = itertools.count()
 
 
@@ -83,6 +93,32 @@ def variant(constants: Mapping[str, object]) -> ModuleType:
     return revision.import_from(folder, f"lwadamw_variant_{next(_numbers)}")
 
 
+def contestants(field: peers.Field, packages: Mapping[str, ModuleType]) -> dict[str, peers.Contestant]:
+    """Every candidate without and with clipping, by name. Norms are on. Each has taken a step.
+
+    A candidate that cannot be compiled or launched is logged and left out.
+
+    Args:
+        field: the parameters.
+        packages: the packages, by name of the candidate.
+    """
+    backend = "triton" if field.device.type == "cpu" else None
+    entered = {}
+    for name, package in packages.items():
+        entrants = peers.ours(field, package, backend, name)
+        pair = {key: entrants[key] for key in (name, f"{name}, clipping")}
+        try:
+            for contestant in pair.values():
+                contestant.step()
+        except Exception as error:  # Whatever the compiler or the driver says about this one, the others are measured.
+            if name == AS_IT_IS:
+                raise
+            harness.log(f"{name} fails: {type(error).__name__}: {str(error).strip()[:200]}")
+            continue
+        entered |= pair
+    return entered
+
+
 def measure(
     workload_name: str,
     packages: Mapping[str, ModuleType],
@@ -92,7 +128,7 @@ def measure(
     rounds: int,
     storage: str = "fp32",
 ) -> dict[str, Any]:
-    """Measure every candidate on one workload, without and with clipping. Norms are on.
+    """Measure every candidate on one workload, see `contestants`.
 
     Args:
         workload_name: a key of WORKLOADS.
@@ -107,11 +143,7 @@ def measure(
     """
     workload = WORKLOADS[workload_name].shrunk() if dry else WORKLOADS[workload_name]
     field = peers.Field(make_params(workload, device, COMBINATIONS[storage].param), 1, storage)
-    backend = "triton" if device.type == "cpu" else None
-    entered = {}
-    for name, package in packages.items():
-        entrants = peers.ours(field, package, backend, name)
-        entered |= {key: entrants[key] for key in (name, f"{name}, clipping")}
+    entered = contestants(field, packages)
     copy, copied = make_copy(workload.elements * field.bytes_per_element, device)
     calls = {"copy": copy, **{name: contestant.step for name, contestant in entered.items()}}
     times = harness.interleaved(harness.Timer(device, seconds=0.03), calls, rounds)
@@ -143,7 +175,7 @@ def winners(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, dict[s
     out = {}
     for storage in dict.fromkeys(result["storage"] for result in results):
         own = {r["workload"]: r["rows"] for r in results if r["storage"] == storage}
-        names = [n for n in next(iter(own.values())) if n in CANDIDATES and n != AS_IT_IS]
+        names = [n for n in CANDIDATES if n != AS_IT_IS and all(n in rows for rows in own.values())]
         gains = {name: {w: rows[name]["vs_first"] for w, rows in own.items()} for name in names}
         certain = {name: g for name, g in gains.items() if all(ratio["p20"] > 1 for ratio in g.values())}
         if certain:
@@ -181,30 +213,75 @@ def table(result: Mapping[str, Any]) -> str:
     return harness.table([title, "ms p20", "p50", "p80", "of copy", "vs as it is"], rows)
 
 
+def compile_only(packages: Mapping[str, ModuleType], storages: Sequence[str], device: torch.device) -> None:
+    """Take small steps that need the kernels of candidates, so that Triton compiles them and keeps them."""
+    for storage in storages:
+        # Vectors have no moments in 8 bits, so another kernel steps them.
+        params = make_params(Workload("small", [(64, 128)] * 2 + [(128,)], (1,)), device, COMBINATIONS[storage].param)
+        contestants(peers.Field(params, 1, storage), packages)
+
+
+def compile_in_parallel(names: Sequence[str], storages: Sequence[str]) -> None:
+    """Compile the kernels of candidates, in one process for each. What fails here fails again in `measure`, which tells it."""
+    begin = time.monotonic()
+    command = [
+        sys.executable,
+        "-m",
+        "bench.tune",
+        "--device",
+        "cuda",
+        "--compile-only",
+        "--storages",
+        *storages,
+        "--only",
+    ]
+    processes = [subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, cwd=harness.ROOT) for name in names]
+    try:
+        for process in processes:
+            process.wait(max(COMPILE_SECONDS + begin - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+    harness.log(f"compiled {len(names)} candidates in {time.monotonic() - begin:.0f} s")
+
+
 def main() -> None:
     """Measure, print the tables and what to paste, and write the JSON file after each table."""
     parser = harness.parser_for(__doc__)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS_TO_TUNE)
     parser.add_argument("--storages", nargs="+", choices=COMBINATIONS, default=STORAGES_TO_TUNE, metavar="NAME")
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, metavar="NAME", help="candidates; default: all")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="no workload starts later than this")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="the command ends after this time")
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device, begin = harness.choose_device(arguments.device), time.monotonic()
-    packages = {name: variant(CANDIDATES[name]) for name in dict.fromkeys([AS_IT_IS, *(arguments.only or CANDIDATES)])}
-    rounds = 2 if arguments.dry_run else arguments.rounds
+    device = harness.choose_device(arguments.device)
+    names = list(dict.fromkeys([AS_IT_IS, *(arguments.only or CANDIDATES)]))
+    if arguments.compile_only:
+        compile_only({n: variant(CANDIDATES[n]) for n in arguments.only}, arguments.storages, device)
+        return
     results: list[dict[str, Any]] = []
-    for storage, name in itertools.product(arguments.storages, arguments.workloads):
-        if time.monotonic() - begin > 60 * arguments.minutes:
-            harness.log(f"no time left for {name}, {storage}")
-            continue
+    left = [(storage, name) for name in arguments.workloads for storage in arguments.storages]
+
+    def tell() -> int:
+        print(f"\n{advice(results)}" + "".join(f"\nno time left for {name}, {storage}" for storage, name in left))
+        harness.finish(arguments.json, "bench.tune", device, {"results": results})
+        return 0
+
+    limit = harness.Limit(arguments.minutes, tell)
+    if device.type == "cuda":
+        compile_in_parallel(names, arguments.storages)
+    packages = {name: variant(CANDIDATES[name]) for name in names}
+    rounds = 2 if arguments.dry_run else arguments.rounds
+    for storage, name in list(left):
         results.append(measure(name, packages, device, dry=arguments.dry_run, rounds=rounds, storage=storage))
+        left.remove((storage, name))
         print(f"\n{table(results[-1])}", flush=True)
+        harness.write_json(arguments.json, {"results": results})
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        harness.write_json(arguments.json, {"results": results})
-    print(f"\n{advice(results)}")
-    harness.finish(arguments.json, "bench.tune", device, {"results": results})
+    limit.cancel()
+    tell()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ import json
 
 import pytest
 
-from bench import predict
-from bench.harness import ROOT
+from bench import harness, predict
 
-MEASURED = json.loads((ROOT / "bench/results/gpu_nvidia_h200.json").read_text())
-REPORTS = json.loads(predict.CODE.read_text())["reports"]
+MEASURED = json.loads((harness.ROOT / "bench/results/gpu_nvidia_h200.json").read_text())
+REPORTS = json.loads(harness.CODE.read_text())["reports"]
 SIZES = [round(3e7 * 10 ** (i / 200)) for i in range(201)]  # 30M to 300M parameters
 
 
@@ -21,7 +20,7 @@ def test_predictions_are_within_three_percent_of_an_h200():
 
 
 def test_the_committed_predictions_are_those_of_the_committed_code():
-    committed = json.loads((ROOT / "bench/results/predictions.json").read_text())["predictions"]
+    committed = json.loads((harness.ROOT / "bench/results/predictions.json").read_text())["predictions"]
     now = predict.predictions(REPORTS)
     assert committed.keys() == now.keys()
     for case, by_device in now.items():

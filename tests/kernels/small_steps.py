@@ -44,4 +44,5 @@ if __name__ == "__main__":
     storages = sys.argv[1:] or list(COMBINATIONS)
     for name in storages:
         take_steps(name)
+        print(f"{name} stepped", flush=True)
     print(f"{len(storages)} storages stepped on {DEVICE}")
