@@ -9,8 +9,8 @@ python -m bench.monitor     Which share of the training time does lwadamw.Monito
 python -m bench.predict     How long should a step take on six devices, by bytes, instructions and waves?
 python -m bench.tune        Which launch constants of the kernels are fastest?
 python -m bench.scale       What does one process of a 405B model's run pay for each step?
-python -m bench.gpu_bench   Runs all of these except codegen, scale and tune on a machine with a GPU.
-python -m bench.gpu_tests    Runs the tests of a machine with a GPU.
+python -m bench.gpu_bench   Does a GPU meet the goals of the project? All of these except codegen, predict, scale and tune.
+python -m bench.gpu_tests   Which tests fail on a machine with a GPU?
 python -m bench.report      Writes the figure and the table in README from bench/results.
 python -m bench.workloads   Prints the parameter lists that are stepped.
 pytest bench/ --benchmark-only

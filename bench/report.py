@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness, host, peers
+from bench.goals import CLIPPED, OURS, USUAL
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 FIGURE = Path("docs/performance.svg")
-OURS, CLIPPED, USUAL = "lwadamw", "lwadamw, clipping, norms read", peers.PEERS["usual"][0]
 HOST_ROWS = {
     host.FUSED: "torch fused, its operator stubbed",
     f"{host.FUSED}, steps too": "torch fused, the operator for step counters stubbed too",

@@ -66,7 +66,7 @@ CANDIDATES: dict[str, dict[str, object]] = {
 WORKLOADS_TO_TUNE = ("llama_1b", "gpt2_124m", "cpu_30m")
 STORAGES_TO_TUNE = ("fp32", "bf16, remainder, bf16 moments", "bf16, stochastic, 8-bit moments")
 MINUTES = 2.0
-ROUNDS = 12
+ROUNDS = 8
 COMPILE_SECONDS = 60.0  # at most
 _numbers = itertools.count()
 
@@ -102,10 +102,9 @@ def contestants(field: peers.Field, packages: Mapping[str, ModuleType]) -> dict[
         field: the parameters.
         packages: the packages, by name of the candidate.
     """
-    backend = "triton" if field.device.type == "cpu" else None
     entered = {}
     for name, package in packages.items():
-        entrants = peers.ours(field, package, backend, name)
+        entrants = peers.ours(field, package, "triton", name)
         pair = {key: entrants[key] for key in (name, f"{name}, clipping")}
         try:
             for contestant in pair.values():

@@ -191,3 +191,24 @@ def test_commit_can_be_given(monkeypatch):
     monkeypatch.delenv("LWADAMW_COMMIT")
     monkeypatch.setenv("PATH", "")
     assert harness.commit() == "unknown"
+
+
+def test_a_gpu_is_busy_before_the_first_event(monkeypatch):
+    """Else the time in which an idle device waits for the host would count as the time of the first call."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, _):
+            return 6.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    seconds = harness.Timer(torch.device("cuda"))(lambda: done.append("call"), 2)
+    assert done == ["wait", "call", "event", "call", "call", "event", "wait"]
+    assert seconds == 0.003

@@ -36,6 +36,12 @@ def test_report_of_a_gpu_run(tmp_path):
     assert text.endswith("after\n")
     assert "Some GPU" in text
     ElementTree.parse(tmp_path / "docs/performance.svg")
+    compiled = {report.OURS: {**row, "of_copy": 0.7}, "torch.compile of foreach": row}
+    record["compile"] = [{**result, "rows": compiled}, {**result, "groups": 2, "rows": compiled}]
+    (results / "gpu_some_gpu.json").write_text(json.dumps(record))
+    (panel,) = report.build(results).panels
+    assert panel.series["torch.compile of foreach"] == [0.9]
+    assert panel.series[report.OURS] == [0.9]
     result["rows"] = {**rows, report.OURS: {**row, "of_copy": 0.8}}
     (results / "gpu_some_gpu.json").write_text(json.dumps(record))
     assert report.out_of_date(report.build(results), tmp_path) == ["README.md", "docs/performance.svg"]

@@ -1,6 +1,10 @@
 """Promise 1: every step equals that of torch.optim.AdamW within torch's tolerances, for all options that torch tests."""
 
 import copy
+import importlib.util
+import sys
+import types
+import unittest
 
 import pytest
 import torch
@@ -8,7 +12,11 @@ import torch
 import lwadamw
 from tests.cases import make_params, set_grads
 
-pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
+if importlib.util.find_spec("expecttest") is None:
+    # torch's module imports it for a base class, and nothing here uses that. A bare GPU machine does not have it.
+    stand_in = types.ModuleType("expecttest")
+    stand_in.TestCase = unittest.TestCase
+    sys.modules["expecttest"] = stand_in
 from torch.testing._internal.common_optimizers import optim_inputs_func_adamw
 
 SHAPES = [(10, 5), (5,), (1,), (), (3, 100), (1030,), (0,)]
