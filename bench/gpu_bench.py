@@ -107,10 +107,9 @@ def _groups(name: str, dry: bool) -> list[int]:
 
 def run_step(name: str, n_groups: int, device: torch.device, dry: bool) -> list[dict[str, Any]]:
     """Run bench.step on one workload in one number of groups, with every peer but torch.compile."""
-    options: dict[str, Any] = {"backend": "triton", "rounds": 2} if dry else {"seconds": TABLE_SECONDS}
-    return step.run(
-        [name], device, n_groups, dry=dry, wanted=[key for key in peers.PEERS if key != "compile"], **options
-    )
+    options: dict[str, Any] = {"rounds": 2} if dry else {"seconds": TABLE_SECONDS}
+    options |= {"backend": "triton", "wanted": [key for key in peers.PEERS if key != "compile"]}
+    return step.run([name], device, n_groups, dry=dry, **options)
 
 
 def run_compile(name: str, device: torch.device, dry: bool) -> list[dict[str, Any]]:

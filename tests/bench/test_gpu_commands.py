@@ -1,28 +1,20 @@
-"""The three commands for a machine with a GPU: what they start, what they report, and that one failure hides no other."""
+"""gpu_bench: the goals come first, one failure hides no other, time is limited. And what all GPU commands share."""
 
-import importlib
-import inspect
 import json
 import subprocess
 import sys
 import time
 import types
-import unittest
 
 import pytest
 import torch
 
-from bench import goals, gpu_bench, gpu_state, gpu_tests, harness, peers, tune
-from bench.gpu_tests import Job
-from lwadamw.kernels import layout
+from bench import goals, gpu_bench, gpu_state, gpu_tests, harness, peers, step
 from lwadamw.state.combinations import COMBINATIONS
 from tests.bench.commands import ROOT
 
+CPU = torch.device("cpu")
 LONG = 30  # lines that a table may have at most
-
-
-def _job(code, part="suite", **options):
-    return Job(part, options.pop("name", "a process"), [sys.executable, "-c", code], **options)
 
 
 @pytest.mark.usefixtures("short_text")
@@ -41,7 +33,7 @@ def test_the_dry_run_of_gpu_bench_writes_the_same_parts_as_a_run_on_a_gpu(run, t
 
 
 def test_the_units_of_gpu_bench_that_answer_the_goals_come_first_and_every_unit_once():
-    units = gpu_bench.units(torch.device("cpu"), gpu_bench.ALL, dry=False)
+    units = gpu_bench.units(CPU, gpu_bench.ALL, dry=False)
     names = [(unit.part, unit.name.partition(":")[0], unit.name.partition("groups: ")[2]) for unit in units]
     assert names[:9] == [
         *(("step", "llama_1b", n) for n in ("1", "28", "146")),
@@ -53,6 +45,15 @@ def test_the_units_of_gpu_bench_that_answer_the_goals_come_first_and_every_unit_
     assert {name for part, name, _ in names if part == "step"} == set(gpu_bench.ALL)
     assert {"fp32", *(name for part, name, _ in names if part == "storage")} == COMBINATIONS.keys()
     assert {part for part, *_ in names} == set(gpu_bench.PARTS)
+
+
+def test_gpu_bench_never_falls_back_to_the_torch_backend(monkeypatch):
+    backends = []
+    monkeypatch.setattr(step, "run", lambda *_, backend=None, **__: backends.append(backend))
+    timed = [u for u in gpu_bench.units(CPU, gpu_bench.ALL, dry=False) if u.part in ("step", "storage", "compile")]
+    for unit in timed:
+        unit.measure()
+    assert backends == ["triton"] * len(timed)
 
 
 def test_a_unit_that_fails_is_recorded_and_the_others_are_measured(monkeypatch, capsys, tmp_path):
@@ -79,7 +80,7 @@ def test_gpu_bench_ends_at_its_limit_in_the_middle_of_a_unit_and_says_what_is_le
     code = """
 import sys, time
 from bench import gpu_bench
-hangs = gpu_bench.Unit("step", "b", lambda: time.sleep(600))
+hangs = gpu_bench.Unit("step", "b", lambda: time.sleep(60))
 done = gpu_bench.Unit("monitor", "monitor", lambda: [{"width": 3, "share": 0.5}])
 gpu_bench.units = lambda *_: [done, hangs, gpu_bench.Unit("train", "train", dict)]
 sys.argv = ["bench.gpu_bench", "--dry-run", "--minutes", "0.05", "--out", sys.argv[1]]
@@ -129,14 +130,17 @@ def test_every_goal_says_what_was_measured_and_whether_it_is_met():
 
 def test_the_summary_of_all_units_has_at_most_thirty_lines():
     row = {"ms": {"p50": 1.0}, "of_copy": 0.9, "vs_fused": 1.2}
-    step = {"workload": "llama_1b", "groups": 1, "tensors": 146, "storage": "fp32", "rows": {"lwadamw": row}}
+    result = {"workload": "llama_1b", "groups": 1, "tensors": 146, "storage": "fp32", "rows": {"lwadamw": row}}
     us = {name: {"p50": 1.0} for name in ("lwadamw", "torch fused", "torch fused, launched", "lwadamw, launched")}
     record = {
-        "step": [step] * 10,
-        "storage": [{**step, "storage": name} for name in COMBINATIONS if name != "fp32"],
+        "step": [result] * 10,
+        "storage": [{**result, "storage": name} for name in COMBINATIONS if name != "fp32"],
         "host": {"columns": [{"groups": n, "us": us} for n in (1, 28, 500)]},
         "memory": [{"workload": "llama_1b", "rows": {"lwadamw": {"within": True}}}] * 7,
-        "compile": [{**step, "rows": {peers.PEERS["compile"][0]: row}}, {**step, "workload": "one_huge", "rows": {}}],
+        "compile": [
+            {**result, "rows": {peers.PEERS["compile"][0]: row}},
+            {**result, "workload": "one_huge", "rows": {}},
+        ],
         "train": {"rows": {"lwadamw": {"tokens_per_second": {"p50": 1.0}}}},
         "monitor": [{"width": 1, "share": 0.0}],
         "errors": {"a": "b"},
@@ -147,121 +151,6 @@ def test_the_summary_of_all_units_has_at_most_thirty_lines():
     for storage in record["storage"]:
         assert f"{storage['storage']}: 1.000 ms" in summary
     assert "torch.compile of foreach, vs fused: llama_1b 1.20x, one_huge failed" in summary
-
-
-def test_the_dry_run_of_gpu_test_starts_every_kind_of_process(monkeypatch, capsys, tmp_path):
-    arguments = ["--dry-run", "--out", str(tmp_path), "--files", "state/test_codes.py"]
-    monkeypatch.setattr(sys, "argv", ["bench.gpu_tests", *arguments])
-    gpu_tests.main()
-    (path,) = tmp_path.iterdir()
-    found = {job["part"]: job for job in json.loads(path.read_text())["jobs"]}
-    assert {part: job["outcome"] for part, job in found.items()} == dict.fromkeys(gpu_tests.PARTS, "passed")
-    assert found["functions"]["last"] == f"{len(gpu_tests.gpu_tests())} passed, 0 failed"
-    assert found["sanitizer"]["last"] == "1 storages stepped on cpu"
-    assert "suite: 1 passed of 1 processes" in capsys.readouterr().out
-
-
-def test_every_function_is_in_one_process_and_every_file_exists():
-    jobs = gpu_tests.jobs(gpu_tests.PARTS, gpu_tests.SUITE, dry=False)
-    functions = [name for job in jobs if job.part == "functions" for name in job.command if "::" in name]
-    assert sorted(functions) == sorted(gpu_tests.gpu_tests())
-    files = [argument for job in jobs for argument in job.command if argument.startswith("tests/")]
-    assert len(files) == len(gpu_tests.SUITE)
-    assert [name for name in files if not (ROOT / name).is_file()] == []
-    assert {job.name for job in jobs if job.part == "sanitizer"} == set(gpu_tests.SANITIZERS)
-
-
-def test_every_test_function_that_gpu_test_runs_takes_no_arguments():
-    """bench.gpu_tests calls these functions without pytest, so no fixture can be filled in."""
-    tests = gpu_tests.gpu_tests()
-    assert {test.__module__ for test in tests.values()} == {"tests.kernels.test_gpu", "tests.kernels.test_gpu_storage"}
-    assert [name for name, test in tests.items() if inspect.signature(test).parameters] == []
-
-
-def test_a_function_that_fails_does_not_end_the_others(monkeypatch, capsys):
-    def fails():
-        raise ValueError("3 is not 4\nand more")
-
-    def cannot():
-        raise unittest.SkipTest("needs two GPUs")
-
-    tests = {"a.py::one": fails, "a.py::two": lambda: None, "a.py::three": cannot}
-    monkeypatch.setattr(gpu_tests, "gpu_tests", lambda: tests)
-    assert gpu_tests.run_functions(list(tests), dry=False) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "FAILED a.py::one - ValueError: 3 is not 4"
-    assert lines[1].startswith("passed a.py::two")
-    assert lines[2:] == ["skipped a.py::three - needs two GPUs", "1 passed, 1 failed, 1 skipped"]
-
-
-def test_a_function_that_the_machine_cannot_run_is_in_the_table():
-    job = _job("print('skipped t.py::x - needs two GPUs\\n1 passed, 0 failed, 1 skipped')").run(time.monotonic() + 60)
-    assert (job.outcome, job.skipped) == ("passed", [("t.py::x", "needs two GPUs")])
-    assert gpu_tests.table([job]).splitlines()[-1] == "skipped t.py::x: needs two GPUs"
-
-
-@pytest.mark.parametrize(
-    ("code", "outcome", "failures"),
-    [
-        ("print('2 passed')", "passed", []),
-        ("import os; os._exit(3)", "FAILED", [("a process", "nothing was printed")]),
-        ("print('FAILED t.py::x - E: 1\\n1 failed'); exit(1)", "FAILED", [("t.py::x", "E: 1")]),
-        (
-            "import time; print('FAILED t.py::x - E: 1', flush=True); time.sleep(60)",
-            "not finished",
-            [("t.py::x", "E: 1")],
-        ),
-        (
-            "import time; print('t.py::x[a, b] FAILED  [ 5%]\\nt.py::y PASSED [ 6%]', flush=True); time.sleep(60)",
-            "not finished",
-            [("t.py::x[a, b]", "see the log")],
-        ),
-        (
-            "print('t.py::x[a, b] FAILED [9%]\\nFAILED t.py::x[a, b] - E: 1'); exit(1)",
-            "FAILED",
-            [("t.py::x[a, b]", "E: 1")],
-        ),
-    ],
-)
-def test_a_process_is_reported_whether_it_ends_crashes_or_hangs(code, outcome, failures):
-    job = _job(code).run(time.monotonic() + (3 if outcome == "not finished" else 60))
-    assert (job.outcome, job.failures) == (outcome, failures)
-
-
-def test_a_process_is_ended_with_the_processes_that_it_started():
-    """compute-sanitizer starts the program as another process, which holds the pipe open and uses the GPU."""
-    inner = "import time; print('inner runs', flush=True); time.sleep(600)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
-    begin = time.monotonic()
-    job = _job(code).run(begin + 5)
-    assert time.monotonic() - begin < 60
-    assert (job.outcome, job.last) == ("not finished", "inner runs")
-
-
-def test_processes_that_cannot_run_say_why():
-    late = _job("print(1)").run(time.monotonic() - 1)
-    missing = _job("print(1)", last="pytest is not installed").run(time.monotonic() + 60)
-    assert [(job.outcome, job.last) for job in (late, missing)] == [
-        ("not run", "no time left"),
-        ("not run", "pytest is not installed"),
-    ]
-    assert gpu_tests.table([late, missing]) == "suite: 2 not run of 2 processes: no time left; pytest is not installed"
-
-
-def test_the_table_of_gpu_test_names_failures_of_every_part_in_at_most_thirty_lines():
-    jobs = [
-        _job("", part, outcome="FAILED", failures=[(f"{part} {i}", "E") for i in range(30)]) for part in gpu_tests.PARTS
-    ]
-    table = gpu_tests.table(jobs)
-    assert table.count("\n") + 2 <= LONG
-    assert f"and {90 - gpu_tests.ROWS} more" in table
-    assert all(f"{part}: 1 FAILED of 1 processes" in table for part in gpu_tests.PARTS)
-
-
-def test_processes_keep_the_python_path_of_carried_wheels(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/carried/wheels")
-    job = _job("import os; print(os.environ['PYTHONPATH'])").run(time.monotonic() + 60)
-    assert job.last == ".:/carried/wheels"
 
 
 @pytest.mark.parametrize("module", [gpu_bench, gpu_tests])
@@ -303,35 +192,6 @@ def test_a_gpu_is_watched_while_it_works(monkeypatch):
     assert seen == {}
 
 
-def test_tune_replaces_constants_of_the_layout(run, tmp_path):
-    arguments = ("--dry-run", "--workloads", "one_huge", "--storages", "fp32", "--only", "block 2048")
-    record = run(tune, *arguments, json_to=tmp_path / "tune.json")
-    assert set(record["results"][0]["rows"]) == {
-        "as it is", "as it is, clipping", "block 2048", "block 2048, clipping",
-    }  # fmt: skip
-    package = tune.variant({"BLOCK": 2048}).__name__
-    assert importlib.import_module(f"{package}.kernels.layout").BLOCK == 2048
-    with pytest.raises(ValueError, match="defines no constant BLOK"):
-        tune.variant({"BLOK": 2048})
-
-
-def test_every_candidate_of_tune_changes_constants_that_exist():
-    for name, constants in tune.CANDIDATES.items():
-        assert "," not in name
-        for constant, value in constants.items():
-            assert getattr(layout, constant) != value, name
-            assert type(getattr(layout, constant)) is type(value), name
-
-
-def test_tune_leaves_out_a_candidate_that_fails_and_goes_on(run, monkeypatch, tmp_path):
-    fails = {"BLOCK": 1000}  # The interpreter refuses a block that is no power of two, as the compiler does.
-    monkeypatch.setitem(tune.CANDIDATES, "block 2048", fails)
-    arguments = ("--dry-run", "--workloads", "one_huge", "--storages", "fp32", "--only", "block 2048", "tail 512")
-    record = run(tune, *arguments, json_to=tmp_path / "tune.json")
-    assert set(record["results"][0]["rows"]) == {"as it is", "as it is, clipping", "tail 512", "tail 512, clipping"}
-    assert tune.winners([{"storage": "fp32", "workload": "a", "rows": {"as it is": _ratios(1, 1, 1)}}]) == {}
-
-
 def test_the_gpu_commands_choose_the_device_before_they_import_a_kernel():
     """Triton reads TRITON_INTERPRET when a kernel is imported, and a dry run sets it."""
     code = (
@@ -351,21 +211,3 @@ def test_minutes_of_make_reach_the_command(target):
     assert limited.split()[-2:] == ["--minutes", "3"]
     assert "--minutes" not in default
     assert "there" in default
-
-
-def _ratios(low, middle, high):
-    return {"vs_first": {"p20": low, "p50": middle, "p80": high}, "ms": {}}
-
-
-def test_tune_prints_the_lines_to_paste_of_a_candidate_that_is_faster_everywhere():
-    rows = [
-        {"as it is": _ratios(1, 1, 1), "tail 512": _ratios(1.01, 1.03, 1.04), "block 2048": _ratios(1.1, 1.2, 1.3)},
-        {"as it is": _ratios(1, 1, 1), "tail 512": _ratios(1.02, 1.05, 1.06), "block 2048": _ratios(0.99, 1.2, 1.3)},
-    ]
-    results = [{"storage": "fp32", "workload": w, "rows": r} for w, r in zip(("a", "b"), rows, strict=True)]
-    results.append({"storage": "bf16", "workload": "a", "rows": {"as it is": _ratios(1, 1, 1)}})
-    assert tune.advice(results).splitlines() == [
-        "fp32: tail 512, a 1.030x (1.010 to 1.040), b 1.050x (1.020 to 1.060)",
-        "    TAIL = 512",
-        "bf16: no candidate is certainly faster on every workload. Change nothing.",
-    ]

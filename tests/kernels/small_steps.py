@@ -2,7 +2,8 @@
 
     python -m tests.kernels.small_steps             # or with names of storages, see lwadamw/state/combinations.py
 
-The sizes are odd, so that the masked loop, the aligned loop and chunks of every kind run, and nothing else does.
+The sizes are odd, so that the masked loop, the aligned loop and chunks of every kind run, and nothing else does. Each tensor is
+an allocation of its own: torch's caching allocator would hide an access beyond the end of a tensor from compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 
 import torch
 
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read at the first allocation
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
