@@ -121,7 +121,7 @@ class Job:
             text=True,
             errors="replace",
             cwd=harness.ROOT,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},  # a process that is ended has told all
             start_new_session=True,
         )
         _running.add(process)
@@ -146,7 +146,8 @@ class Job:
         self.failures += [(test, "see the log") for test in _ENDED.findall(printed) if test not in told]
         if self.outcome != "passed":
             print(f"\n{self.name}:\n{printed[-12000:]}", flush=True)
-            self.failures = self.failures or [(self.name, self.last)]
+            unfinished = "not finished: " if self.outcome == "not finished" else ""
+            self.failures = self.failures or [(self.name, unfinished + self.last)]
 
 
 def gpu_tests() -> dict[str, Callable[[], None]]:

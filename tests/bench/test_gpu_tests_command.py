@@ -82,7 +82,7 @@ def test_a_function_that_the_machine_cannot_run_is_in_the_table():
             [("t.py::x", "E: 1")],
         ),
         (
-            "import time; print('t.py::x[a, b] FAILED  [ 5%]\\nt.py::y PASSED [ 6%]', flush=True); time.sleep(60)",
+            "import time; print('t.py::x[a, b] FAILED  [ 5%]\\nt.py::y PASSED [ 6%]'); time.sleep(60)",
             "not finished",
             [("t.py::x[a, b]", "see the log")],
         ),
@@ -103,6 +103,7 @@ def test_a_process_is_ended_with_the_processes_that_it_started(tmp_path):
     inner = f"import time; print('inner runs', flush=True); time.sleep(20); open({str(tmp_path / 'end')!r}, 'w')"
     job = _job(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])").run(time.monotonic() + 5)
     assert (job.outcome, job.last) == ("not finished", "inner runs")
+    assert job.failures == [("a process", "not finished: inner runs")]
     assert not (tmp_path / "end").exists()
 
 
