@@ -9,6 +9,7 @@ from lwadamw.kernels import layout
 from lwadamw.kernels.stochastic import chunk_place, hash_bits, hash_key, random_bits
 from lwadamw.state import random_bits as expected
 from lwadamw.state.runs import ENDLESS_RUN
+from lwadamw.tables.variants import current_backend, launch_options
 
 SEED, STREAM, STEP = 2**40 + 7, 11, 13
 
@@ -28,7 +29,7 @@ def _check(start, first, run, stride, begin, each, device):
     size = layout.THREADS * each
     weights, moments = torch.empty(2, size, dtype=torch.int32, device=device)
     place = torch.tensor([start, first, run, stride], device=device)
-    _draw[(1,)](place, weights, moments, begin, SEED, STREAM, STEP, size, each)
+    _draw[(1,)](place, weights, moments, begin, SEED, STREAM, STEP, size, each, **launch_options(current_backend()))
     index = start + begin + torch.arange(size)
     index = first + index + index // run * (stride - run)
     assert torch.equal(weights.cpu().long(), expected.random_bits(index, SEED, STREAM, STEP).long())

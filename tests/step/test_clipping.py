@@ -7,6 +7,7 @@ import torch
 
 from lwadamw import AdamW, kernels
 from lwadamw.step import torch_fused_cpu
+from lwadamw.tables.launches import make_launch
 from lwadamw.tables.variants import total_bits
 from tests.cases import clone_params, make_params, set_grads
 
@@ -159,7 +160,8 @@ def test_the_integer_sum_over_chunks_does_not_overflow(n, exponent, device):
     for norms in (torch.full((n,), 1.9999999), torch.rand(n)):
         norms = (norms.double() * 2.0**exponent).float().to(device)
         padded = torch.nn.functional.pad(norms, (0, -n % kernels.layout.TOTAL_BLOCK))
-        kernels.total_kernel[(1,)](padded, total, len(padded) // kernels.layout.TOTAL_BLOCK, BITS=total_bits(n))
+        n_blocks = len(padded) // kernels.layout.TOTAL_BLOCK
+        make_launch(kernels.total_kernel, 1, padded, total, n_blocks, BITS=total_bits(n))()
         assert float(total) == pytest.approx(
             float(norms.double().square().sum()) / kernels.layout.NORM_UNIT**2, rel=1e-9
         )
