@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -237,13 +238,14 @@ def _divided(a: Array, b: Array) -> Array:
     return (np.abs(a.astype(object)) // np.abs(b.astype(object)) * np.sign(a) * np.sign(b)).astype(a.dtype)
 
 
-def function_of(name: Sequence[str]) -> tuple[Callable[..., Array], list[str], str]:
+@functools.cache
+def function_of(name: tuple[str, ...]) -> tuple[Callable[..., Array], list[str], str]:
     """What an instruction computes: (function, type of each source, type of the result).
 
     A NaN that is computed is always the same one.
 
     Args:
-        name: the parts of its name, such as ["add", "rn", "f32"].
+        name: the parts of its name, such as ("add", "rn", "f32").
 
     Raises:
         ValueError: the instruction is not known.

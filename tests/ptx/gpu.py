@@ -6,12 +6,14 @@ Tensors stay on the CPU. Kernels see their memory and nothing else.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -41,18 +43,30 @@ class _Driver:
         return 9, 0
 
 
-def memory_of_tensors() -> Iterator[tuple[int, int]]:
-    """(address, bytes) of all CPU tensors that exist, gradients included."""
-    for found in gc.get_objects():
-        if not issubclass(type(found), torch.Tensor):
-            continue
-        for tensor in (found, found.grad if found.is_leaf else None):
-            if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+class Tensors:
+    """The CPU tensors that exist. They are looked for among all objects only if a kernel gets one that is new."""
+
+    def __init__(self) -> None:
+        self._known: list[weakref.ref[torch.Tensor]] = []
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(address, bytes) of the known tensors and of their gradients."""
+        out = []
+        for tensor in (known() for known in self._known):
+            if tensor is None:
                 continue
-            try:
-                yield tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
-            except RuntimeError:
-                pass  # a fake tensor has no memory
+            for t in (tensor, tensor.grad if tensor.is_leaf else None):
+                if t is not None and t.device.type == "cpu" and t.layout == torch.strided:
+                    out.append((t.data_ptr(), t.untyped_storage().nbytes() - t.storage_offset() * t.itemsize))
+        return out
+
+    def all_spans(self) -> list[tuple[int, int]]:
+        """The same of all tensors that exist."""
+        found = (
+            o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not issubclass(type(o), FakeTensor)
+        )
+        self._known = [weakref.ref(tensor) for tensor in found]
+        return self.spans()
 
 
 def compile_for(kernel: JITFunction[Any], arguments: Sequence[Any], n_programs: int, **options: Any) -> Any:
@@ -79,6 +93,7 @@ class Gpu:
         self.launched: dict[str, int] = {}
         self.seed = 0
         self._programs: dict[str, Program] = {}
+        self._tensors = Tensors()
 
     def launch(self, kernel: JITFunction[Any], arguments: Sequence[Any], n_programs: int, **options: Any) -> None:
         """Compile a kernel and execute it at once. The arguments are those of `compile_for`."""
@@ -92,7 +107,8 @@ class Gpu:
         ]
         self.launched[kernel.fn.__name__] = self.launched.get(kernel.fn.__name__, 0) + 1
         self.seed += 1
-        Machine(program, n_programs, values, Global(memory_of_tensors()), compiled.metadata.shared, self.seed).run()
+        memory = Global(self._tensors.spans(), self._tensors.all_spans)
+        Machine(program, n_programs, values, memory, compiled.metadata.shared, self.seed).run()
 
 
 @contextmanager

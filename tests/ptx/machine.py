@@ -140,7 +140,7 @@ class Machine:
         special |= {"ld": self._ld, "st": self._st, "cp": self._cp, "ldmatrix": self._ldmatrix, "mov": self._mov}
         if base in special:
             return special[base](i)
-        function, sources, result = function_of(i.name)
+        function, sources, result = function_of(tuple(i.name))
         read = [self._reader(text, type_of(t)) for text, t in zip(i.operands[1:], sources, strict=True)]
         write = self._writer(i.operands[0], type_of(result))
 

@@ -9,7 +9,7 @@ between them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -63,43 +63,52 @@ class Global:
     """Global memory: the memory of CPU tensors.
 
     Args:
-        spans: (address, bytes) of what kernels may access.
+        spans: (address, bytes) of what a kernel may access.
+        more: gives all spans, if an address is in none of `spans`; None: then the access is wrong.
     """
 
-    def __init__(self, spans: Iterable[tuple[int, int]]) -> None:
+    def __init__(
+        self, spans: Iterable[tuple[int, int]], more: Callable[[], Iterable[tuple[int, int]]] | None = None
+    ) -> None:
+        self._more = more
+        self._map(spans)
+
+    def _map(self, spans: Iterable[tuple[int, int]]) -> None:
         merged: list[list[int]] = []
         for begin, size in sorted({span for span in spans if span[0] and span[1]}):
             if merged and begin <= merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], begin + size)
             else:
                 merged.append([begin, begin + size])
-        self._begins = np.array([begin for begin, _ in merged], np.uint64)
-        self._ends = np.array([end for _, end in merged], np.uint64)
+        self._begins, self._ends = np.array(merged, np.uint64).reshape(-1, 2).T
         self._bytes = [
             np.frombuffer((ctypes.c_uint8 * (end - begin)).from_address(begin), np.uint8) for begin, end in merged
         ]
-        self._first = np.cumsum([0, *(end - begin for begin, end in merged)])[:-1]
-        self._owners = Owners(sum(end - begin for begin, end in merged))
+        self._first = np.cumsum([0, *(end - begin for begin, end in merged)])
+        self._owners = Owners(int(self._first[-1]))
 
-    def forget(self) -> None:
-        """Forget all accesses. Launches are ordered, so this is called before each one."""
-        self._owners.writer.fill(NOBODY)
-        self._owners.reader.fill(NOBODY)
-
-    def _find(self, addresses: Array, width: int, programs: Array, writes: bool) -> list[tuple[Array, Array]]:
-        """(index of a piece of memory, lanes, places within it) of the addresses."""
+    def _outside(self, addresses: Array, width: int) -> tuple[Array, Array]:
+        """(index of the span of each address, whether the access leaves it)."""
         which = np.searchsorted(self._begins, addresses, "right") - 1
         end = addresses + np.uint64(width)
-        outside = (which < 0) | (end > self._ends[which]) | (end < addresses)
+        ends = self._ends[which] if len(self._ends) else np.zeros_like(addresses)
+        return which, (which < 0) | (end > ends) | (end < addresses)
+
+    def _find(self, addresses: Array, width: int, programs: Array, writes: bool) -> list[tuple[int, Array, Array]]:
+        """(index of a span, lanes, places within it) of the addresses."""
+        which, outside = self._outside(addresses, width)
+        if outside.any() and self._more is not None:
+            self._map(self._more())
+            self._more = None
+            which, outside = self._outside(addresses, width)
         verb = "writes" if writes else "reads"
-        if outside.any():
-            lane = int(np.argmax(outside))
-            raise AccessError(
-                f"Program {programs[lane]} {verb} {width} bytes at {addresses[lane]:#x}, which is in no tensor."
-            )
-        if (addresses % np.uint64(width)).any():
-            lane = int(np.argmax(addresses % np.uint64(width)))
-            raise AccessError(f"Program {programs[lane]} {verb} {width} bytes at {addresses[lane]:#x}: misaligned.")
+        misaligned = addresses % np.uint64(width) != 0
+        for wrong, why in ((outside, "in no tensor"), (misaligned, "misaligned")):
+            if wrong.any():
+                lane = int(np.argmax(wrong))
+                raise AccessError(
+                    f"Program {programs[lane]} {verb} {width} bytes at {addresses[lane]:#x}, which is {why}."
+                )
         within = (addresses - self._begins[which]).astype(np.int64)
         places = self._first[which] + within
         other = self._owners.touch(places, width, programs, writes)

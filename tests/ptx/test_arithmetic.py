@@ -73,7 +73,7 @@ def test_whole_numbers_equal_those_of_python(name):
         return random.integers(limits.min, limits.max, 300, kind, endpoint=True)
 
     arguments = [draw(kind) for kind in kinds.split()]
-    function, _, result = arithmetic.function_of(name.split("."))
+    function, _, result = arithmetic.function_of(tuple(name.split(".")))
     found = function(*arguments).view(arithmetic.type_of(result))
     assert found.tolist() == [expected(*map(int, values)) for values in zip(*arguments, strict=True)]
 
@@ -106,7 +106,7 @@ def test_conversions_to_bfloat16_equal_those_of_torch():
     ],
 )
 def test_special_values(name, values, expected):
-    function, _, _ = arithmetic.function_of(name.split("."))
+    function, _, _ = arithmetic.function_of(tuple(name.split(".")))
     with np.errstate(all="ignore"):
         found = function(*(np.array([value], np.float32) for value in values))[0]
     assert found == expected or (math.isnan(expected) and math.isnan(found))

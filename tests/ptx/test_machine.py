@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lwadamw.kernels import layout
-from tests.ptx.gpu import compile_for, memory_of_tensors
+from tests.ptx.gpu import compile_for
 from tests.ptx.machine import Machine
 from tests.ptx.memory import AccessError, Global
 from tests.ptx.program import parse
@@ -48,17 +48,17 @@ def run(kernel, n_programs, *arguments, change=lambda ptx: ptx, spans=None, seed
     """Compile a kernel, change its PTX, and execute it.
 
     Args:
-        spans: what the kernel may access; None: all tensors.
+        spans: what the kernel may access; None: its arguments.
     """
     compiled = compile_for(kernel, arguments, n_programs, enable_fp_fusion=False, num_warps=8, **constants)
     values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    memory = Global(memory_of_tensors() if spans is None else spans)
+    memory = Global(spans_of(*arguments) if spans is None else spans)
     Machine(parse(change(compiled.asm["ptx"])), n_programs, values, memory, compiled.metadata.shared, seed).run()
 
 
 def spans_of(*tensors):
     """The memory of these tensors alone."""
-    return [(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]
+    return [(t.data_ptr(), t.numel() * t.element_size()) for t in tensors if isinstance(t, torch.Tensor)]
 
 
 def without(pattern, which=0):
@@ -126,9 +126,7 @@ def test_a_wide_access_that_is_misaligned_is_refused():
     """The kernel is compiled for aligned tensors, and gets others."""
     x, y = torch.randn(SIZE + 1), torch.empty(SIZE)
     compiled = compile_for(reverse_kernel, (x, y), 1, num_warps=8, enable_fp_fusion=False, SIZE=SIZE)
-    machine = Machine(
-        parse(compiled.asm["ptx"]), 1, [x[1:].data_ptr(), y.data_ptr()], Global(memory_of_tensors()), 8192
-    )
+    machine = Machine(parse(compiled.asm["ptx"]), 1, [x[1:].data_ptr(), y.data_ptr()], Global(spans_of(x, y)), 8192)
     with pytest.raises(AccessError, match="misaligned"):
         machine.run()
 
