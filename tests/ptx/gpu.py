@@ -1,4 +1,4 @@
-"""Launches of the package on the pretended GPU: Triton compiles them for sm_90, and machine.py executes the PTX.
+"""Launches on the pretended GPU: Triton compiles the kernels, and machine.py executes the PTX.
 
 Tensors stay on the CPU. Kernels see their memory and nothing else.
 """
@@ -24,14 +24,16 @@ from tests.ptx.memory import Global
 from tests.ptx.program import Program, parse
 
 _run = JITFunction.run
-TARGET = GPUTarget("cuda", 90, 32)
 
 
 class _Driver:
     """What Triton asks of a driver before it compiles."""
 
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return TARGET
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -40,7 +42,7 @@ class _Driver:
         return 0
 
     def get_device_capability(self, *_: Any) -> tuple[int, int]:
-        return 9, 0
+        return divmod(self._capability, 10)
 
 
 class Tensors:
@@ -85,12 +87,12 @@ class Gpu:
     """The pretended GPU.
 
     Attributes:
-        launched: how often each kernel was launched.
+        variants: (name, constexpr arguments) of the kernels that were launched.
         seed: of the order in which warps run; each launch takes the next one.
     """
 
     def __init__(self) -> None:
-        self.launched: dict[str, int] = {}
+        self.variants: list[tuple[str, dict[str, Any]]] = []
         self.seed = 0
         self._programs: dict[str, Program] = {}
         self._tensors = Tensors()
@@ -105,23 +107,31 @@ class Gpu:
             for parameter, a in zip(kernel.params, arguments, strict=False)
             if not parameter.is_constexpr and (isinstance(a, torch.Tensor) or a != 1 or parameter.do_not_specialize)
         ]
-        self.launched[kernel.fn.__name__] = self.launched.get(kernel.fn.__name__, 0) + 1
+        constants = {p.name: options[p.name] for p in kernel.params if p.is_constexpr and p.name in options}
+        if (kernel.fn.__name__, constants) not in self.variants:
+            self.variants.append((kernel.fn.__name__, constants))
         self.seed += 1
         memory = Global(self._tensors.spans(), self._tensors.all_spans)
         Machine(program, n_programs, values, memory, compiled.metadata.shared, self.seed).run()
 
 
 @contextmanager
-def pretended() -> Iterator[Gpu]:
-    """A context in which the kernels of the package run on the pretended GPU. Triton's interpreter has to be off."""
+def pretended(capability: int = 90) -> Iterator[Gpu]:
+    """A context in which kernels run on a pretended GPU. Triton's interpreter has to be off.
+
+    Args:
+        capability: the compute capability that kernels are compiled for, without its dot.
+    """
     gpu = Gpu()
 
     def run(kernel: JITFunction[Any], *arguments: Any, grid: Sequence[int], warmup: bool, **options: Any) -> None:
         # As Triton's interpreter, it returns no compiled kernel that could be called directly.
         gpu.launch(kernel, arguments, grid[0], **options)
 
-    driver.set_active(_Driver())  # there is no other one that could be put back
+    before = getattr(driver, "_active", None)
+    driver.set_active(_Driver(capability))
     with ExitStack() as stack:
+        stack.callback(driver.set_active, before)
         stack.enter_context(mock.patch.object(backends, "interpreting", lambda *_: True))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         yield gpu
