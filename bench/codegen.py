@@ -91,7 +91,7 @@ class Report:
     instructions: float | None = None  # of the aligned loop, per element
     bytes_in_flight: float | None = None  # of the aligned loop, per multiprocessor
     programs: int | None = None  # per multiprocessor
-    # Of total_kernel, per loop: instructions of a thread per TOTAL_BLOCK norms, its accesses, the fraction that is loaded early
+    # Of total_kernel, per loop: instructions of a thread per TOTAL_BLOCK norms, its accesses, blocks that are on their way while one is computed
     loops: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -201,7 +201,7 @@ def access_width(instruction: str) -> int:
 def loaded_early(loop: Sequence[str]) -> float:
     """Fraction of the bytes of a SASS loop whose loads are issued before the loop first uses a loaded register.
 
-    Copies to shared memory are for a later iteration, so they are early wherever they stand.
+    The loop issues all copies to shared memory before it waits for one of them, so they are early wherever they stand.
     """
     copies = sum(access_width(instruction) for instruction in loop if "LDGSTS" in instruction)
     early = total = copies
@@ -217,6 +217,13 @@ def loaded_early(loop: Sequence[str]) -> float:
             total += width
             early += 0 if waited else width
     return early / total if total else 0.0
+
+
+def blocks_ahead(loop: Sequence[str]) -> float:
+    """Blocks whose copies to shared memory stay on their way while a SASS loop computes a block."""
+    groups = sum(instruction.startswith("LDGDEPBAR") for instruction in loop)
+    pending = [int(n, 16) for n in re.findall(r"\bDEPBAR\.LE SB0, 0x([0-9a-f]+)", "\n".join(loop))]
+    return min(pending) / groups if pending and groups else 0.0
 
 
 def report(variant: Variant, target: str) -> Report:
@@ -259,7 +266,7 @@ def report(variant: Variant, target: str) -> Report:
             {
                 "instructions": len(loop),
                 "widths": dict(Counter(filter(None, map(access_width, loop)))),
-                "early": loaded_early(loop),
+                "ahead": blocks_ahead(loop),
             }
             for loop in sass_loops(asm)
         ]

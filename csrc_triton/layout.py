@@ -17,9 +17,10 @@ BLOCK = 1024
 # multiprocessor. The second is for variants that draw random bits, so that four programs fit.
 DOUBLE_REGISTERS = 80
 RANDOM_REGISTERS = 64
-# Stages of the aligned loop: with n stages, the loads of the next n - 1 blocks are on their way to shared memory while a block
-# is computed. The second number is for 8-bit moments: with one stage, the compiler loads the weights of these variants late,
-# because it has no registers for them.
+# Stages of the aligned loop. With n stages there are n - 1 buffers in shared memory. When a block has been computed, its buffer
+# gets the block n - 1 further on. So with two stages nothing is on its way while a program computes, and the other programs of
+# the multiprocessor have to fill the gap. The second number is for 8-bit moments: with one stage, the compiler loads the weights
+# of these variants late, because it has no registers for them; with three stages it spills.
 STAGES = 1
 CODED_STAGES = 2
 # Elements per iteration of the masked path, which takes the last elements of a chunk and unaligned tensors. The masked
@@ -50,8 +51,8 @@ ROWS = 128
 PARTIALS = 1024
 # Norms of chunks that the sum for clipping reads per iteration. A multiple of PARTIALS.
 TOTAL_BLOCK = 8192
-# Stages of its loops, see STAGES.
-TOTAL_STAGES = 2
+# Stages of its loops, see STAGES. It is the only program, so nobody else fills a gap.
+TOTAL_STAGES = 3
 
 # Cache hints of the aligned path. Loads: "", ".ca", ".cg". Stores: "", ".wb", ".cg", ".cs", ".wt". Eviction: "",
 # "evict_first", "evict_last". All are empty until a measurement asks for one.
