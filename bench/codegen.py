@@ -91,7 +91,8 @@ class Report:
     instructions: float | None = None  # of the aligned loop, per element
     bytes_in_flight: float | None = None  # of the aligned loop, per multiprocessor
     programs: int | None = None  # per multiprocessor
-    # Of total_kernel, per loop: instructions of a thread per TOTAL_BLOCK norms, its accesses, blocks that are on their way while one is computed
+    # Of total_kernel, per loop: instructions of a thread per TOTAL_BLOCK norms, its accesses, and how many blocks are on their
+    # way while one is added
     loops: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -19,8 +19,8 @@ DOUBLE_REGISTERS = 80
 RANDOM_REGISTERS = 64
 # Stages of the aligned loop. With n stages there are n - 1 buffers in shared memory. When a block has been computed, its buffer
 # gets the block n - 1 further on. So with two stages nothing is on its way while a program computes, and the other programs of
-# the multiprocessor have to fill the gap. The second number is for 8-bit moments: with one stage, the compiler loads the weights
-# of these variants late, because it has no registers for them; with three stages it spills.
+# the multiprocessor have to fill the gap. The second number is for 8-bit moments: with one stage, the compiler loads their
+# weights late, because it has no registers for them; with three stages it spills.
 STAGES = 1
 CODED_STAGES = 2
 # Elements per iteration of the masked path, which takes the last elements of a chunk and unaligned tensors. The masked

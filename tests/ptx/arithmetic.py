@@ -20,7 +20,7 @@ _TYPES = {
     **{
         f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
         for bits in (8, 16, 32, 64)
-        for kind, letter in zip("bus", "uui")
+        for kind, letter in zip("bus", "uui", strict=True)
     },
     "f16": np.dtype("f2"),
     "f32": np.dtype("f4"),
@@ -71,7 +71,7 @@ def _flush(x: Array) -> Array:
 
 
 def _approximate(exact: Array, error: float) -> Array:
-    """float64 values as float32, with a relative error of at most `error` beside the rounding. Equal values get equal errors."""
+    """float64 values as float32, with a relative error of at most `error` beside rounding. It depends on the value alone."""
     mixed = bits_of(exact) * np.uint64(0x9E3779B97F4A7C15)
     return (exact * (1 + error * (mixed >> np.uint64(11)).astype(np.float64) / 2**52 - error)).astype(np.float32)
 

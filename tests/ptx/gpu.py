@@ -132,6 +132,6 @@ def pretended(capability: int = 90) -> Iterator[Gpu]:
     driver.set_active(_Driver(capability))
     with ExitStack() as stack:
         stack.callback(driver.set_active, before)
-        stack.enter_context(mock.patch.object(backends, "interpreting", lambda *_: True))
+        stack.enter_context(mock.patch.object(backends, "interpreting", return_value=True))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         yield gpu

@@ -1,9 +1,9 @@
 """Memory of the pretended GPU: global memory that belongs to tensors, and the shared memory of each program.
 
-Every access is checked. An address outside of all tensors, an address that is not a multiple of the access's width, and an access
-that races with another one are errors. Two accesses race if they touch the same byte, one of them writes, and nothing orders
-them: in global memory, if they are of two programs of the grid; in shared memory, if they are of two warps and no barrier is
-between them.
+Every access is checked. An address outside of all tensors, an address that is not a multiple of the access's width, and an
+access that races with another one are errors. Two accesses race if they touch the same byte, one of them writes, and nothing
+orders them: in global memory, if they are of two programs of the grid; in shared memory, if they are of two warps and no
+barrier is between them.
 """
 
 from __future__ import annotations

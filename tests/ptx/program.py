@@ -18,14 +18,14 @@ class Instruction:
     Attributes:
         text: the instruction as it is written.
         line: its line in the PTX, from 1.
-        name: its parts between dots, such as ["add", "rn", "f32"].
+        name: its parts between dots, such as ("add", "rn", "f32").
         operands: registers, numbers, labels, "[address]" and "{a, b}".
         guard: (register, whether the register has to be true), or None.
     """
 
     text: str
     line: int
-    name: list[str]
+    name: tuple[str, ...]
     operands: list[str]
     guard: tuple[str, bool] | None
 
@@ -76,7 +76,6 @@ def parse(ptx: str) -> Program:
         # A block of inline assembly may stand on one line, with registers of its own.
         for text in filter(None, (part.strip() for part in re.split(r"(?<=[;:])|^\{|\}$", line))):
             _add(out, text, number)
-    out.labels = {name: index for name, index in out.labels.items()}
     return out
 
 
@@ -96,6 +95,6 @@ def _add(out: Program, text: str, line: int) -> None:
         name, _, tab = name.partition("\t")
         condition = (guard.group(2), not guard.group(1)) if guard else None
         rest = f"{tab} {rest}".strip()
-        out.instructions.append(Instruction(text, line, name.split("."), _operands(rest), condition))
+        out.instructions.append(Instruction(text, line, tuple(name.split(".")), _operands(rest), condition))
     else:
         raise ValueError(f"Line {line} of the PTX is not understood: {text}")

@@ -134,7 +134,7 @@ def test_every_candidate_of_the_tuning_changes_no_bit(name):
     """Of float32: other blocks, stages, threads, chunks and cache hints change the time only."""
     package = tune.variant(tune.CANDIDATES[name])
     backends = importlib.import_module(f"{package.__name__}.step.backends")
-    with pretended(), mock.patch.object(backends, "interpreting", lambda: True):
+    with pretended(), mock.patch.object(backends, "interpreting", return_value=True):
         for storage in ("fp32", "bf16, stochastic, 8-bit moments"):
             c = COMBINATIONS[storage]
             ours = _take(_optimizer(_params(c.param), storage, "triton"), c.grad)
