@@ -1,5 +1,6 @@
 # make demo   trains a small language model at two widths and shows its norms
 # make test   runs lint, types and tests: everything that CI runs
+# make test-compiled   runs compiled kernels on a pretended GPU, which executes PTX on the CPU; CI runs it after make docs
 # make test-matrix   runs every combination of what others may do; CI runs it after make test
 # make test-zoo   runs the tests on the real model classes of transformers, timm, diffusers and others; CI runs it then
 # make test-engines   runs the tests inside real Megatron-core, on CPU; CI runs it then
@@ -28,7 +29,7 @@ BIN := .venv/bin
 ENGINES := .venv-engines
 FRAMEWORKS := .venv-frameworks
 
-.PHONY: demo test test-matrix test-zoo test-engines test-engines-whole test-frameworks check docs dist bench study gpu gpu-test gpu-bench gpu-tune clean
+.PHONY: demo test test-compiled test-matrix test-zoo test-engines test-engines-whole test-frameworks check docs dist bench study gpu gpu-test gpu-bench gpu-tune clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -48,6 +49,11 @@ test: check
 
 test-matrix: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m matrix
+
+# The test files are those that gpu-test runs on a GPU.
+test-compiled: .venv/.installed
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/ptx \
+		$$($(BIN)/python -c "from bench.gpu_tests import SUITE; print(*(f'tests/{name}' for name in SUITE))")
 
 .venv-zoo/.installed: tests/architectures/requirements.txt constraints.txt
 	test -x .venv-zoo/bin/python || $(PYTHON) -m venv .venv-zoo

@@ -45,6 +45,7 @@ CANDIDATES: dict[str, dict[str, object]] = {
     "3 stages": {"STAGES": 3},
     "1 stage of 8-bit moments": {"CODED_STAGES": 1},
     "3 stages of 8-bit moments": {"CODED_STAGES": 3},
+    "3 stages of 8-bit moments without spills": {"CODED_STAGES": 3, "DOUBLE_REGISTERS": 96, "RANDOM_REGISTERS": 80},
     "tail 512": {"TAIL": 512},
     "block 512": {"BLOCK": 512},
     "block 2048": {"BLOCK": 2048},

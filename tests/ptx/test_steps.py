@@ -129,6 +129,11 @@ def test_every_variant_of_the_update_is_right(name, request):
         torch.testing.assert_close(sums[0], sums[2], rtol=1e-4 if exact else 1e-2, atol=1e-3)
 
 
+# 16 elements per thread of storages without an fp32 array, which the kernels do not take. bench.tune says so and leaves it out.
+TOO_LARGE = {"block 2048": "bf16, stochastic, 8-bit moments"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tune.CANDIDATES)
 def test_every_candidate_of_the_tuning_changes_no_bit(name):
     """Of float32: other blocks, stages, threads, chunks and cache hints change the time only."""
@@ -136,6 +141,8 @@ def test_every_candidate_of_the_tuning_changes_no_bit(name):
     backends = importlib.import_module(f"{package.__name__}.step.backends")
     with pretended(), mock.patch.object(backends, "interpreting", return_value=True):
         for storage in ("fp32", "bf16, stochastic, 8-bit moments"):
+            if TOO_LARGE.get(name) == storage:
+                continue
             c = COMBINATIONS[storage]
             ours = _take(_optimizer(_params(c.param), storage, "triton"), c.grad)
             theirs = _take(_optimizer(_params(c.param), storage, "triton", package.AdamW), c.grad)
