@@ -4,10 +4,10 @@ import pytest  # noqa: F401
 import torch
 import torch.distributed.optim
 
-from ..interpreter import patch_language_once_per_launch
+from ..interpreter import quicken
 from . import models
 
-patch_language_once_per_launch()
+quicken()
 if not torch.cuda.is_available():
     torch.set_num_threads(1)  # a fork does not have the threads of its server
     _p = torch.nn.Parameter(torch.zeros(2, 2))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.interpreter import patch_language_once_per_launch
+from tests.interpreter import quicken
 
 
 class _OnCpu(TorchFunctionMode):
@@ -81,7 +81,7 @@ def install() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    patch_language_once_per_launch()
+    quicken()
     _mode = _OnCpu()
     _mode.__enter__()
     cuda: Any = torch.cuda
