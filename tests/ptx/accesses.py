@@ -135,7 +135,7 @@ class Accesses(Lanes):
         if i.name[2] == "commit_group":
             return self._commit
         if i.name[2] == "wait_group":
-            return lambda lanes: self._arrive(lanes, int(i.operands[0]))
+            return lambda lanes: self._arrive(lanes, int(i.operands[0], 0))
         to, source = self.address(i.operands[0], "u4"), self.address(i.operands[1], "u8")
         width = int(i.operands[2], 0)
         size = self.reader(i.operands[3] if len(i.operands) > 3 else str(width), type_of("u32"))
