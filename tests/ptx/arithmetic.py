@@ -70,6 +70,11 @@ def _flush(x: Array) -> Array:
     return np.where(np.abs(x) < _SMALLEST, np.copysign(np.float32(0), x), x)
 
 
+def _flushing(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The same function, with every subnormal argument and result taken as zero."""
+    return lambda *values: _flush(function(*map(_flush, values)))
+
+
 def _approximate(exact: Array, error: float) -> Array:
     """float64 values as float32, with a relative error of at most `error` beside rounding. It depends on the value alone."""
     mixed = bits_of(exact) * np.uint64(0x9E3779B97F4A7C15)
@@ -77,13 +82,13 @@ def _approximate(exact: Array, error: float) -> Array:
 
 
 def rsqrt(x: Array) -> Array:
-    """rsqrt.approx.ftz.f32. The ISA allows a relative error of 2^-22.9, rounding included."""
-    return _flush(_approximate(1 / np.sqrt(_flush(x).astype(np.float64)), 2**-22.9 - 2**-24))
+    """rsqrt.approx.f32. The ISA allows a relative error of 2^-22.9, rounding included."""
+    return _approximate(1 / np.sqrt(x.astype(np.float64)), 2**-22.9 - 2**-24)
 
 
 def sqrt_approx(x: Array) -> Array:
-    """sqrt.approx.ftz.f32. The ISA allows a relative error of 2^-23, rounding included."""
-    return _flush(_approximate(np.sqrt(_flush(x).astype(np.float64)), 2**-24))
+    """sqrt.approx.f32. The ISA allows a relative error of 2^-23, rounding included."""
+    return _approximate(np.sqrt(x.astype(np.float64)), 2**-24)
 
 
 def ex2(x: Array) -> Array:
@@ -250,7 +255,9 @@ def function_of(name: tuple[str, ...]) -> tuple[Callable[..., Array], list[str],
     Raises:
         ValueError: the instruction is not known.
     """
-    function, sources, result = _function_of(name)
+    function, sources, result = _function_of([part for part in name if part != "ftz"])
+    if "ftz" in name and result == "f32":
+        function = _flushing(function)
     if result not in ("f32", "f64") or name[0] in ("neg", "abs", "selp"):
         return function, sources, result
     integer = np.dtype("i4" if result == "f32" else "i8")
@@ -282,17 +289,13 @@ def _function_of(name: Sequence[str]) -> tuple[Callable[..., Array], list[str], 
         return lambda a, b, c: multiply(a, b) + c, [t, t, result], result
     if base == "mul" and flags in (["rn"], []):
         return np.multiply, [t, t], t
-    if base == "div":
+    if base == "div" and flags == (["rn"] if t[0] == "f" else []):
         return (np.divide if t[0] == "f" else _divided), [t, t], t
     if base == "sqrt" and flags == ["rn"]:
         return np.sqrt, [t], t
-    approximate = {"rsqrt": rsqrt, "sqrt": sqrt_approx, "rcp": rcp_f64}
-    if base in approximate and flags == ["approx", "ftz"]:
+    approximate = {"rsqrt": rsqrt, "sqrt": sqrt_approx, "ex2": ex2, "rcp": rcp_f64}
+    if base in approximate and flags == ["approx"]:
         return approximate[base], [t], t
-    if base == "ex2" and flags == ["approx"]:
-        return ex2, [t], t
-    if base == "abs" and flags == ["ftz"]:
-        return lambda x: _flush(np.abs(x)), [t], t
     if base in _PLAIN and set(flags) <= {"rn"}:
         n = {"fma": 3, "prmt": 3, "bfe": 3, "neg": 1, "abs": 1, "not": 1}.get(base, 2)
         sources = {"shl": [t, "u32"], "shr": [t, "u32"], "bfe": [t, "u32", "u32"]}.get(base, [t] * n)

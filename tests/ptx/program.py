@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 _DECLARED = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>;")
-_NAMED = re.compile(r"\.reg\s+\.(\w+)\s+(\w+);")
+_NAMED = re.compile(r"\.reg\s+\.(\w+)\s+(%?\w+);")
 _GUARD = re.compile(r"@(!?)(%\w+)\s+")
 _WIDTHS = {"pred": 1, "b16": 16, "b32": 32, "f32": 32, "b64": 64, "f64": 64}
 
@@ -68,11 +68,14 @@ def parse(ptx: str) -> Program:
     out = Program(head.group(1))
     out.parameters = [int(bits) // 8 for bits in re.findall(r"\.param \.[bus](\d+)", head.group(2))]
     out.threads = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", head.group(3)).group(1))
+    depth = 0  # of blocks of inline assembly
     first = ptx.count("\n", 0, head.end()) + 1
     for number, line in enumerate(ptx[head.end() :].split("\n"), first):
         line = line.partition("//")[0].strip()
-        if number > first and line == "}":
-            break
+        if line in ("{", "}"):
+            depth += 1 if line == "{" else -1
+            if depth < 0:
+                break
         # A block of inline assembly may stand on one line, with registers of its own.
         for text in filter(None, (part.strip() for part in re.split(r"(?<=[;:])|^\{|\}$", line))):
             _add(out, text, number)
