@@ -96,6 +96,11 @@ def ex2(x: Array) -> Array:
     return _approximate(np.exp2(x.astype(np.float64)), 2**-22 - 2**-24)
 
 
+def div_full(a: Array, b: Array) -> Array:
+    """div.full.f32. The ISA allows an error of 2 units in the last place."""
+    return _approximate(a.astype(np.float64) / b.astype(np.float64), 2**-23)
+
+
 def rcp_f64(x: Array) -> Array:
     """rcp.approx.ftz.f64: a reciprocal whose lower 32 bits are zero."""
     with np.errstate(all="ignore"):
@@ -291,6 +296,8 @@ def _function_of(name: Sequence[str]) -> tuple[Callable[..., Array], list[str], 
         return np.multiply, [t, t], t
     if base == "div" and flags == (["rn"] if t[0] == "f" else []):
         return (np.divide if t[0] == "f" else _divided), [t, t], t
+    if base == "div" and flags == ["full"]:
+        return div_full, [t, t], t
     if base == "sqrt" and flags == ["rn"]:
         return np.sqrt, [t], t
     approximate = {"rsqrt": rsqrt, "sqrt": sqrt_approx, "ex2": ex2, "rcp": rcp_f64}
