@@ -136,7 +136,7 @@ TOO_LARGE = {"block 2048": "bf16, stochastic, 8-bit moments"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tune.CANDIDATES)
 def test_every_candidate_of_the_tuning_changes_no_bit(name):
-    """Of float32: other blocks, stages, threads, chunks and cache hints change the time only."""
+    """Other blocks, stages, threads, chunks and cache hints change the time only."""
     package = tune.variant(tune.CANDIDATES[name])
     backends = importlib.import_module(f"{package.__name__}.step.backends")
     with pretended(), mock.patch.object(backends, "interpreting", return_value=True):
