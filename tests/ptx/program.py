@@ -77,7 +77,7 @@ def parse(ptx: str) -> Program:
             if depth < 0:
                 break
         # A block of inline assembly may stand on one line, with registers of its own.
-        for text in filter(None, (part.strip() for part in re.split(r"(?<=[;:])|^\{|\}$", line))):
+        for text in filter(None, (part.strip() for part in re.split(r"(?<=;)|(?<=:)(?=\s|$)|^\{|\}$", line))):
             _add(out, text, number)
     return out
 
