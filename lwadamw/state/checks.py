@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -198,8 +198,10 @@ def check_gradient(member: Member, grad: Tensor) -> None:
         )
 
 
-def check_real(members: Sequence[Member]) -> None:
-    """Raise an error if a real parameter is about to be updated under torch's FakeTensorMode, which gives it fake state.
+def check_real(members: Iterable[Member]) -> None:
+    """Raise an error if a real parameter is about to be updated under torch's FakeTensorMode.
+
+    Its state would become fake, torch's operators would update copies of it, and a compiled kernel would update it in earnest.
 
     Args:
         members: the parameters.
@@ -207,13 +209,13 @@ def check_real(members: Sequence[Member]) -> None:
     Raises:
         RuntimeError: the mode is active and a parameter is a real tensor.
     """
-    if not is_fake(torch.empty(0, device="cpu")):
+    if not torch._C._len_torch_dispatch_stack() or not is_fake(torch.empty(0, device="cpu")):
         return
     for member in members:
         if not is_fake(local(member.param)):
             raise RuntimeError(
-                f"step() under FakeTensorMode, but {member.name!r} {tuple(member.param.shape)} is a real tensor, whose state "
-                "would become fake. Leave the mode before step(), or build the model under the mode too."
+                f"step() under FakeTensorMode, but {member.name!r} {tuple(member.param.shape)} is a real tensor, so the step "
+                "cannot be simulated. Leave the mode before step(), or build the model under the mode too."
             )
 
 

@@ -103,6 +103,7 @@ class Engine:
         else:
             self._norm_check.raise_if_arrived()
         # State that is created in inference mode could not be updated outside of it.
+        check_real(members_of(groups))
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if not self._waiting.over:  # before state is made for parameters that have a gradient
                 self._waiting.look(groups, state)
@@ -125,6 +126,7 @@ class Engine:
 
         Arguments and errors are those of `step`. State that is missing is created.
         """
+        check_real(members_of(groups))
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._prepare(groups, state, request, verify_state)
             totals = self._totals(CLIP)
@@ -293,7 +295,6 @@ class Engine:
             )
         self._naming.follow(groups)
         members = list(members_of(groups))
-        check_real(members)
         self._shards.look(members)
         for m in members:
             if state.get(m.param):  # ZeroRedundancyOptimizer puts into the state what `state_dict()` has returned
