@@ -53,6 +53,7 @@ SUITE = (
     "step/test_norms.py",
     "step/test_clipping.py",
     "kernels/test_draws.py",
+    "kernels/test_rounding.py",
     "state/test_codes.py",
     "state/test_gradient_storage.py",
     "tables/test_changes.py",

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from lwadamw.kernels import layout
 from lwadamw.kernels.moments import dither, round_code
+from lwadamw.tables.variants import current_backend, launch_options
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _codes(power, squared, device):
     powers = power.float().to(device).repeat_interleave(2**16)
     codes = torch.empty_like(bits)
     size = 2**16 if layout.INTERPRETED else 1024  # a program of the interpreter takes as long whatever its size
-    _round[(len(bits) // size,)](powers, bits, codes, squared, size)
+    _round[(len(bits) // size,)](powers, bits, codes, squared, size, **launch_options(current_backend()))
     return codes.view(len(power), -1).cpu()
 
 
