@@ -128,7 +128,7 @@ def pretended(capability: int = 90) -> Iterator[Gpu]:
         # As Triton's interpreter, it returns no compiled kernel that could be called directly.
         gpu.launch(kernel, arguments, grid[0], **options)
 
-    before = getattr(driver, "_active", None)
+    before = vars(driver).get("_active", vars(driver).get("active"))  # Triton 3.2 has no underscore
     driver.set_active(_Driver(capability))
     with ExitStack() as stack:
         stack.callback(driver.set_active, before)
