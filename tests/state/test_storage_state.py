@@ -2,19 +2,18 @@
 
 import copy
 import io
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lwadamw import AdamW
 from lwadamw.state.combinations import COMBINATIONS
 from tests.cases import clone_params
+from tests.sharded.processes import run
 from tests.state.storages import ALIKE, assert_same_bits, give_grads, make, optimizer_of
 
 B, F = torch.bfloat16, torch.float32
@@ -211,18 +210,11 @@ def test_an_8_bit_second_moment_under_amsgrad_is_refused(backend, device):
 WHOLE_SHAPES = ((34, 128), (17, 256))
 
 
-def _reshard(rank, world, folder, names, phase):
+def _reshard(world, folder, names, phase):
     """One of `world` processes: phase 0 takes two steps and saves through DCP, phase 1 loads and takes two more."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{phase}", rank=rank, world_size=world)
-    try:
-        for name in names:
-            _train_sharded(world, f"{folder}/{name}", name, phase)
-            dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    # gloo may leave threads that abort an orderly exit.
-    os._exit(0)
+    for name in names:
+        _train_sharded(world, f"{folder}/{name}", name, phase)
+        dist.barrier()
 
 
 def _train_sharded(world, path, name, phase):
@@ -288,8 +280,8 @@ def test_resharding_changes_not_one_bit(names, tmp_path):
     """Two steps on two processes and two more on one give what four steps of the whole tensors give."""
     for name in names:
         (tmp_path / name).mkdir()
-    mp.spawn(_reshard, (2, str(tmp_path), names, 0), nprocs=2)
-    mp.spawn(_reshard, (1, str(tmp_path), names, 1), nprocs=1)
+    run(2, _reshard, 2, str(tmp_path), names, 0)
+    run(1, _reshard, 1, str(tmp_path), names, 1)
     for name in names:
         sharded = torch.load(tmp_path / name / "sharded.pt")
         optimizer = _whole_run(name)

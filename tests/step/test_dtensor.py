@@ -1,31 +1,23 @@
 """DTensor parameters: every process updates its shard, moments are DTensors, and norms are those of the whole."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lwadamw
 from tests.cases import clone_params, make_params, set_grads
+from tests.sharded.processes import run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on gloo and the CPU")
 SHAPES = [(13, 6), (7,), (4, 10), (2,)]
 
 
-def _run(rank, world, store, folder):
+def _check(world):
     """Check both backends in one process group, because starting processes takes most of the time."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        for backend in ("torch", "triton"):
-            _train_and_check(world, backend)
-            (folder / f"{backend}.{rank}").touch()
-    finally:
-        dist.destroy_process_group()
+    for backend in ("torch", "triton"):
+        _train_and_check(world, backend)
+    return "checked"
 
 
 def _train_and_check(world, backend):
@@ -57,7 +49,5 @@ def _train_and_check(world, backend):
 
 
 @pytest.mark.matrix
-def test_the_step_of_shards_equals_the_whole_step(tmp_path):
-    mp.spawn(_run, (2, str(tmp_path / "store"), tmp_path), nprocs=2)
-    finished = {path.name for path in tmp_path.iterdir()}
-    assert {f"{backend}.{rank}" for backend in ("torch", "triton") for rank in (0, 1)} <= finished
+def test_the_step_of_shards_equals_the_whole_step():
+    assert run(2, _check, 2) == ["checked"] * 2
