@@ -39,10 +39,8 @@ MINUTES = 6.5
 TABLE_SECONDS = 5.0  # time for the rounds of one table of bench.step
 STORAGE_WORKLOAD, STORAGE_SECONDS = "llama_1b", 2.5
 STORAGE_PEERS = ("fused_mixed", "fused_copies", "optimi", "flashoptim", "torchao", "bitsandbytes")
-COMPILED = (
-    "llama_1b",
-    "one_huge",
-)  # torch.compile is measured on these, apart from the other peers: it compiles for long
+# torch.compile is measured on these, apart from the other peers: it compiles for long.
+COMPILED = ("llama_1b", "one_huge")
 HOST_GROUPS, HOST_TENSORS, HOST_ROUNDS = (1, 28, 500), 500, 10
 TRAIN_ROUNDS, MONITOR_ROUNDS = 6, 10
 FIRST = ("llama_1b", "one_huge", "vit_465")  # the goals are about these

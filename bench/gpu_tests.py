@@ -221,13 +221,7 @@ def jobs(parts: Sequence[str], files: Sequence[str], dry: bool) -> list[Job]:
         # -vv names each test when it ends, in spite of the -q of pyproject.toml. A test that hangs shows where it is, after a
         # minute.
         pytest = [python, "-m", "pytest", "-vv", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-        pytest += [
-            "-o",
-            "filterwarnings=default",
-            "-o",
-            "faulthandler_timeout=60",
-            *(["--collect-only"] if dry else []),
-        ]
+        pytest += ["-o", "filterwarnings=default", "-o", "faulthandler_timeout=60", *["--collect-only"] * dry]
         missing = "" if find_spec("pytest") else "pytest is not installed: carry it in a folder of PYTHONPATH"
         out += [Job("suite", name, [*pytest, f"tests/{name}"], last=missing) for name in files]
     return out

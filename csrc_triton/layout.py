@@ -51,7 +51,7 @@ ROWS = 128
 PARTIALS = 1024
 # Norms of chunks that the sum for clipping reads per iteration. A multiple of PARTIALS.
 TOTAL_BLOCK = 8192
-# Stages of its loops, see STAGES. It is the only program, so nobody else fills a gap.
+# Stages of the loops of total_kernel, see STAGES. It is a single program, so no other program fills its gaps.
 TOTAL_STAGES = 3
 
 # Cache hints of the aligned path. Loads: "", ".ca", ".cg". Stores: "", ".wb", ".cg", ".cs", ".wt". Eviction: "",

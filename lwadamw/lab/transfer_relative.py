@@ -19,8 +19,7 @@ def against_relative_update(found: Outcomes, proxy: int, beta1: float) -> Outcom
 
     The relative update is sqrt(2 lr wd (1 - beta1)/(1 + beta1)) (Kosson et al. 2305.17212), with the effective lr and wd that
     the rule gives a matrix at the width of the run. It is the value that a run settles to, so it says nothing of a run that is
-    shorter than some tau. A rule that holds lr wd has the
-    same relative update at every width.
+    shorter than some tau. A rule that holds lr wd constant over width has the same relative update at every width.
 
     Args:
         found: the runs. Each arm is called like a rule, as `arms.arm_rule` reads it.

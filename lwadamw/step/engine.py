@@ -102,8 +102,8 @@ class Engine:
             check_capturable(groups)
         else:
             self._norm_check.raise_if_arrived()
-        # State that is created in inference mode could not be updated outside of it.
         check_real(members_of(groups))
+        # State that is created in inference mode could not be updated outside of it.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if not self._waiting.over:  # before state is made for parameters that have a gradient
                 self._waiting.look(groups, state)

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 from lwadamw.step import backends
 from tests.ptx.machine import Machine
 from tests.ptx.memory import Global
-from tests.ptx.program import Program, parse
+from tests.ptx.program import parse
 
 _run = JITFunction.run
 
@@ -94,14 +94,11 @@ class Gpu:
     def __init__(self) -> None:
         self.variants: list[tuple[str, dict[str, Any]]] = []
         self.seed = 0
-        self._programs: dict[str, Program] = {}
         self._tensors = Tensors()
 
     def launch(self, kernel: JITFunction[Any], arguments: Sequence[Any], n_programs: int, **options: Any) -> None:
         """Compile a kernel and execute it at once. The arguments are those of `compile_for`."""
         compiled = compile_for(kernel, arguments, n_programs, **options)
-        ptx = compiled.asm["ptx"]
-        program = self._programs.get(ptx) or self._programs.setdefault(ptx, parse(ptx))
         values = [
             a.data_ptr() if isinstance(a, torch.Tensor) else a
             for parameter, a in zip(kernel.params, arguments, strict=False)
@@ -112,7 +109,7 @@ class Gpu:
             self.variants.append((kernel.fn.__name__, constants))
         self.seed += 1
         memory = Global(self._tensors.spans(), self._tensors.all_spans)
-        Machine(program, n_programs, values, memory, compiled.metadata.shared, self.seed).run()
+        Machine(parse(compiled.asm["ptx"]), n_programs, values, memory, compiled.metadata.shared, self.seed).run()
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class Machine(Accesses):
         if base == "bra":
             goal = self.program.labels[i.operands[0]]
             return lambda lanes: goal
-        special = {"ret": self._ret, "bar": self._bar, "barrier": self._bar, "shfl": self._shfl, "redux": self._redux}
+        special = {"ret": self._stop, "bar": self._stop, "shfl": self._shfl, "redux": self._redux}
         special |= {"ld": self.ld, "st": self.st, "cp": self.cp, "ldmatrix": self.ldmatrix, "mov": self.mov}
         if base == "createpolicy":
             return lambda lanes: None
@@ -106,24 +106,18 @@ class Machine(Accesses):
 
         return compute
 
-    def _ret(self, i: Instruction) -> Action:
-        def leave(lanes: Array) -> int:
-            self.state[lanes] = DONE
-            self._release(np.unique(self.programs[lanes]))
-            return -1
-
-        return leave
-
-    def _bar(self, i: Instruction) -> Action:
-        if i.name[1:] != ("sync",) or i.operands != ["0"]:
+    def _stop(self, i: Instruction) -> Action:
+        """The end of a thread, or a barrier."""
+        if i.name[0] != "ret" and (i.name[1:] != ("sync",) or i.operands != ["0"]):
             raise ValueError(f"The barrier {i.text} is not known here.")
+        state = DONE if i.name[0] == "ret" else WAITS
 
-        def wait(lanes: Array) -> int:
-            self.state[lanes] = WAITS
+        def stop(lanes: Array) -> int:
+            self.state[lanes] = state
             self._release(np.unique(self.programs[lanes]))
             return -1
 
-        return wait
+        return stop
 
     def _release(self, programs: Array) -> None:
         """Let the threads of each program go on if all of them wait or are done."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from tests.ptx.arithmetic import Array
+
 WARP = 32
 NOBODY, SEVERAL = -1, -2
 
@@ -42,17 +42,14 @@ class Owners:
         """
         bytes_ = (places[:, None] + np.arange(width)).ravel()
         who = np.repeat(who, width)
-        wrote = self.writer[bytes_]
-        wrong = (wrote != NOBODY) & (wrote != who)
-        if wrong.any():
+        wrote, read = self.writer[bytes_], self.reader[bytes_]
+        if ((wrote != NOBODY) & (wrote != who)).any():
             return "write"
         if not writes:
-            read = self.reader[bytes_]
             self.reader[bytes_] = np.where((read == NOBODY) | (read == who), who, SEVERAL)
             # Lanes of one instruction may be of several readers.
             self.reader[bytes_[self.reader[bytes_] != who]] = SEVERAL
             return None
-        read = self.reader[bytes_]
         if ((read != NOBODY) & (read != who)).any():
             return "read"
         self.writer[bytes_] = who

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -56,6 +57,7 @@ def _operands(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)] if text else []
 
 
+@functools.cache
 def parse(ptx: str) -> Program:
     """The kernel in a PTX text. It has to be the only one.
 
