@@ -73,4 +73,5 @@ if __name__ == "__main__":
     folders = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folders)
     main(folders[0])
+    dist.barrier()  # Without it, a thread of gloo that still holds a tensor can abort a process on the CPU as it ends.
     dist.destroy_process_group()

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.engines.to_the_end import leave
+
 STEPS, HALF = 20, 10
 LAST = HALF + 3  # the step in which the process is killed
 TOLERANCE = 5e-7
@@ -42,7 +44,7 @@ Part = Callable[[Path, dict[str, Any]], None]
 
 
 def main(first: Part, doomed: Callable[[Path], None], second: Part) -> None:
-    """Run one part of a script.
+    """Run one part of a script, and end its process.
 
     Args:
         first: trains and notes.
@@ -56,6 +58,7 @@ def main(first: Part, doomed: Callable[[Path], None], second: Part) -> None:
     path.write_text(json.dumps(noted))
     if part == "first":
         doomed(folder)
+    leave()
 
 
 def kill_at(step: int) -> None:
