@@ -1,7 +1,8 @@
 """Runs a script as its user does, up to its last line, and ends there.
 
 With a DTensor, `destroy_process_group` leaves the threads of gloo running, since caches of torch keep the device mesh. A thread
-that gives up a tensor while Python's interpreter shuts down aborts the process, after every line of the script has run.
+that gives up a tensor while Python's interpreter shuts down aborts the process, after every line of the script has run
+(pytorch/pytorch#179291).
 """
 
 import os
