@@ -97,7 +97,8 @@ class Monitor:
             parameters of all. At every reading their weights are copied before the step and compared after it, which costs
             a copy of their weights and a pass over them; steps without a reading cost nothing. Columns that follow from
             Adam's update (steady_rms, expected_rms, rms_ratio, steady_update, update_ratio, rotation_ratio) are NaN for
-            another optimizer than torch.optim.AdamW. Each of them has to step once per step of `optimizer`.
+            another optimizer than torch.optim.AdamW. Each of them has to step once per step of `optimizer`. Their parameters
+            are DTensors or whole: `shard_group` of `optimizer` does not tell how plain ones are split.
 
     Attributes:
         readings: the latest readings, oldest first.

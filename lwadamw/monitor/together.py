@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..state import keys
+from ..state.arrivals import placed_like
 from ..state.collectives import READING
 from ..state.members import Member, local, members_of
 from ..state.names import has_names
@@ -179,6 +180,8 @@ class Together:
 def _sums(member: Member, before: Tensor | None) -> Tensor:
     """Return what `Norms.from_sums` needs of one parameter after a step, float64[4] on its device.
 
+    This is collective if the gradient is placed otherwise than the parameter, for instance as parts of a sum.
+
     Args:
         member: the parameter.
         before: what this process held of it before the step; None where that is not known.
@@ -186,7 +189,7 @@ def _sums(member: Member, before: Tensor | None) -> Tensor:
     now = local(member.param.detach()).double()
     change = torch.zeros_like(now) if before is None or before.shape != now.shape else now - before
     grad = member.gradient
-    held = None if grad is None else local(grad.detach()).double()
+    held = None if grad is None else local(placed_like(member.param, grad.detach())).double()
     square = now.new_zeros(()) if held is None else held.square().sum()
     return torch.stack([now.square().sum(), change.square().sum(), square, ((now - change) * change).sum()])
 

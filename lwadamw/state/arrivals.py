@@ -35,6 +35,20 @@ def arrived(gradients: Iterable[tuple[Tensor, Tensor | None, str]]) -> list[Any]
     ]
 
 
+def placed_like(p: Tensor, grad: Tensor) -> Tensor:
+    """Return a gradient in the placement of its parameter, which keeps the gradient that it has.
+
+    This is collective if the gradient of a DTensor is placed otherwise than the parameter.
+
+    Args:
+        p: the parameter.
+        grad: its gradient. It may be on its way.
+    """
+    new = _started(p, grad)
+    held: Any = local(new)
+    return wrap_like(p, held.wait()) if _is_on_its_way(held) else new
+
+
 def _started(p: Tensor, grad: Any) -> Any:
     """Return a gradient in the placement of its parameter. It may still be on its way."""
     placed = local(grad) is not grad and local(p) is not p

@@ -111,6 +111,17 @@ class Shards:
             untold = (m.name for m in marked if self._told(m) is None)
             self._untold = next(untold, None) if torch.distributed.get_world_size() > 1 else None
 
+    def are_unseen_by_scalers(self, members: Iterable[Member]) -> bool:
+        """Return whether some parameters are plain shards, so that a scaler that looks for infs sees this process's part only.
+
+        A gradient that is a DTensor tells a scaler about the infs of all processes.
+
+        Args:
+            members: all parameters of the optimizer.
+        """
+        self.look(members)
+        return bool(self._declared) or self._untold is not None
+
     def _told(self, member: Member) -> Split | None:
         """Return the split that the user has told of a plain parameter."""
         before, told = self._names.get(member.name, (len(self._names) + len(self._globs), None))
@@ -172,13 +183,15 @@ class Shards:
         # Another mesh of the same shape, such as the other dimension of a larger mesh. Processes meet meshes in one order.
         return Split(f"{label} #{len({split.label for split in alike})}", groups)
 
-    def total(self, sums: Iterable[tuple[Split, Tensor]], call: Call) -> Tensor | None:
+    def total(self, sums: Iterable[tuple[Split, Tensor]], splits: Iterable[Split], call: Call) -> Tensor | None:
         """Add up sums over this process's parts, so that the result is the same on every process.
 
         This is collective: one all-reduce for each process group.
 
         Args:
             sums: a sum of one element for each split, float64, on any device. A split may come several times.
+            splits: how the optimizer's DTensors are split, on which all processes agree. A process takes part in the sums of
+                parameters that have a gradient on another process only.
             call: what the user has called.
 
         Returns:
@@ -189,15 +202,15 @@ class Shards:
         """
         self.check_told(call)
         listed = list(sums)
-        splits = {split.label: split for split in (*self.declared, *(split for split, _ in listed))}
-        if not any(split.groups for split in splits.values()):
+        lines = {split.label: split for split in (*self.declared, *splits, *(split for split, _ in listed))}
+        if not any(split.groups for split in lines.values()):
             return None
-        device = listed[0][1].device if listed else device_of([g for split in splits.values() for g in split.groups])
-        rows = {label: torch.zeros((), dtype=torch.float64, device=device) for label in sorted(splits)}
+        device = listed[0][1].device if listed else device_of([g for split in lines.values() for g in split.groups])
+        rows = {label: torch.zeros((), dtype=torch.float64, device=device) for label in sorted(lines)}
         for split, value in listed:
             rows[split.label] = rows[split.label] + value.to(device, non_blocking=True).reshape(())
         table = torch.stack(list(rows.values()))
-        add_up(table, [splits[label] for label in rows], call)
+        add_up(table, [lines[label] for label in rows], call)
         return table.sum()
 
     def whole_rows(self, rows: Sequence[tuple[Member, str]], sums: Tensor, call: Call) -> tuple[list[str], Tensor]:

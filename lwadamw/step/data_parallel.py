@@ -26,7 +26,7 @@ def check_not_averaged(params: Sequence[Tensor], groups: ParamGroups) -> None:
         from torch.nn.parallel import DistributedDataParallel
 
         # Nothing on a parameter tells that it is in a DistributedDataParallel. So look for the module.
-        for module in [m for m in gc.get_objects() if type(m) is DistributedDataParallel]:
+        for module in [m for m in gc.get_objects() if issubclass(type(m), DistributedDataParallel)]:
             if torch.distributed.get_world_size(module.process_group) > 1:
                 later |= {id(p): "DistributedDataParallel" for p in module.parameters()}
     if later.keys() & set(map(id, params)):

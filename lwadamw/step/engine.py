@@ -20,13 +20,13 @@ from ..state.geometry import look
 from ..state.members import Member, ParamGroups, local, members_of
 from ..state.naming import Naming
 from ..state.saved_form import from_saved
-from ..state.shards import Shards
+from ..state.shards import Shards, Split
 from ..state.storage import check_options
 from ..state.whole_thresholds import WholeThresholds, check_threshold_alone
 from ..tables.request import Request
 from .backends import use_triton
 from .clipping import clip_factor
-from .joined_sums import join_sums
+from .joined_sums import Table, join_sums, whole_sums
 from .nonfinite import DelayedNormCheck
 from .torch_backend import TorchBackend
 from .waiting import Waiting
@@ -62,6 +62,7 @@ class Engine:
         self._torch_members: list[Member] = []
         # Gradient release. The member of each parameter, by id() of the parameter.
         self._members: dict[int, Member] = {}
+        self._splits: dict[Split, list[Member]] = {}  # DTensors that are split over processes, by how they are split
         # The parameters of the torch backend as they were, by id(). See `released_member`.
         self._looks: dict[int, tuple[Any, ...]] = {}
         # Parameters of the torch backend that take their steps one by one, each with a backend of its own. By id().
@@ -136,7 +137,7 @@ class Engine:
         """Return sums that add up to the square sum of all gradients before unscaling. The Triton backend gets them too."""
         sums = [] if self._triton is None else self._triton.sum_gradients()
         torch_sums = self._torch.sum_gradients(self._shards)
-        whole = self._shards.total(sums + torch_sums, call)
+        whole = self._shards.total(sums + torch_sums, self._splits, call)
         if self._triton is not None:
             if whole is None:
                 self._triton.share_totals([total for _, total in torch_sums])
@@ -167,14 +168,15 @@ class Engine:
         """Run the backends with gradients clipped by the norm over both backends."""
         triton_backend, torch_backend = self._triton, self._torch
         totals = self._totals(STEP)
+        measured = None
         if triton_backend is not None:
             triton_backend.run(clip=True, norms=request.norms)
-            self.grad_norm = triton_backend.grad_norm
-        # A process without parameters has totals of others, and shows their norm.
-        if torch_backend.buckets or (triton_backend is None and totals):
+            measured = self.grad_norm = triton_backend.grad_norm
+        # A process without parameters, or without any gradient, has totals of others, and shows their norm.
+        if torch_backend.buckets or (measured is None and totals):
             norm, factor, stop = clip_factor(totals, request)
             torch_backend.run(factor=factor, grad_scale=None, found_inf=stop, norms=request.norms)
-            if triton_backend is None:
+            if measured is None:
                 self.grad_norm = norm
                 if stop is not None:
                     self.count_skipped(stop)
@@ -314,6 +316,10 @@ class Engine:
         self._torch_members = [m for m in members if id(m.param) not in chosen]
         self._members = {id(m.param): m for m in members}
         self._looks = {id(m.param): look(m.param) for m in self._torch_members}
+        for m in members:
+            split = self._shards.split_of(m)
+            if split.groups and split not in self._shards.declared:
+                self._splits.setdefault(split, []).append(m)
         self._thresholds.sort(members, groups, state)
         self._thresholds.begin(state)
         if for_triton:
@@ -368,8 +374,10 @@ class Engine:
         torch_sums = self._torch.norm_sums(together, state)
         for member, torch_backend in self._released.values():
             torch_sums += torch_backend.norm_sums([member], state)
-        tables = [] if self._triton is None else self._triton.norm_sums()
-        members, sums = join_sums([*tables, *(([m], rows) for m, rows in torch_sums)])
-        if whole is None:
-            return [name for _, name in members], sums
-        return self._shards.whole_rows(members, sums, whole)
+        tables: list[Table] = [] if self._triton is None else self._triton.norm_sums()
+        tables += [([m], rows) for m, rows in torch_sums]
+        if whole is not None:
+            members = [m for some in self._splits.values() for m in some]
+            return whole_sums(tables, members, state, self._shards, whole)
+        rows, sums = join_sums(tables)
+        return [name for _, name in rows], sums

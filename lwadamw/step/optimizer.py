@@ -15,6 +15,7 @@ from ..state.collectives import NORM_SUMS, NORMS, Call
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
 from ..state.itself import mark, on_itself
+from ..state.members import members_of
 from ..state.naming import Naming
 from ..state.shards import Shards
 from ..tables.request import Request
@@ -410,7 +411,8 @@ class AdamW(StateExchange):
         Returns:
             float64[n, 4] on the device, one row per name of `norm_names()`. The columns are the square sum of the weight
             after the step, of the update and of the gradient, and the inner product of the weight before the step with
-            the update. With `shard_group`, the rows of `local=False` are those of all processes, in the order of `norms()`.
+            the update. The rows of `local=False` are those of `norms()`. They differ from `norm_names()` with `shard_group`,
+            and if a parameter that is split has taken a step on some processes only.
 
         Raises:
             RuntimeError: as in `norms()`.
@@ -480,12 +482,17 @@ class AdamW(StateExchange):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch.amp.GradScaler may leave unscaling and skipping to the step.
 
+        It may not if parameters are plain shards. Then an inf in one of them has to be told to the other processes, which
+        ShardedGradScaler does only where it unscales by itself.
+
         Whoever assigns False takes over both. Some frameworks do not clip gradients while it is True.
         """
         fused = bool(self.defaults.get("fused"))
         if self.__dict__.get("_released") is not None:
             return True  # so that `step()` hears of an inf in a gradient that is gone
         if self.__dict__.get("_scaling_is_left_to_others"):
+            return False
+        if self._shards.are_unseen_by_scalers(members_of(self.param_groups)):
             return False
         return fused or self._engine.uses_triton(self.param_groups)
 

@@ -95,6 +95,33 @@ def _stored(world, names):
     return True
 
 
+def _of_another_optimizer(world):
+    """A monitor reads gradients of an optimizer that does not bring them to the placement of their parameter."""
+    mesh = init_device_mesh("cpu", (world,))
+    grad = torch.arange(24.0).view(4, 6)
+    for placement in (Replicate(), Shard(0)):
+        w = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [placement]))
+        v = nn.Parameter(torch.ones(3))
+        ours, other = lwadamw.AdamW([("v", v)]), torch.optim.SGD([("w", w)], lr=0.1)
+        monitor = lwadamw.Monitor(ours, every=1, spectrum_every=0, others=[other])
+        for kind in ("partial", "on its way", Replicate(), Shard(1)):
+            # The parts of a sum differ from process to process.
+            given = _given(w, grad, mesh, kind)
+            if kind == "partial":
+                given = DTensor.from_local(grad / world + dist.get_rank() - (world - 1) / 2, mesh, [Partial()])
+            w.grad, v.grad = given, torch.ones(3)
+            other.step()
+            ours.step()
+            norms = monitor.latest.norms
+            assert norms.grad[norms.names.index("w")] == pytest.approx(float(grad.norm()), rel=1e-6), (placement, kind)
+            assert w.grad is given
+    return True
+
+
+def test_a_monitor_reads_gradients_of_another_optimizer_as_those_of_the_whole():
+    assert run(2, _of_another_optimizer, 2) == [True] * 2
+
+
 SOME = ["fp32", "bf16, stochastic"]
 
 

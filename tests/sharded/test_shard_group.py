@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import lwadamw
 
@@ -105,6 +106,31 @@ def _zero_redundancy(world):
 
 def test_the_zero_redundancy_optimizer_clips_by_the_global_norm():
     assert run(2, _zero_redundancy, 2) == [True] * 2
+
+
+def _loss_scaling(world):
+    """An inf in the shard of one process. Nobody but ShardedGradScaler tells the other processes."""
+    found = []
+    for backend in BACKENDS:
+        for clip, told, fused in ((None, True, None), (0.3, True, True), (None, False, None)):
+            p = nn.Parameter(torch.ones(4))
+            p._fsdp_flattened = not told  # as FullyShardedDataParallel marks it
+            group = dist.group.WORLD if told else None
+            optimizer = lwadamw.AdamW([("w", p)], backend=backend, max_grad_norm=clip, fused=fused, shard_group=group)
+            scaler = ShardedGradScaler("cpu", init_scale=8.0, process_group=dist.group.WORLD)
+            for step in range(3):
+                scaler.scale(torch.zeros((), requires_grad=True))
+                p.grad = torch.full((4,), 8.0 * (dist.get_rank() + 1))
+                if step == 1 and dist.get_rank() == world - 1:
+                    p.grad[0] = math.inf
+                scaler.step(optimizer)
+                scaler.update()
+            found.append((optimizer.steps_taken(), scaler.get_scale()))
+    return found
+
+
+def test_an_inf_in_one_plain_shard_skips_the_step_of_every_process_under_the_sharded_scaler():
+    assert run(2, _loss_scaling, 2) == [[(2, 4.0)] * 6] * 2
 
 
 def test_what_is_no_process_group_is_refused():

@@ -192,13 +192,15 @@ def test_threads_that_run_backward_at_the_same_time(backend, device):
     assert {float(s["step"]) for s in optimizer.state.values()} == {5}
 
 
-def test_gradients_that_are_averaged_later_are_refused(backend, device, tmp_path, monkeypatch):
+@pytest.mark.parametrize("derived", [False, True], ids=["of torch's class", "of a subclass"])
+def test_gradients_that_are_averaged_later_are_refused(derived, backend, device, tmp_path, monkeypatch):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs gloo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = torch.nn.Linear(3, 3, device=device)
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        parallel = torch.nn.parallel.DistributedDataParallel
+        wrapped = (type("Derived", (parallel,), {}) if derived else parallel)(model)
         optimizer = AdamW(model.named_parameters(), backend=backend)
         optimizer.release_gradients().remove()  # one process has nothing to average
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
