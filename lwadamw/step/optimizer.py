@@ -262,8 +262,9 @@ class AdamW(StateExchange):
 
         The result is that of `torch.nn.utils.clip_grad_norm_`, for loops and frameworks that clip by themselves. No gradient is
         rewritten: the next step multiplies by the factor, and reads the gradients once more to know it. `max_norm` takes the
-        place of `max_grad_norm` for that step. Where parameters are split over processes, the norm is that of the whole model,
-        and the call is collective. Under a GradScaler call `scaler.unscale_` first, as with torch's function.
+        place of `max_grad_norm` for that step, and `zero_grad` forgets it if the step was left out. Where parameters are split
+        over processes, the norm is that of the whole model, and the call is collective. Under a GradScaler call
+        `scaler.unscale_` first, as with torch's function.
 
         Args:
             max_norm: the largest norm, positive.
@@ -566,6 +567,7 @@ class AdamW(StateExchange):
             set_to_none: drop the gradients instead of filling them with zeros.
         """
         super().zero_grad(set_to_none)
+        self._clip_once = None  # the gradients that it was meant for are gone
         for group in self.param_groups:
             if keys.GRAD_ATTRIBUTE.of(group) == "decoupled_grad":
                 for p in group["params"]:
