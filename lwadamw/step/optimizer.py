@@ -594,7 +594,7 @@ class AdamW(StateExchange):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            if HAS_DECOUPLED_KEY:
+            if HAS_DECOUPLED_KEY or "decoupled_weight_decay" in group:  # a checkpoint of torch.optim.Adam says False
                 group["decoupled_weight_decay"] = True
             for p in group["params"]:
                 p_state = self.state.get(p, {})
