@@ -465,7 +465,8 @@ class AdamW(StateExchange):
 
         Steps that were skipped do not count. The call reads the step counters and so waits for the device.
         """
-        states = self.__dict__["state"].values()
+        # torch lets anybody keep other things in the state, under keys that are no parameters.
+        states = [state for key, state in self.__dict__["state"].items() if isinstance(key, Tensor)]
         return max((int(state["step"]) for state in states if "step" in state), default=0)
 
     def effective(self) -> list[dict[str, float | Tensor]]:
