@@ -83,6 +83,14 @@ def _joined(known: Sequence[_Found]) -> _Found:
     return known[0]._replace(numel=sum(found.numel for found in known))
 
 
+def _found_in(optimizer: Measured) -> list[Any]:
+    """Return what a tracker is made of and others may change: parameters, shapes, and what excludes a prediction."""
+    return [
+        (list(group["params"]), [p.shape for p in group["params"]], without_prediction(group))
+        for group in optimizer.param_groups
+    ]
+
+
 class SegmentTracker:
     """Follows every segment from reading to reading and judges whether it has reached its steady state.
 
@@ -105,7 +113,7 @@ class SegmentTracker:
 
     def __init__(self, names: Sequence[str], optimizer: Measured, earlier: SegmentTracker | None = None) -> None:
         self.names = tuple(names)
-        self._params = [list(group["params"]) for group in optimizer.param_groups]
+        self._made_of = _found_in(optimizer)
         places: dict[str, _Found] = {}
         split_places: dict[Split, dict[str, _Found]] = {split: {} for split in optimizer.shards.declared}
         members = list(members_of(optimizer.param_groups))
@@ -179,7 +187,7 @@ class SegmentTracker:
                 They are read too.
         """
         tracker = cls.__new__(cls)
-        tracker.names, tracker._params, tracker.shapes = tuple(state["names"]), [], {}
+        tracker.names, tracker._made_of, tracker.shapes = tuple(state["names"]), [], {}
         for key, (attribute, dtype) in _SAVED.items():
             values = state[key] if key in state else state[f"_{key}"]
             setattr(tracker, attribute, np.array(values, dtype=dtype))
@@ -205,8 +213,8 @@ class SegmentTracker:
         return tuple(name for i, name in enumerate(self.names) if self._wide[i] and not self._decays[i])
 
     def is_stale(self, optimizer: Measured) -> bool:
-        """Return whether parameters were added, removed or moved to another group since this tracker was made."""
-        return not same([group["params"] for group in optimizer.param_groups], self._params)
+        """Return whether the parameters, their shapes, or what can be predicted of their groups have changed since then."""
+        return not same(_found_in(optimizer), self._made_of)
 
     def columns(self, norms: Norms, step: int, hyper: Array, elapsed: Sequence[Elapsed]) -> dict[str, Array]:
         """Compute the columns of a reading that need no spectrum and no probe, and judge every segment by them.

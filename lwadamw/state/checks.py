@@ -175,8 +175,8 @@ def check_gradient(member: Member, grad: Tensor) -> None:
         grad: its gradient.
 
     Raises:
-        RuntimeError: the gradient does not have a strided layout, has another shape than the parameter, or one of the two
-            is complex.
+        RuntimeError: the gradient does not have a strided layout, has another shape than the parameter, its memory has been
+            freed, or one of the two is complex.
     """
     p = member.param
     where = keys.GRAD_ATTRIBUTE.of(member.group)
@@ -185,11 +185,17 @@ def check_gradient(member: Member, grad: Tensor) -> None:
             f"AdamW does not support sparse gradients: the gradient of {member.name!r} {tuple(p.shape)} is "
             f"{grad.layout}. Build its module with sparse=False, or give the parameter to torch.optim.SparseAdam."
         )
-    if local(grad).shape != local(p).shape:
+    held = local(grad)
+    if held.shape != local(p).shape:
         raise RuntimeError(
-            f"the gradient of {member.name!r} {tuple(local(p).shape)} in p.{where} has shape {tuple(local(grad).shape)}. "
+            f"the gradient of {member.name!r} {tuple(local(p).shape)} in p.{where} has shape {tuple(held.shape)}. "
             f"If somebody has changed the parameter since backward, drop the gradient: p.{where} = None. "
             f"Otherwise put a gradient of the parameter's shape there."
+        )
+    if held.numel() and not is_fake(held) and not held.untyped_storage().nbytes():
+        raise RuntimeError(
+            f"the memory of the gradient of {member.name!r} {tuple(p.shape)} in p.{where} has been freed. Bring it back, or "
+            f"drop the gradient: p.{where} = None."
         )
     if grad.is_complex() != p.is_complex():
         raise RuntimeError(

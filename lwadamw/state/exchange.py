@@ -72,6 +72,9 @@ class StateExchange(torch.optim.AdamW):
         Width multipliers, storage options and a decay law that are not in the checkpoint stay as they are in this
         optimizer. `grad_attribute` always stays.
 
+        As in torch, a tensor that needs no cast and no move is taken and not copied. So load a deepcopy if the optimizer that
+        has returned it goes on in the same process.
+
         Args:
             state_dict: what `state_dict()` returned. It is not changed.
 

@@ -19,7 +19,7 @@ _shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", 
 
 
 def look(tensor: Tensor) -> tuple[Any, ...]:
-    """Return shape, strides, dtype, device and layout of what this process holds of a tensor.
+    """Return shape, strides, dtype, device and layout of what this process holds of a tensor, and whether it is negated lazily.
 
     Somebody may shrink a tensor, or give it another dtype, and leave it at its address. The look shows it.
 
@@ -28,11 +28,11 @@ def look(tensor: Tensor) -> tuple[Any, ...]:
     """
     held = local(tensor)
     strides = held.stride() if held.layout == torch.strided else ()
-    return held.shape, strides, held.dtype, held.device, held.layout
+    return held.shape, strides, held.dtype, held.device, held.layout, held.is_neg()
 
 
 class Geometry:
-    """Type, shape, strides, dtype and device of each tensor of a list.
+    """Type, shape, strides, dtype and device of each tensor of a list, and whether it is negated lazily.
 
     An address says where a tensor begins. Only its geometry says where it ends. So tables and kernels that were made for some
     tensors may be used again only as long as the addresses and the geometry are the same.
@@ -73,6 +73,7 @@ def _describe(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
         list(map(Tensor.stride, tensors)),
         list(map(_dtype, tensors)),
         list(map(_device, tensors)),
+        list(map(Tensor.is_neg, tensors)),
     )
 
 

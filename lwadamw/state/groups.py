@@ -70,7 +70,7 @@ def effective(group: Mapping[str, Any]) -> Effective:
 
 
 def check_numbers(group: Mapping[str, Any], where: str) -> None:
-    """Check that every hyperparameter of a group is an object whose changes the step can see.
+    """Check that every hyperparameter of a group is an object whose changes the step can see, and that none asks for Adam.
 
     Args:
         group: one of an optimizer's `param_groups`.
@@ -79,7 +79,15 @@ def check_numbers(group: Mapping[str, Any], where: str) -> None:
     Raises:
         TypeError: `lr`, `eps`, `weight_decay` or one of `betas` is neither a number nor a tensor of one element, or a width
             multiplier, `width_warmup`, `peak_lr` or `huber_scale` is not a number.
+        ValueError: the group is one of torch.optim.Adam, whose weight decay is a part of the gradient.
     """
+    # From torch 2.7 on, torch.optim.AdamW would take the step of Adam for such a group.
+    if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
+        raise ValueError(
+            f"{where}decoupled_weight_decay=False with weight_decay={group['weight_decay']} asks for Adam, which adds the "
+            "decay to the gradient. lwadamw.AdamW does not. Set the key to True and tune weight_decay anew, or set "
+            "weight_decay to 0, or use torch.optim.Adam."
+        )
     betas = group["betas"]
     if len(betas) != 2:
         raise TypeError(f"{where}betas={betas!r} are not two numbers. Give a pair such as (0.9, 0.999).")
@@ -122,8 +130,8 @@ def complete_group(group: dict[str, Any], index: int) -> None:
         UserWarning: a key is nearly the name of another one, such as `weight_deacy`.
 
     Raises:
-        ValueError: a storage option, the decay law, a width multiplier or a segment is not valid, or a parameter does not fit
-            the storage options.
+        ValueError: a storage option, the decay law, a width multiplier or a segment is not valid, a parameter does not fit the
+            storage options, or the group is one of torch.optim.Adam with weight decay.
         TypeError: a hyperparameter is neither a number nor a tensor of one element.
     """
     where = f"group {index}: "

@@ -154,6 +154,15 @@ def is_of_fsdp1(p: Tensor) -> bool:
     return bool(getattr(p, "_fsdp_flattened", False))
 
 
+def is_in_memory(tensor: Tensor) -> bool:
+    """Return whether the elements of a local tensor are the numbers in memory at its address.
+
+    A view that negates or conjugates lazily has other elements. torch's zero tensors, and subclasses that wrap other tensors,
+    have no memory of their own.
+    """
+    return not (tensor.is_neg() or tensor.is_conj()) and (tensor.numel() == 0 or tensor.data_ptr() != 0)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Return whether the elements fill one stretch of memory without gaps and without overlaps, in any order."""
     if tensor.is_contiguous():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import keys
 from .identity import same
@@ -23,7 +24,7 @@ class _Seen(NamedTuple):
     """The parameters and names of one group when they last fitted together."""
 
     params: list[Tensor]
-    shapes: list[torch.Size]
+    shapes: list[torch.Size | None]  # None: a lazy module does not know it yet
     names: list[str]
 
     def has(self, params: Sequence[Tensor]) -> bool:
@@ -74,7 +75,7 @@ class Naming:
         params, names = group["params"], _names_in(group)
         if names is None or len(names) != len(params):
             return
-        self._seen[tuple(names)] = _Seen(list(params), [p.shape for p in params], list(names))
+        self._seen[tuple(names)] = _Seen(list(params), [None if is_lazy(p) else p.shape for p in params], list(names))
         # Of a parameter that stands twice in the group, the first name counts.
         for p, name in reversed(list(zip(params, names, strict=True))):
             self._names[id(p)] = (p, name)

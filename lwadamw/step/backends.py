@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state.members import Member, is_dense, is_fake, local
+from ..state.members import Member, is_dense, is_fake, is_in_memory, local
 from ..state.storage import CODES, FLOATS, MOMENTS
 
 
@@ -56,6 +56,9 @@ def triton_refusal(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
         return f"{torch.cuda.get_device_name(p.device)} is older than compute capability 8.0. Use backend='torch'"
     if p.dtype not in FLOATS:
         return f"its dtype is {p.dtype}, and the kernels compute in float32. Use backend='torch'"
+    if not is_in_memory(p) and p.untyped_storage().nbytes():
+        what = "a negated view" if p.is_neg() else f"a {type(p).__name__} without memory of its own"
+        return f"it is {what}, and the kernels read memory. Use backend='torch'"
     for key in MOMENTS:
         if key in state and state[key].dtype not in (*FLOATS, *CODES):
             return f"its {key} is {state[key].dtype}, and the kernels compute in float32. Use backend='torch'"

@@ -157,6 +157,8 @@ def fill_buckets(
             without_gradient.setdefault(attribute, []).append(p)
             continue
         check_gradient(m, grad)
+        if grad.is_conj():
+            grad = grad.resolve_conj()  # torch's AdamW takes complex numbers for pairs, and a lazy conjugate is none
         entry = entries.get(m.order)
         if entry is None or (entry.address is not None and entry.address != p.data_ptr()):
             entry = entries[m.order] = Entry(m, state[p], p.data_ptr() if fused_cpu.serves(p, state[p]) else None)

@@ -263,8 +263,9 @@ class AdamW(StateExchange):
 
         The result is that of `torch.nn.utils.clip_grad_norm_`, for loops and frameworks that clip by themselves. No gradient is
         rewritten: the next step multiplies by the factor, and reads the gradients once more to know it. `max_norm` takes the
-        place of `max_grad_norm` for that step. Where parameters are split over processes, the norm is that of the whole model,
-        and the call is collective. Under a GradScaler call `scaler.unscale_` first, as with torch's function.
+        place of `max_grad_norm` for that step, and `zero_grad` forgets it if the step was left out. Where parameters are split
+        over processes, the norm is that of the whole model, and the call is collective. Under a GradScaler call
+        `scaler.unscale_` first, as with torch's function.
 
         Args:
             max_norm: the largest norm, positive.
@@ -466,7 +467,8 @@ class AdamW(StateExchange):
 
         Steps that were skipped do not count. The call reads the step counters and so waits for the device.
         """
-        states = self.__dict__["state"].values()
+        # torch lets anybody keep other things in the state, under keys that are no parameters.
+        states = [state for key, state in self.__dict__["state"].items() if isinstance(key, Tensor)]
         return max((int(state["step"]) for state in states if "step" in state), default=0)
 
     def effective(self) -> list[dict[str, float | Tensor]]:
@@ -573,6 +575,7 @@ class AdamW(StateExchange):
             set_to_none: drop the gradients instead of filling them with zeros.
         """
         super().zero_grad(set_to_none)
+        self._clip_once = None  # the gradients that it was meant for are gone
         for group in self.param_groups:
             if keys.GRAD_ATTRIBUTE.of(group) == "decoupled_grad":
                 for p in group["params"]:
@@ -599,7 +602,7 @@ class AdamW(StateExchange):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            if HAS_DECOUPLED_KEY:
+            if HAS_DECOUPLED_KEY or "decoupled_weight_decay" in group:  # a checkpoint of torch.optim.Adam says False
                 group["decoupled_weight_decay"] = True
             for p in group["params"]:
                 p_state = self.state.get(p, {})

@@ -53,19 +53,22 @@ def serves(p: Tensor, state: Mapping[str, Any]) -> bool:
         p: the parameter.
         state: its optimizer state; may be empty.
     """
-    if p.device.type != "cpu" or p.dtype not in _DTYPES or local(p) is not p or is_fake(p):
+    if p.device.type != "cpu" or p.dtype not in _DTYPES or local(p) is not p or is_fake(p) or p.is_neg():
         return False
     return all(state[key].dtype == p.dtype and state[key].is_contiguous() for key in MOMENTS if key in state)
 
 
 def is_plain(p: Tensor, grad: Tensor) -> bool:
-    """Return whether parameter and gradient are contiguous and have the same shape and dtype. This may change in every step.
+    """Return whether parameter and gradient are contiguous, and have the same shape and dtype. This may change in every step.
+
+    The kernel refuses gradients that are negated lazily, as autograd leaves that of an imaginary part with one element.
 
     Args:
         p: the parameter.
         grad: its gradient.
     """
-    return p.dtype == grad.dtype and p.shape == grad.shape and p.is_contiguous() and grad.is_contiguous()
+    alike = p.dtype == grad.dtype and p.shape == grad.shape
+    return alike and p.is_contiguous() and grad.is_contiguous() and not grad.is_neg()
 
 
 @torch.no_grad()

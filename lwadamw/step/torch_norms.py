@@ -176,7 +176,7 @@ def _add_up(member: Member, sums: Callable[..., Sequence[Tensor]], *tensors: Ten
     for tensor in tensors:
         held = local(tensor.detach())
         # reshape follows the logical order of elements. So tensors with different memory layouts match.
-        flat.append((torch.view_as_real(held) if held.is_complex() else held).reshape(-1))
+        flat.append((torch.view_as_real(held.resolve_conj()) if held.is_complex() else held).reshape(-1))
     count = flat[0].numel()
     per_element = count // max(sum(member.segments), 1)  # a complex element is two numbers
     segments = [size * per_element for size in member.segments] or [count]

@@ -69,8 +69,8 @@ def path_of(member: Member, grad: Tensor, group: Mapping[str, Any], state: Mappi
         storage: how the parameter is stored.
 
     Raises:
-        RuntimeError: the parameter or its moments have a dtype that AdamW cannot update, or the group has fused=True and
-            torch's fused kernel cannot update the parameter.
+        RuntimeError: the parameter or its moments have a dtype that AdamW cannot update, or it is a lazy conjugate, or the
+            group has fused=True and torch's fused kernel cannot update the parameter.
     """
     p = member.param
     _check_dtype(member)
@@ -97,12 +97,17 @@ def _check_dtype(member: Member) -> None:
             f"{member.name!r} {tuple(p.shape)} is {p.dtype}, and AdamW updates floating point and complex parameters only. "
             "Take it out of optimizer.param_groups, or clear its gradient."
         )
+    if p.is_conj():
+        raise RuntimeError(
+            f"{member.name!r} {tuple(p.shape)} is a lazy conjugate of other numbers, and cannot be updated in place. Use "
+            "p.data = p.data.resolve_conj()."
+        )
 
 
 def _fits_fused(p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:
     """Return whether all arrays lie in memory in the same order. torch's fused kernels do not look at strides."""
     held = local(p)
     stride = held.stride()
-    if not is_dense(held) or local(grad).stride() != stride:
+    if not is_dense(held) or local(grad).stride() != stride or held.is_neg() or local(grad).is_neg():
         return False
     return all(local(state[key]).stride() == stride for key in MOMENTS if key in state)

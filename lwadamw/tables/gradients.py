@@ -15,7 +15,7 @@ from torch import Tensor
 from ..state.arrivals import arrived
 from ..state.checks import check_gradient
 from ..state.geometry import Geometry
-from ..state.members import Member, gradients_of, local, locals_of, specs_of
+from ..state.members import Member, gradients_of, is_in_memory, local, locals_of, specs_of
 from ..state.storage import FLOATS
 from .memory_order import MemoryOrder
 
@@ -50,7 +50,8 @@ class Gradients:
     def addresses(self) -> list[int] | None:
         """Return where the kernels read each gradient at this step.
 
-        A gradient is copied if its dtype, its device or its memory order is one that the kernels cannot read.
+        A gradient is copied if its dtype, its device or its memory order is one that the kernels cannot read, or if the numbers
+        in its memory are not its elements.
 
         Returns:
             One address for each parameter, 0 if it has no gradient; None if a gradient has a float dtype that belongs to
@@ -64,7 +65,8 @@ class Gradients:
             addresses = self._order.by_row(list(map(_data_ptr, held)))
             for i in self._empty:
                 addresses[i] = _EMPTY
-            return addresses
+            if all(addresses):
+                return addresses
         return self._checked(self._order.by_row(grads))
 
     def _held(self, grads: list[Any]) -> list[Any] | None:
@@ -108,7 +110,7 @@ class Gradients:
             p, g = local(member.param), local(grad)
             if g.dtype != self._dtype and g.dtype in FLOATS:
                 return None
-            if g.dtype != self._dtype or g.device != p.device or g.stride() != p.stride():
+            if g.dtype != self._dtype or g.device != p.device or g.stride() != p.stride() or not is_in_memory(g):
                 g = torch.empty_like(p, dtype=self._dtype).copy_(g)
                 self.copies.append(g)
             addresses.append(g.data_ptr() if g.numel() else _EMPTY)

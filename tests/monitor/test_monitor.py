@@ -200,6 +200,30 @@ def test_nothing_is_predicted_where_no_law_holds(law, tmp_path):
     assert {finding.verdict for finding in compare(profile, profile).findings} == {"no prediction"}
 
 
+@pytest.mark.parametrize("law", [{"amsgrad": True}, {"decay": "huber"}], ids=lambda law: next(iter(law)))
+def test_nothing_is_predicted_any_more_once_a_group_has_another_law(law):
+    (p,) = make_params([(6, 5)])
+    optimizer = AdamW([("w", p)], lr=0.1, weight_decay=1.0)
+    monitor = Monitor(optimizer, every=1)
+    train_on_noise(optimizer, 40)
+    assert monitor.verdicts["w"].startswith("steady from step")
+    optimizer.param_groups[0].update(law)
+    train_on_noise(optimizer, 1)
+    assert monitor.verdicts["w"].startswith("not known")
+    assert np.isnan(monitor.latest.columns["rms_ratio"]).all()
+
+
+def test_a_parameter_that_others_have_made_larger_is_measured_with_its_new_size(backend, device):
+    (p,) = make_params([(6, 5)], device)
+    optimizer = AdamW([("w", p)], lr=0.1, backend=backend)
+    monitor = Monitor(optimizer, every=1)
+    train_on_noise(optimizer, 2)
+    p.grad, p.data = None, torch.randn(24, 5, device=device)
+    del optimizer.state[p]
+    train_on_noise(optimizer, 1)
+    assert monitor.latest.columns["weight_rms"][0] == pytest.approx(float(p.detach().double().square().mean().sqrt()))
+
+
 def test_a_profile_has_the_peak_learning_rate_after_a_decay_to_zero(tmp_path):
     for scheduled in (True, False):
         (p,) = make_params([(6, 5)])

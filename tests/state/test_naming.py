@@ -255,3 +255,14 @@ def test_a_parameter_in_two_groups_is_refused_before_anything_is_written(named, 
     optimizer.step()
     assert float(optimizer.state[p]["step"]) == 2
     assert optimizer.norms().names == (("p", "q") if named else ("0.0", "1.0"))
+
+
+def test_parameters_of_lazy_modules_have_names_before_they_have_shapes(backend, device):
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyLinear(2)).to(device)
+    optimizer = AdamW(model.named_parameters(), backend=backend)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, device=device)).square().sum().backward()
+        optimizer.step()
+    assert optimizer.norms().names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())

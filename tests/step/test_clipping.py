@@ -207,3 +207,21 @@ def test_clip_grad_norm_returns_the_norm_and_clips_the_next_step_alone(backend, 
         ours.clip_grad_norm_(0)
     with ours.release_gradients(), pytest.raises(RuntimeError, match="gradients are released"):
         ours.clip_grad_norm_(1.0)
+
+
+def test_a_clipping_whose_step_a_scaler_left_out_is_forgotten_with_its_gradients(device):
+    p = torch.nn.Parameter(torch.ones(4, device=device))
+    q = torch.nn.Parameter(torch.ones(4, device=device))
+    ours, theirs = AdamW([p], lr=0.1, eps=1.0, backend="torch"), torch.optim.AdamW([q], lr=0.1, eps=1.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
+    scaler.scale(p.sum() * math.inf).backward()
+    scaler.unscale_(ours)
+    ours.clip_grad_norm_(0.1)
+    scaler.step(ours)
+    scaler.update()
+    assert torch.equal(p, torch.ones_like(p)), "the scaler leaves the step out"
+    ours.zero_grad()
+    set_grads([p], [q])
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(p, q)

@@ -43,6 +43,25 @@ def test_bad_width_multiplier_is_refused_and_its_group_not_added(value):
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_group_of_adam_is_refused_only_if_it_has_weight_decay(backend, device):
+    adam = torch.optim.Adam([_p(3, device=device)], weight_decay=0.1)
+    adam.param_groups[0]["decoupled_weight_decay"] = False  # torch 2.6 did not say so
+    with pytest.raises(ValueError, match="group 0: decoupled_weight_decay=False with weight_decay=0.1 asks for Adam"):
+        AdamW([dict(adam.param_groups[0])], backend=backend)
+    p = _p(3, device=device)
+    optimizer = AdamW([{"params": [p], "weight_decay": 0.0, "decoupled_weight_decay": False}], backend=backend)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.load_state_dict(adam.state_dict())
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["decoupled_weight_decay"] = False
+    with pytest.raises(ValueError, match="asks for Adam"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
 def test_bad_segments_are_refused():
     with pytest.raises(ValueError, match=r"segments \(2, 3\) of 'w' \(4, 5\) are not positive row counts"):
         AdamW([{"params": [("w", _p(4, 5))], "segments": {"w": (2, 3)}}])

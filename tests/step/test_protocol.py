@@ -150,9 +150,10 @@ def test_an_optimizer_without_param_groups_has_default_options_and_no_evidence()
 
 
 def test_steps_taken_is_the_largest_step_of_any_parameter(backend, device):
-    """A parameter without a gradient and a skipped step do not count."""
+    """A parameter without a gradient and a skipped step do not count, nor does what others keep in the state."""
     params = make_params(FEW_SHAPES, device)
     optimizer = AdamW(params, backend=backend, max_grad_norm=1.0)
+    optimizer.state["note"] = 7
     assert optimizer.steps_taken() == 0
     for bad in (False, False, True):
         set_grads(params)

@@ -120,3 +120,33 @@ def test_an_optimizer_that_is_dropped_is_freed_at_once():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_the_hooks_of_a_subclass_whose_step_calls_its_parents_run_once():
+    class Mine(AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    AdamW([nn.Parameter(torch.ones(1))])  # torch wraps the step of a class when its first optimizer is made
+    p = nn.Parameter(torch.ones(3))
+    optimizer, calls = Mine([p], weight_decay=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    monitor = Monitor(optimizer, every=1, spectrum_every=0)
+    for _ in range(3):
+        p.grad = torch.randn(3)
+        optimizer.step()
+    assert calls == ["before", "after"] * 3
+    assert [reading.step for reading in monitor.readings] == [1, 2, 3]
+
+
+def test_hooks_run_again_after_a_step_that_failed():
+    p = nn.Parameter(torch.ones(3))
+    optimizer, calls = AdamW([p]), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert calls == ["before"] * 2
