@@ -149,6 +149,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return bool(split_dimensions(tensor))
 
 
+def is_elsewhere(tensor: Any) -> bool:
+    """Return whether a tensor is a DTensor over a device mesh that this process is not in."""
+    return local(tensor) is not tensor and tensor.device_mesh.get_coordinate() is None
+
+
 def is_of_fsdp1(p: Tensor) -> bool:
     """Return whether FullyShardedDataParallel has flattened a parameter."""
     return bool(getattr(p, "_fsdp_flattened", False))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .collectives import STEP, Call, add_over, device_of, gathered
-from .members import Member, is_of_fsdp1, split_dimensions
+from .members import Member, is_elsewhere, is_of_fsdp1, split_dimensions
 from .names import is_named
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Shards:
     def __init__(self, shard_group: ShardGroup | None = None) -> None:
         self._by_mesh: dict[tuple[Any, tuple[int, ...]], Split] = {}
         self._untold: str | None = None  # name of a parameter that is a shard, and nobody has told of what
+        self._elsewhere: str | None = None  # name of a DTensor over a mesh that this process is not in
         self.tell(shard_group)
 
     def tell(self, shard_group: ShardGroup | None) -> None:
@@ -97,7 +98,10 @@ class Shards:
         return self._declared
 
     def look(self, members: Iterable[Member]) -> None:
-        """Look for parameters that are certainly shards, of which nobody has told which processes hold the others.
+        """Look for parameters without which a sum would be wrong.
+
+        One kind is DTensors over a mesh that this process is not in. The other is plain parameters that are certainly shards,
+        of which nobody has told which processes hold the others.
 
         FullyShardedDataParallel marks its parameters. It keeps shards as vectors, and gives every other parameter its shape
         under NO_SHARD. So if all marked parameters are vectors, they are shards. Every process finds the same.
@@ -105,6 +109,8 @@ class Shards:
         Args:
             members: all parameters of the optimizer.
         """
+        members = list(members)
+        self._elsewhere = next((m.name for m in members if is_elsewhere(m.param)), None)
         marked = [m for m in members if is_of_fsdp1(m.param)]
         self._untold = None
         if marked and all(m.param.ndim == 1 for m in marked) and torch.distributed.is_initialized():
@@ -164,7 +170,7 @@ class Shards:
         p: Any = member.param
         if hasattr(p, "device_mesh"):
             dimensions = split_dimensions(p)
-            if not dimensions:
+            if not dimensions or is_elsewhere(p):
                 return WHOLE
             place = (p.device_mesh, dimensions)
             if place not in self._by_mesh:
@@ -198,9 +204,16 @@ class Shards:
             float64[], on the device of the first sum; None if nothing is split.
 
         Raises:
-            RuntimeError: another process did not make the call, or `look` has found shards of which nothing is known.
+            RuntimeError: another process did not make the call, or `look` has found shards of which nothing is known, or a
+                DTensor over a mesh that this process is not in.
         """
         self.check_told(call)
+        if self._elsewhere is not None:
+            raise RuntimeError(
+                f"lwadamw.AdamW: {call.name}, but this process is not in the device mesh of {self._elsewhere!r}. It does not "
+                "know the norm of all gradients, and would scale its own by another factor than the processes of that mesh. "
+                f"Distribute the parameter over a mesh of all processes, or use max_grad_norm=None. {call.alone}"
+            )
         listed = list(sums)
         lines = {split.label: split for split in (*self.declared, *splits, *(split for split, _ in listed))}
         if not any(split.groups for split in lines.values()):

@@ -17,7 +17,7 @@ from ..state.collectives import CLIP, STEP, Call
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
 from ..state.geometry import look
-from ..state.members import Member, ParamGroups, local, members_of
+from ..state.members import Member, ParamGroups, is_elsewhere, local, members_of
 from ..state.naming import Naming
 from ..state.saved_form import from_saved
 from ..state.shards import Shards, Split
@@ -354,9 +354,10 @@ class Engine:
         Args:
             state: the optimizer's state by parameter.
         """
-        rows = [] if self._triton is None else [(m.order, m.segment_names()) for m in self._triton.members]
-        rows += [(m.order, m.segment_names()) for m in self._torch_members if state.get(m.param)]
-        return [name for _, names in sorted(rows, key=lambda row: row[0]) for name in names]
+        stepped = [] if self._triton is None else list(self._triton.members)
+        stepped += [m for m in self._torch_members if state.get(m.param)]
+        there = sorted((m for m in stepped if not is_elsewhere(m.param)), key=lambda m: m.order)
+        return [name for m in there for name in m.segment_names()]
 
     def norm_sums(self, state: State, *, whole: Call | None) -> tuple[list[str], Tensor]:
         """Return the sums of the last step for all segments that have taken a step.

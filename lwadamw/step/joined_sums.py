@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..state.collectives import Call
 from ..state.fingerprint import State
-from ..state.members import Member
+from ..state.members import Member, is_elsewhere, local
 from ..state.shards import Shards
 from .torch_norms import resting_sums
 
@@ -19,19 +19,24 @@ Table = tuple[Sequence[Member], Tensor]  # parameters, and the sums of their seg
 def join_sums(tables: Sequence[Table]) -> tuple[list[tuple[Member, str]], Tensor]:
     """Return the parameter and the name of each of n segments, and float64[n, k] on the device of the first segment.
 
+    A DTensor over a device mesh that this process is not in has no segments here.
+
     Args:
         tables: parameters, and the sums of their segments, float64[n_segments, k]. One entry for each plan of the Triton
             backend and for each parameter of the torch backend. Without any entry, k is 4.
     """
     if not tables:
         return [], torch.empty(0, 4, dtype=torch.float64, device="cpu")
-    if len(tables) == 1:
+    if len(tables) == 1 and not any(is_elsewhere(m.param) for m in tables[0][0]):
         ((members, sums),) = tables
         return [(m, name) for m in members for name in m.segment_names()], sums
     pieces: list[tuple[Member, str, Tensor]] = []  # parameter, name, float64[k]
     for members, sums in tables:
         rows = iter(sums.unbind())
-        pieces += [(m, name, next(rows)) for m in members for name in m.segment_names()]
+        rows_of = [(m, name, next(rows)) for m in members for name in m.segment_names()]
+        pieces += [piece for piece in rows_of if not is_elsewhere(piece[0].param)]
+    if not pieces:
+        return [], tables[0][1][:0]
     pieces.sort(key=lambda piece: piece[0].order)
     device = pieces[0][2].device
     return [(m, name) for m, name, _ in pieces], torch.stack([t.to(device, non_blocking=True) for _, _, t in pieces])
@@ -59,7 +64,10 @@ def whole_sums(
     resting = [m for m in split if id(m.param) not in stepped]
     marked = [(members, torch.cat([sums, sums.new_ones(len(sums), 1)], dim=1)) for members, sums in tables]
     for m in resting:
-        sums = resting_sums(m, state.get(m.param, {}))
+        if m.param.requires_grad:
+            sums = resting_sums(m, state.get(m.param, {}))
+        else:  # frozen on every process, as most weights under LoRA: a pass over them would be for nothing
+            sums = torch.full((len(m.segment_names()), 4), torch.nan, dtype=torch.float64, device=local(m.param).device)
         marked.append(([m], torch.cat([sums, sums.new_zeros(len(sums), 1)], dim=1)))
     rows, table = join_sums(marked)
     names, whole = shards.whole_rows(rows, table if rows else table.new_empty(0, 5), call)

@@ -1,0 +1,58 @@
+"""A process may hold a DTensor over a device mesh that it is not in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import lwadamw
+
+from . import models
+from .processes import run
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on gloo and the CPU")
+
+
+def _steps(inside, backend):
+    """Two steps of a parameter on the processes `inside` alone, and of one that every process holds."""
+    torch.manual_seed(0)
+    mesh = DeviceMesh("cpu", inside)
+    params = {
+        "there": nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [Shard(0)])),
+        "everywhere": nn.Parameter(torch.randn(7)),
+    }
+    optimizer = lwadamw.AdamW(params.items(), backend=backend, **models.OPTIONS)
+    monitor = lwadamw.Monitor(optimizer, every=1)
+    for _ in range(2):
+        params["there"].sum().backward()
+        params["everywhere"].sum().backward()
+        optimizer.step()
+        said = optimizer.norms().names, tuple(optimizer.norm_names()), monitor.latest.names
+        optimizer.zero_grad()
+    params["everywhere"].grad = torch.ones(7)
+    before = params["everywhere"].detach().clone()
+    optimizer.max_grad_norm = 1.0
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return said, str(error), torch.equal(params["everywhere"], before)
+    return said, "", dist.get_rank()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("inside", [[0], [0, 1]], ids=str)
+def test_a_process_outside_of_a_mesh_has_no_norms_of_its_parameter_and_does_not_clip_by_a_norm_of_its_own(
+    inside, backend
+):
+    *there, outside = run(len(inside) + 1, _steps, inside, backend)
+    names = ("there", "everywhere")
+    assert there == [((names, names, names), "", rank) for rank in inside]
+    (said, error, unchanged) = outside
+    assert said == (("everywhere",),) * 3
+    assert "step() with max_grad_norm" in error
+    assert "'there'" in error
+    assert unchanged is True
