@@ -163,8 +163,8 @@ class ExponentialWidthWarmup(WidthWarmup):
 
     Source: Kosson et al. 2510.19093, Eq. 12. They warm up for half of the training.
 
-    A SequentialLR no longer steps a scheduler once its milestone is reached. So in one, give this warm-up the milestone steps + 1.
-    With the milestone `steps`, the last factor, m^(-1/steps), would stay for the rest of the run.
+    A SequentialLR no longer steps a scheduler once its milestone is reached. So in one, give this warm-up the milestone
+    steps + 1. With the milestone `steps`, the last factor, m^(-1/steps), would stay for the rest of the run.
 
     Args:
         optimizer: an `lwadamw.AdamW`.
