@@ -21,6 +21,9 @@ class Mesh:
     def get_group(self, dimension):
         return self._groups[dimension]
 
+    def get_coordinate(self):
+        return [0] * len(self.shape)
+
 
 def _member(mesh, *sharded):
     p = torch.nn.Parameter(torch.zeros(2))
