@@ -155,5 +155,5 @@ def matrix_over_vector(optimizer):
 def pretend_sharded(p, shard):
     """Give a plain parameter what tells that this process holds a shard of it, as a DTensor over two processes would."""
     p._local_tensor = shard
-    p.device_mesh = SimpleNamespace(size=lambda dimension: 2)
+    p.device_mesh = SimpleNamespace(size=lambda dimension: 2, get_coordinate=lambda: [0])
     p.placements = (SimpleNamespace(is_shard=lambda: True),)

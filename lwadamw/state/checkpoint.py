@@ -21,7 +21,7 @@ from .blocks import cut
 from .callers import caller_level
 from .companions import misfit, misfit_of_codes
 from .groups import effective
-from .members import Member, is_sharded, local, split_dimensions, wrap_like
+from .members import Member, is_elsewhere, is_sharded, local, split_dimensions, wrap_like
 from .missing_names import without_names
 from .names import names_of
 from .packing import read_moment
@@ -242,7 +242,7 @@ def _cuts(tensor: Any) -> list[Any]:
 
 def _check_wrapping(entry: StateDict, p: Tensor, name: str) -> None:
     """Raise a ValueError if an array of a checkpoint is not sharded as its parameter. Every process finds the same array."""
-    if not is_sharded(p):
+    if not is_sharded(p) or is_elsewhere(p):
         return
     placements = p.placements  # type: ignore[attr-defined]
     for key in ARRAYS:

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
-from .members import local
+from .members import is_elsewhere, local
 
 # Run and stride of a tensor whose elements are one single run. The number is longer than any tensor, so the run never ends. It
 # is a multiple of layout.DRAW, because the kernels divide run and stride by it.
@@ -48,13 +48,14 @@ def runs_of(p: Tensor) -> tuple[int, int, int] | None:
     """Return (first, run, stride) of the elements that this process holds of a parameter.
 
     Args:
-        p: the parameter. A tensor that is no DTensor is one single run that begins at 0.
+        p: the parameter. A tensor that is no DTensor is one single run that begins at 0. So is one of a mesh that this process
+            is not in, of which it holds no element.
 
     Returns:
         None if these three numbers do not say where the elements lie. Every process then gets None.
     """
     held = local(p)
-    if held is p:
+    if held is p or is_elsewhere(p):
         return 0, ENDLESS_RUN, ENDLESS_RUN
     mesh = p.device_mesh  # type: ignore[attr-defined]
     cuts, coordinate = [], []

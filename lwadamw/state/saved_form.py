@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import keys
 from .blocks import scale_shape, whole_scale_shape
-from .members import is_of_fsdp1, local
+from .members import is_elsewhere, is_of_fsdp1, local
 from .storage import CODES, COMPANIONS, SCALES
 
 
@@ -102,7 +102,8 @@ def _is_longer(tensor: Any, p: Tensor, last: int) -> bool:
     if not isinstance(tensor, Tensor) or tensor.shape != (*p.shape, last):
         return False
     held = local(tensor)
-    return held.ndim == tensor.ndim and held.shape[-1] == last
+    # Whatever the shape of a DTensor, a process that is not in its mesh holds a tensor of shape (0,).
+    return is_elsewhere(p) or (held.ndim == tensor.ndim and held.shape[-1] == last)
 
 
 def _longer(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -116,7 +117,7 @@ def _shorter(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     def shorten(t: Tensor) -> Tensor:
         if dtype is None:
             return t.squeeze(-1)
-        if t.stride(-1) != 1 or any(s % t.shape[-1] for s in (*t.stride()[:-1], t.storage_offset())):
+        if t.stride(-1) != 1 or any(s % (dtype.itemsize // t.itemsize) for s in (*t.stride()[:-1], t.storage_offset())):
             t = t.clone(memory_format=torch.contiguous_format)
         return t.view(dtype).squeeze(-1)
 

@@ -56,3 +56,46 @@ def test_a_process_outside_of_a_mesh_has_no_norms_of_its_parameter_and_does_not_
     assert "step() with max_grad_norm" in error
     assert "'there'" in error
     assert unchanged is True
+
+
+STORAGES = {
+    "plain": (torch.float32, {}),
+    "8 bits": (torch.float32, {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}),
+    "stochastic": (torch.bfloat16, {"rounding": "stochastic"}),
+    "copy": (torch.bfloat16, {"master_weights": torch.float32}),
+    "remainder": (torch.bfloat16, {"master_weights": "remainder"}),
+    "kahan": (torch.bfloat16, {"rounding": "kahan"}),
+    "huber": (torch.float32, {"decay": "huber"}),
+}
+
+
+def _storage(name, backend):
+    """Two steps, a checkpoint, and a third step from it: whether all goes on as without the checkpoint."""
+    dtype, options = STORAGES[name]
+    weights = []
+    for resumes in (False, True):
+        torch.manual_seed(0)
+        mesh = DeviceMesh("cpu", [0, 1])
+        params = {
+            "there": nn.Parameter(distribute_tensor(torch.randn(4, 300).to(dtype), mesh, [Shard(0)])),
+            "everywhere": nn.Parameter(torch.randn(7, 50).to(dtype)),
+        }
+        optimizer = lwadamw.AdamW(params.items(), backend=backend, **options)
+        for step in range(3):
+            if step == 2 and resumes:
+                saved = optimizer.state_dict()
+                optimizer = lwadamw.AdamW(params.items(), backend=backend, **options)
+                optimizer.load_state_dict(saved)
+            params["there"].square().sum().backward()
+            params["everywhere"].square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([params["there"].detach().to_local(), params["everywhere"].detach()])
+    return [torch.equal(a, b) for a, b in zip(*weights, strict=True)], [w.numel() for w in weights[0]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", STORAGES)
+def test_every_storage_steps_and_resumes_on_a_process_outside_of_a_mesh(name, backend):
+    same = [True, True]
+    assert run(3, _storage, name, backend) == [(same, [600, 350]), (same, [600, 350]), (same, [0, 350])]
