@@ -167,6 +167,16 @@ def test_a_seed_that_diverged_counts_as_infinite():
     assert (optimum.runs, optimum.diverged) == (12, 1)
 
 
+@pytest.mark.parametrize("seeds", [(None, None, None), (None, None, "0"), ("0", None, "1")])
+def test_every_run_counts_once_with_and_without_seeds(seeds):
+    losses = (1.0, 2.0, 6.0)
+    rows = [Outcome("a", 64, 0.5, None, seed, loss) for seed, loss in zip(seeds, losses, strict=True)]
+    rows += [Outcome("a", 64, 1.0, None, None, loss) for loss in (INF, INF, 5.0)]
+    optimum = analyse(rows).arms[0].optima[0]
+    assert optimum.best_loss == pytest.approx(3.0)
+    assert (optimum.runs, optimum.diverged) == (6, 2)
+
+
 def test_regret_is_interpolated_between_runs_unknown_outside_the_grid_and_infinite_next_to_divergence():
     rows = rows_of(lambda arm, width, lr, wd, seed: INF if lr > 0.05 else math.log2(lr / 0.005) ** 2, widths=(64,))
     results = {lr: analyse(rows, lr=lr).arms[0].regrets[0] for lr in (0.01, 0.01 * 2**0.25, 0.06, 0.08, 0.1)}
