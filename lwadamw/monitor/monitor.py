@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -242,13 +243,15 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a monitor of the resumed run needs, as plain numbers: tau passed and where every segment started."""
-        self._groups.take_back_skipped(self.step, int(self.optimizer.skipped_steps))
+        # A copy: one process may save alone, and its next readings have to stay those of the others.
+        groups = copy.deepcopy(self._groups)
+        groups.take_back_skipped(self.step, int(self.optimizer.skipped_steps))
         return {
             "step": self.step,
             "first": self._first,
-            "elapsed": self._groups.state(),
+            "elapsed": groups.state(),
             "rows": self._segments.state_dict(),
-            "skipped": self._groups.skipped,
+            "skipped": groups.skipped,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

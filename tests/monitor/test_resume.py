@@ -75,9 +75,12 @@ def test_a_run_with_skipped_steps_is_resumed_between_two_readings():
             optimizer.step()
 
     first, monitor = begin()
+    unsaved = Monitor(first, every=5, spectrum_every=0)
     train(first, range(1, 9))
     saved, state = copy.deepcopy(first.state_dict()), json.loads(json.dumps(monitor.state_dict()))
     train(first, range(9, 11))
+    for name, values in unsaved.latest.columns.items():  # to save changes nothing
+        np.testing.assert_array_equal(monitor.latest.columns[name], values)
     optimizer, resumed = begin()
     optimizer.load_state_dict(saved)
     resumed.load_state_dict(state)
