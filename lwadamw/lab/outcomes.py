@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from .transfer_columns import Place, cells, places
-from .transfer_runs import check_conditions, ended, lowest_over
+from .transfer_runs import check_conditions, ended, lowest_over, proxies
 
 # Columns that say how the runs were made. A figure shows those that the file has.
 CONDITIONS: Final = ("steps", "tokens", "seed", "batch", "context", "depth", "data", "commit", "version")
@@ -110,6 +110,7 @@ def read(
         lines, rows, settings = [x for _, x in kept], [rows[i] for i, _ in kept], [settings[i] for i, _ in kept]
         notes.append(f"each loss is the lowest over {kinds} values of {over}, so it is a little too low.")
     check_conditions(table, lines, settings, found)
+    notes += proxies(table, lines, [row.arm for row in rows], found)
     seen = dict[tuple[object, ...], int]()
     for setting, (number, _), row in zip(settings, lines, rows, strict=True):
         if row.seed is not None and seen.setdefault(setting, number) != number:

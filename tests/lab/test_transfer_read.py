@@ -162,6 +162,20 @@ def test_runs_that_differ_in_more_than_the_settings_are_refused_with_the_columns
     assert "--over: no column 'batch'" in capsys.readouterr().err
 
 
+def test_runs_with_base_values_of_several_proxies_are_told_apart(tmp_path, capsys):
+    """A sweep with another --base-width appends to the same file."""
+    runs = [("mup", width, base, lr) for width, base in ((128, 64), (64, 64), (32, 32)) for lr in (1, 2, 4)]
+    runs += [("fan2025", width, 64, lr) for width in (64, 128) for lr in (1, 2, 4)]
+    lines = [f"{arm},{width},{base},{lr},{abs(lr - 2)}" for arm, width, base, lr in runs]
+    path = write(tmp_path / "x.csv", "\n".join(["arm,width,base_width,lr,loss", *lines]))
+    (note,) = outcomes.read(path).notes
+    assert note.startswith("the runs of mup have several values of base_width")
+    assert note.endswith("--column arm=arm,base_width.")
+    apart = outcomes.read(path, columns={"arm": "arm,base_width"})
+    assert apart.notes == ()
+    assert len({row.arm for row in apart.rows}) == 3
+
+
 def effective(power, decays=(0.1, 0.4)):
     """Runs whose weight decays are effective values."""
     return [
