@@ -226,11 +226,15 @@ def noise_of(curves: Iterable[Curve]) -> float | None:
     for curve in curves:
         of_seeds = curve.losses[: max(1, len(curve.seeds))]
         valley = of_seeds[:, max(0, curve.best - VALLEY) : curve.best + VALLEY + 1]
-        valley = valley[:, np.isfinite(valley).all(axis=0)]
-        degrees = (valley.shape[0] - 1) * (valley.shape[1] - 1)
+        valley = valley[:, ~np.isinf(valley).any(axis=0)]
+        valley = valley[np.isfinite(valley).sum(axis=1) > 1]  # the shift of a seed with one loss takes that loss up
+        i, j = np.nonzero(np.isfinite(valley))
+        # Each loss is that of its learning rate plus the shift of its seed. Some seeds may lack a learning rate.
+        model = np.hstack([np.eye(valley.shape[0])[i], np.eye(valley.shape[1])[j]])
+        degrees = len(i) - int(np.linalg.matrix_rank(model)) if len(i) else 0
         if degrees > 0:
-            rest = valley - valley.mean(axis=0) - valley.mean(axis=1, keepdims=True) + valley.mean()
-            squares += float(np.sum(rest**2))
+            losses = valley[i, j] - valley[i, j].mean()
+            squares += float(np.sum((losses - model @ np.linalg.lstsq(model, losses, rcond=None)[0]) ** 2))
             freedom += degrees
     return float(np.sqrt(squares / freedom)) if freedom else None
 

@@ -151,6 +151,16 @@ def test_noise_is_estimated_from_seeds_and_a_shift_of_a_whole_curve_does_not_cou
     assert all(math.log2(o.high / o.low) < 1 for o in arm.optima)
 
 
+def test_a_further_seed_at_one_learning_rate_takes_no_estimate_away():
+    rows = [Outcome("a", 64, lr, None, str(seed), loss) for seed, losses in enumerate(([3, 2, 3.5], [3.1, 2.3, 3.3]))
+            for lr, loss in zip((1.0, 2.0, 4.0), losses, strict=True)]  # fmt: skip
+    further = Outcome("a", 64, 2.0, None, "2", 2.9)
+    table = np.array([[row.loss for row in rows[:3]], [row.loss for row in rows[3:]]])
+    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    for some in (rows, [*rows, further]):  # one run of a seed says nothing: it is as far off as its seed
+        assert noise_of(curves_of(some)) == pytest.approx(math.sqrt((rest**2).sum() / 2))
+
+
 def test_without_seeds_the_noise_is_the_given_value():
     rows = rows_of(lambda arm, width, lr, wd, seed: 0.05 * math.log2(lr / 0.01) ** 2)
     narrow, wide = (analyse(rows, noise=noise).arms[0] for noise in (0.001, 0.03))
