@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HEADER = ("role", "layers", "statistic", "proxy", "target", "ratio", "predicted", "off by", "")
 _RIGHT = range(3, 8)  # The columns with numbers are aligned right.
+TOLERANCE = 1.35  # the COMPARE_TOLERANCE of the monitor, which needs numpy, and --help does not
 MOST_NAMED = 5  # at most so many layers are named in the line about weights that are not finite
 
 
@@ -45,7 +46,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="factor by which a ratio may be off, either way (default: 1.25, or more if the proxies differ by more)",
+        default=TOLERANCE,
+        help="factor by which the median of the ratios may be off, either way (default: %(default)s, or more if the proxies "
+        "differ by more)",
     )
     option(
         "--statistic",
@@ -59,7 +62,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command. Bad arguments end the program with exit code 2."""
-    from ..monitor.comparison import COMPARE_TOLERANCE, compare
+    from ..monitor.comparison import compare
     from ..monitor.profile_file import load
 
     if len(args.profiles) < 2:
@@ -69,7 +72,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         found = compare(
             proxies,
             target,
-            COMPARE_TOLERANCE if args.tolerance is None else args.tolerance,
+            args.tolerance,
             statistics=args.statistic,
             by_layer=args.full,
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..monitor.arguments import optimizer_behind
 from ..monitor.monitor import Monitor
+from ..monitor.reading import Reading
 
 
 class Watching:
@@ -25,7 +26,7 @@ class Watching:
         super().__init__()
         self.monitor: Monitor | None = None
         self._options, self._prefix, self._roles_only = options, prefix, roles_only
-        self._logged = -1
+        self._logged: Reading | None = None
         self._loaded: dict[str, Any] | None = None
 
     def attach(self, optimizer: Any, **more: Any) -> Monitor:
@@ -49,13 +50,13 @@ class Watching:
     def has_unlogged(self) -> bool:
         """Return whether a reading has been made since the last call of `unlogged`."""
         latest = None if self.monitor is None else self.monitor.latest
-        return latest is not None and latest.step != self._logged
+        return latest is not None and latest is not self._logged
 
     def unlogged(self) -> dict[str, float]:
         """Return the latest reading for a logger. Empty if this has been called since it was made."""
         if self.monitor is None or self.monitor.latest is None or not self.has_unlogged():
             return {}
-        self._logged = self.monitor.latest.step
+        self._logged = self.monitor.latest
         return self.monitor.as_dict(self._prefix, self._roles_only)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,8 +33,10 @@ class Curve:
         weight_decay: base weight decay, or None where the file has no such column.
         seeds: the seeds, sorted. Empty where the file has no seeds.
         lr: base learning rates, rising, float64[lrs].
-        losses: losses, float64[max(1, seeds), lrs]. inf: the run diverged. NaN: there is no such run.
+        losses: losses, float64[lines, lrs], a line for each seed. inf: the run diverged. NaN: there is no such run. Where only
+            some runs have a seed, the others are in further lines. Where none has, there is one line with means.
         runs: number of runs behind each mean, float64[lrs].
+        diverged: number of runs that diverged.
     """
 
     arm: str
@@ -42,6 +46,7 @@ class Curve:
     lr: Array
     losses: Array
     runs: Array
+    diverged: int = 0
 
     @classmethod
     def of(cls, rows: Sequence[Outcome]) -> Curve:
@@ -54,15 +59,23 @@ class Curve:
         """
         seeds = tuple(sorted({row.seed for row in rows if row.seed is not None}))
         lr = np.array(sorted({row.lr for row in rows}))
-        sums, runs = np.zeros((max(1, len(seeds)), len(lr))), np.zeros((max(1, len(seeds)), len(lr)))
         line, place = {seed: i for i, seed in enumerate(seeds)}, {value: j for j, value in enumerate(lr.tolist())}
+        nameless = Counter(row.lr for row in rows if row.seed is None)
+        lines = len(seeds) + max(nameless.values(), default=0) if seeds else 1
+        sums, runs = np.zeros((lines, len(lr))), np.zeros((lines, len(lr)))
         for row in rows:
-            i, j = 0 if row.seed is None else line[row.seed], place[row.lr]
-            sums[i, j] += row.loss
-            runs[i, j] += 1
+            if row.seed is not None:
+                i = line[row.seed]
+            elif seeds:
+                nameless[row.lr] -= 1
+                i = len(seeds) + nameless[row.lr]
+            else:
+                i = 0
+            sums[i, place[row.lr]] += row.loss
+            runs[i, place[row.lr]] += 1
         losses = np.divide(sums, runs, out=np.full_like(sums, np.nan), where=runs > 0)
-        first = rows[0]
-        return cls(first.arm, first.width, first.weight_decay, seeds, lr, losses, runs.sum(axis=0))
+        first, diverged = rows[0], sum(math.isinf(row.loss) for row in rows)
+        return cls(first.arm, first.width, first.weight_decay, seeds, lr, losses, runs.sum(axis=0), diverged)
 
     @cached_property
     def log2_lr(self) -> Array:
@@ -211,12 +224,17 @@ def noise_of(curves: Iterable[Curve]) -> float | None:
     """
     squares = freedom = 0.0
     for curve in curves:
-        valley = curve.losses[:, max(0, curve.best - VALLEY) : curve.best + VALLEY + 1]
-        valley = valley[:, np.isfinite(valley).all(axis=0)]
-        degrees = (valley.shape[0] - 1) * (valley.shape[1] - 1)
+        of_seeds = curve.losses[: max(1, len(curve.seeds))]
+        valley = of_seeds[:, max(0, curve.best - VALLEY) : curve.best + VALLEY + 1]
+        valley = valley[:, ~np.isinf(valley).any(axis=0)]
+        valley = valley[np.isfinite(valley).sum(axis=1) > 1]  # the shift of a seed with one loss takes that loss up
+        i, j = np.nonzero(np.isfinite(valley))
+        # Each loss is that of its learning rate plus the shift of its seed. Some seeds may lack a learning rate.
+        model = np.hstack([np.eye(valley.shape[0])[i], np.eye(valley.shape[1])[j]])
+        degrees = len(i) - int(np.linalg.matrix_rank(model)) if len(i) else 0
         if degrees > 0:
-            rest = valley - valley.mean(axis=0) - valley.mean(axis=1, keepdims=True) + valley.mean()
-            squares += float(np.sum(rest**2))
+            losses = valley[i, j] - valley[i, j].mean()
+            squares += float(np.sum((losses - model @ np.linalg.lstsq(model, losses, rcond=None)[0]) ** 2))
             freedom += degrees
     return float(np.sqrt(squares / freedom)) if freedom else None
 

@@ -72,6 +72,24 @@ def _arms(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
 
 
+def _named_by_setting(rows: Rows) -> dict[str, list[Mapping[str, str]]]:
+    """Return the rows of every arm. An arm whose runs differ in a base value or in their length is several arms."""
+    found: dict[str, list[Mapping[str, str]]] = {}
+    for arm in _arms(rows):
+        own = [row for row in rows if row["arm"] == arm]
+        differ = [name for name in _SETTING if len({row.get(name) for row in own}) > 1]
+        for row in own:
+            found.setdefault(", ".join([arm, *(f"{name} {row[name]}" for name in differ)]), []).append(row)
+    return found
+
+
+_SETTING: Final = (
+    "base_width",
+    "lr",
+    "weight_decay",
+    "batch",
+    "run_taus",
+)  # what all runs of an exponent have in common
 # The matrices of the synthetic network for each activation.
 VARIANTS: Final[Mapping[str, tuple[str, ...]]] = {"relu": ("in", "out"), "swiglu": ("in", "gate", "out")}
 
@@ -85,7 +103,7 @@ def noise_exponents(path: Path, variant: str) -> list[list[str]]:
 
     Returns:
         The header, then a row per quantity. An exponent that cannot be fitted is "-". Only the header if no run has this
-        activation.
+        activation. Runs of an arm that differ in a base value or in their length have a column each.
 
     Raises:
         ValueError: the file cannot be read or lacks a column.
@@ -95,11 +113,8 @@ def noise_exponents(path: Path, variant: str) -> list[list[str]]:
         *(f"{what}_{name}" for what in ("gain", "top", "second", "bulk", "rms") for name in VARIANTS[variant]),
     ]
     rows = [row for row in rows_of(path, ["arm", "variant", *columns]) if row["variant"] == variant]
-    arms = _arms(rows)
-    lines = [
-        [column.replace("_", " "), *(_exponent([r for r in rows if r["arm"] == arm], column) for arm in arms)]
-        for column in columns
-    ]
+    arms = _named_by_setting(rows)
+    lines = [[column.replace("_", " "), *(_exponent(own, column) for own in arms.values())] for column in columns]
     return [["width exponent of", *arms], *(lines if rows else [])]
 
 

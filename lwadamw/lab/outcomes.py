@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from .transfer_columns import Place, cells, places
-from .transfer_runs import check_conditions, ended, lowest_over
+from .transfer_runs import check_conditions, ended, lowest_over, proxies
 
 # Columns that say how the runs were made. A figure shows those that the file has.
 CONDITIONS: Final = ("steps", "tokens", "seed", "batch", "context", "depth", "data", "commit", "version")
+SAME: Final = 1e-6  # values that differ by a smaller share were rounded differently
 DIVERGED: Final = ("div", "diverged")
 FINISHED: Final = ("", "ok", "done", "finished", "complete", "completed", "success")
 
@@ -72,6 +73,9 @@ def read(
     `transfer_columns.ALIASES` lists the other names that a column may have. Names with a path in front, like
     config.optimizer.lr, are found too. Further columns are ignored, unless runs with equal settings differ in them.
 
+    Learning rates that differ by less than a millionth are the same, and so are weight decays: programs and trackers round
+    them differently.
+
     A run has diverged if its status is "diverged" or "div", or if its loss is empty, nan, inf or one of these words. A run
     that diverged is kept, with loss inf. A run that did not end (running, crashed, killed) is left out, and so is a line that
     repeats another one. `Outcomes.notes` says so.
@@ -94,7 +98,7 @@ def read(
         table = cells(path)
     found = places(table, {**(columns or {}), **({} if loss is None else {"loss": loss})})
     lines, notes = ended(table, found)
-    rows = [_Line(path, number, row, found, table.decimal_comma).outcome() for number, row in lines]
+    rows = _with_equal_values([_Line(path, n, row, found, table.decimal_comma).outcome() for n, row in lines])
     settings = [(row.arm, row.width, row.lr, row.weight_decay, row.seed) for row in rows]
     if over is not None:
         name = over.strip().lower()
@@ -106,6 +110,7 @@ def read(
         lines, rows, settings = [x for _, x in kept], [rows[i] for i, _ in kept], [settings[i] for i, _ in kept]
         notes.append(f"each loss is the lowest over {kinds} values of {over}, so it is a little too low.")
     check_conditions(table, lines, settings, found)
+    notes += proxies(table, lines, [row.arm for row in rows], found)
     seen = dict[tuple[object, ...], int]()
     for setting, (number, _), row in zip(settings, lines, rows, strict=True):
         if row.seed is not None and seen.setdefault(setting, number) != number:
@@ -118,6 +123,23 @@ def read(
     return Outcomes(
         path.name, found["loss"].name, tuple(rows), caption, found["width"].name, tuple(notes), found["lr"].name
     )
+
+
+def _with_equal_values(rows: Sequence[Outcome]) -> list[Outcome]:
+    """Return the runs. Learning rates and weight decays that differ by rounding alone are made equal."""
+    lr = _smallest_like(row.lr for row in rows)
+    decay = _smallest_like(row.weight_decay for row in rows if row.weight_decay)
+    return [replace(x, lr=lr[x.lr], weight_decay=x.weight_decay and decay[x.weight_decay]) for x in rows]
+
+
+def _smallest_like(values: Iterable[float]) -> dict[float, float]:
+    """Return for each positive value the smallest one that is the same up to rounding."""
+    found: dict[float, float] = {}
+    first = 0.0
+    for value in sorted({*values}):
+        first = first if value <= first * (1 + SAME) else value
+        found[value] = first
+    return found
 
 
 def conditions(rows: Sequence[Mapping[str, str]]) -> str:

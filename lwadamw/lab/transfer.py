@@ -248,7 +248,7 @@ def _optimum(curve: Curve, noise: float, fit: float, lower: Array, upper: Array)
         float(curve.lr[curve.best]),
         float(curve.mean[curve.best]),
         int(curve.runs.sum()),
-        int(np.isinf(curve.losses).sum()),
+        curve.diverged,
         problem(curve, noise),
     )
 

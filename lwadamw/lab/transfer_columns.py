@@ -138,7 +138,7 @@ def _match(table: Table, kind: str, aliases: Sequence[str]) -> int | None:
     names = table.names
     for alias in aliases:
         if alias in names:
-            return names.index(alias)
+            return _position(table, alias)
     for alias in aliases:
         ends = [i for i, name in enumerate(names) if name.endswith((f".{alias}", f"/{alias}"))]
         if kind == "loss":  # train/loss is another loss than the one that is asked for
@@ -150,6 +150,18 @@ def _match(table: Table, kind: str, aliases: Sequence[str]) -> int | None:
         if ends:
             return ends[0]
     return None
+
+
+def _position(table: Table, name: str) -> int:
+    """Return the position of the column with a name. Several columns with this name have to hold the same."""
+    first, *others = (i for i, known in enumerate(table.names) if known == name)
+    for other in others:
+        if any(cells[first].strip() != cells[other].strip() for _, cells in table.lines):
+            raise ValueError(
+                f"{table.path}: columns {first + 1} and {other + 1}, {table.header[first].strip()!r} and "
+                f"{table.header[other].strip()!r}, have the same name and hold different values. Rename one of them."
+            )
+    return first
 
 
 def _named(table: Table, kind: str, text: str) -> Place:
@@ -166,7 +178,7 @@ def _named(table: Table, kind: str, text: str) -> Place:
                 f"{table.path}: no column {part!r}, which is to hold the {kind}; there are "
                 f"{', '.join(repr(name.strip()) for name in table.header)}. {hint}."
             )
-    columns = tuple(names.index(name) for name in plain)
+    columns = tuple(_position(table, name) for name in plain)
     texts = [table.header[i].strip() for i in columns]
     numeric = all(_is_number(cells[columns[0]]) for _, cells in table.lines)
     labelled = kind == "arm" and (len(columns) > 1 or (numeric and plain[0] not in ALIASES["arm"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -13,6 +14,7 @@ UNFINISHED: Final = (
     *("running", "crashed", "failed", "killed", "preempted", "preempting", "pending", "queued", "stopped"),
     *("cancelled", "canceled", "interrupted", "timeout"),
 )
+_PROXY: Final = re.compile(r"(^|[./])base_width$")
 Line = tuple[int, tuple[str, ...]]
 
 
@@ -102,6 +104,33 @@ def check_conditions(
         f"{', '.join(map(repr, names))}. Make them different arms: --column arm={wanted}. Or take the best run over a column: "
         f"--over {names[0]}."
     )
+
+
+def proxies(table: Table, lines: Sequence[Line], arms: Sequence[str], places: Mapping[str, Place]) -> list[str]:
+    """Say which arms have runs with base values of several proxies, if the table has the width of the proxy. One note at most.
+
+    Args:
+        table: the table.
+        lines: its lines.
+        arms: the arm of every line.
+        places: where the values are.
+    """
+    arm = places["arm"].columns
+    column = next((i for i, name in enumerate(table.names) if _PROXY.search(name) and i not in arm), None)
+    if column is None:
+        return []
+    found: dict[str, set[str]] = {}
+    for name, (_, cells) in zip(arms, lines, strict=True):
+        found.setdefault(name, set()).add(cells[column].strip())
+    several = [name for name, values in found.items() if len(values) > 1]
+    if not several:
+        return []
+    called = table.header[column].strip()
+    wanted = ",".join([*(table.header[i].strip() for i in arm), called])
+    return [
+        f"the runs of {', '.join(several)} have several values of {called}. Base values of one proxy are not those of another, "
+        f"unless nothing scales with the width. To keep the runs apart: --column arm={wanted}."
+    ]
 
 
 def _state(status: Place | None, cells: Sequence[str]) -> str:

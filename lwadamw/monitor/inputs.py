@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 _GOLDEN: Final = 0.6180339887498949  # the golden ratio minus 1
 PATCHES: Final = -1
@@ -34,11 +36,6 @@ class InputSample:
         self.values: Tensor | None = None
         self._keys: Tensor | None = None
         self._seen = 0
-
-    def hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add the inputs of one call. A module calls this as its forward pre-hook."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        self.add(x.detach().reshape(-1, x.shape[-1]))
 
     def add(self, x: Tensor) -> None:
         """Add the inputs of one call.
@@ -87,9 +84,10 @@ class _View(NamedTuple):
 class InputWatch(TorchFunctionMode):
     """Collects the inputs of weights from the calls of linear, matmul, mm, bmm, addmm, baddbmm, grouped_mm and convolutions.
 
-    It sees every call while it is entered, whatever module makes it. A weight is recognised by its memory: as it is,
-    transposed, one matrix of a tensor of three dimensions, and any of these in another dtype. Other views, and einsum, are not
-    seen.
+    It sees every call while it is entered, whatever module makes it. Of modules that are given to `attach`, it takes the inputs
+    of the module instead of those of the functions that the module calls, which may be functions that it does not know. A
+    weight is recognised by its memory: as it is, transposed, one matrix of a tensor of three dimensions, and any of these
+    in another dtype. Other views, and einsum, are not seen.
 
     Args:
         weights: the parameters to watch, with two or more dimensions.
@@ -108,6 +106,28 @@ class InputWatch(TorchFunctionMode):
             self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append(weight)
         # By address, with the copy itself, so that no other tensor gets its address.
         self._copies: dict[int, tuple[Tensor, _View]] = {}
+        self._inside = Counter[int]()  # how many attached modules with a weight are being called, by id() of the weight
+
+    def attach(self, module: Any) -> list[RemovableHandle]:
+        """Collect the inputs of a module that multiplies its first argument with its `weight`. The handles undo this."""
+        weight = id(module.weight)
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inside[weight] += 1
+            if self._inside[weight] == 1:
+                x = args[0] if args else next(iter(kwargs.values()))
+                self._sample(Use(weight, 0, 1)).add(x.detach().reshape(-1, x.shape[-1]))
+
+        def end(*_: Any) -> None:
+            self._inside[weight] -= 1
+
+        return [
+            module.register_forward_pre_hook(begin, with_kwargs=True),
+            module.register_forward_hook(end, always_call=True),
+        ]
+
+    def _sample(self, use: Use) -> InputSample:
+        return self.samples.setdefault(use, InputSample(self._limit))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -139,9 +159,11 @@ class InputWatch(TorchFunctionMode):
 
     def _add(self, view: _View, summed: int, inputs: Sequence[Tensor]) -> None:
         """Add inputs [rows, fan_in] of each matrix that a view shows. `summed` is the dimension of the view's matrix."""
+        if self._inside[id(view.param)]:
+            return
         for i, x in enumerate(inputs):
             use = Use(id(view.param), view.first + i, 1 - summed if view.transposed else summed)
-            self.samples.setdefault(use, InputSample(self._limit)).add(x.detach().reshape(-1, x.shape[-1]))
+            self._sample(use).add(x.detach().reshape(-1, x.shape[-1]))
 
     def _linear(self, at: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         x, weight = (_argument(args, kwargs, i, name) for i, name in ((0, "input"), (1, "weight")))

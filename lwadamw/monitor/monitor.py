@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -74,9 +75,10 @@ class Monitor:
 
     Hyperparameters that are tensors are read together with the norms. Until the next reading they count as constant. Steps
     that were skipped because of a non-finite gradient are found at the reading. They count as spread evenly since the last
-    reading. If parameters are split over processes, a reading is collective: attach a monitor with the same arguments on every
-    process. All get the same values, and one of them writes: see `Reading.writes`. Singular values of a DTensor that is split
-    both by rows and by columns are NaN, and so are those of plain tensors that are parts (`shard_group`) whose place
+    reading. If a parameter has no gradient at a reading, the steps since the last reading do not count for it. If
+    parameters are split over processes, a reading is collective: attach a monitor with the same arguments on every process.
+    All get the same values, and one of them writes: see `Reading.writes`. Singular values of a DTensor that is split both
+    by rows and by columns are NaN, and so are those of plain tensors that are parts (`shard_group`) whose place
     `place_flat_shard` has not told.
 
     Replays of a CUDA graph call no hooks: call `after_step()` after each replay. Copies and pickles of the optimizer have no
@@ -103,7 +105,8 @@ class Monitor:
     Attributes:
         readings: the latest readings, oldest first.
         on_reading: functions that are called with each new reading.
-        step: the number of steps that the optimizer has taken.
+        step: the number of steps that the optimizer has taken. Steps that were skipped while the monitor was attached count
+            too.
 
     Raises:
         TypeError: the optimizer is not an `lwadamw.AdamW`, or one of `others` is no `torch.optim.Optimizer`.
@@ -240,8 +243,16 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a monitor of the resumed run needs, as plain numbers: tau passed and where every segment started."""
-        segments = self._segments.state_dict()
-        return {"step": self.step, "first": self._first, "elapsed": self._groups.state(), "rows": segments}
+        # A copy: one process may save alone, and its next readings have to stay those of the others.
+        groups = copy.deepcopy(self._groups)
+        groups.take_back_skipped(self.step, int(self.optimizer.skipped_steps))
+        return {
+            "step": self.step,
+            "first": self._first,
+            "elapsed": groups.state(),
+            "rows": self._segments.state_dict(),
+            "skipped": groups.skipped,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the monitor of an earlier part of the run. Segments are matched by name.
@@ -253,14 +264,18 @@ class Monitor:
             ValueError: the state was saved at another step than the optimizer is at.
         """
         self._start_anew()
-        if state["step"] != self.step:
+        counter, skipped = int(self.optimizer.skipped_steps), state.get("skipped", 0)
+        self._groups.take_back_skipped(self.step, counter)
+        # The optimizer's checkpoint holds the steps that were not skipped.
+        then, now = state["step"] - skipped, self.step - self._groups.skipped
+        if then != now:
             raise ValueError(
-                f"Monitor: the state is of step {state['step']}, and the optimizer has taken {self.step}. Load the optimizer's "
-                "checkpoint first, then the monitor's state of the same step."
+                f"Monitor: the state is of step {then}, and the optimizer has taken {now}. Load the optimizer's checkpoint "
+                "first, then the monitor's state of the same step."
             )
-        self._first = state["first"]
+        self.step, self._first = state["step"], state["first"]
         elapsed = [Elapsed(*values) for values in state["elapsed"]]
-        self._groups = GroupTracker(self.step, int(self.optimizer.skipped_steps), elapsed)
+        self._groups = GroupTracker(self.step, counter, elapsed, skipped)
         self._segments = SegmentTracker.from_state(state["rows"])
 
     def forget_spectrum(self) -> None:

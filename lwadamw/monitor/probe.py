@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..state.arrays import Array
 from ..state.members import Member, is_sharded, members_of
 from .alignment import STATISTICS, statistics, sums_of
-from .inputs import InputSample, InputWatch, Use
+from .inputs import InputWatch, Use
 
 if TYPE_CHECKING:
     from ..step.optimizer import AdamW
@@ -37,12 +37,13 @@ class Probe:
     the same, assign that batch to `batch` before `before_step()`.
 
     The probe measures the multiplication alone, without the bias and without what comes after it. It measures weights of the
-    matrix role, or all weights in groups without roles. The weight and the parameter in the optimizer must be the same object.
-    It may belong to a module like nn.Linear, one with `in_features` and `out_features`. Or the forward pass may multiply with
-    it by a function that `lwadamw.monitor.inputs.InputWatch` knows. These are the Conv1D of GPT-2, nn.Conv1d and nn.Conv2d
-    without groups, whose inputs are patches, and experts that are packed into one tensor (experts, ., .). All other parameters
-    are NaN, such as those of an einsum. Frozen weights are not in the optimizer, so they have no values at all. If modules
-    share a weight, or if a module is called several times, X holds the inputs of all calls.
+    matrix role, or all weights in groups without roles. The weight and the parameter in the optimizer must be the same
+    object. It may belong to a module like nn.Linear, one with `in_features` and `out_features`. Or the forward pass may
+    multiply with it by a function that `lwadamw.monitor.inputs.InputWatch` knows. These are the Conv1D of GPT-2, nn.Conv1d
+    and nn.Conv2d without groups, whose inputs are patches, and experts that are packed into one tensor (experts, ., .). All
+    other parameters are NaN, such as those of an einsum, of nn.MultiheadAttention and of nn.LSTM. Frozen weights are not in
+    the optimizer, so they have no values at all. If modules share a weight, or if a module is called several times, or if
+    functions multiply with its weight too, X holds the inputs of all calls.
 
     A weight that `param_groups(segments=...)` splits has values per segment; they are NaN if the rows of the weight are its
     inputs, as in Conv1D. Packed experts without segments have one value: the norms of W X, X and dW X are those of all experts
@@ -118,14 +119,12 @@ class Probe:
         members = self._members()
         self._check_whole(members)
         modules = self._linear_modules()
-        watch = InputWatch([m.param for m in members if id(m.param) not in modules], self.max_rows)
-        samples = watch.samples
+        watch = InputWatch([m.param for m in members], self.max_rows)
         handles = [
-            module.register_forward_pre_hook(sample.hook, with_kwargs=True)
+            handle
             for member in members
-            if id(member.param) in modules
-            for sample in [samples.setdefault(Use(id(member.param), 0, 1), InputSample(self.max_rows))]
-            for module in modules[id(member.param)]
+            for module in modules.get(id(member.param), ())
+            for handle in watch.attach(module)
         ]
         try:
             with _evaluating(self.model), torch.random.fork_rng(_devices(self.model)), watch:
@@ -134,7 +133,7 @@ class Probe:
             for handle in handles:
                 handle.remove()
         found: dict[int, dict[Use, Tensor]] = {}
-        for use, sample in samples.items():
+        for use, sample in watch.samples.items():
             of_weight = found.setdefault(use.weight, {})
             # A weight that is used in both directions is measured in the one that came first.
             if sample.values is not None and all(use.summed == other.summed for other in of_weight):

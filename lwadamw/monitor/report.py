@@ -173,6 +173,7 @@ def _growth_cells(growth: Sequence[Growth]) -> list[list[str]]:
         later = "-" if math.isnan(one.noise) else f"x{_number(one.noise)} to x{_number(one.aligned)}"
         up_to = "-" if math.isnan(one.top * one.top_aligned) else f"x{_number(one.top_aligned)}"
         grown = "-" if math.isnan(one.grown) else f"x{_number(one.grown)}"
+        grown += "" if one.since == first.since else f" since step {one.since}"
         cells.append([one.name, _number(one.rms), grown, _number(one.top), later, up_to])
     return cells
 

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..state import keys
@@ -51,6 +52,7 @@ _SAVED: Final[Mapping[str, tuple[str, type[np.generic]]]] = {
     "taus": ("_taus", np.float64),
     "rate": ("_rate", np.float64),
     "earliest": ("_earliest", np.float64),
+    "expected": ("_expected", np.float64),
 }
 # A new tracker finds these two in the optimizer. It takes all other arrays over from the earlier tracker.
 _FOUND_ANEW: Final = ("group", "decays")
@@ -76,6 +78,12 @@ class _Found(NamedTuple):
     whole: tuple[int, ...] = ()
     matrix: tuple[int, int] | None = None
     wide: bool = False
+
+
+def _without_gradient(norms: Norms) -> NDArray[np.bool_]:
+    """Return which segments had no gradient in the last step. None if the step was skipped: then all rows are 0."""
+    still: NDArray[np.bool_] = (norms.update == 0) & (norms.grad == 0)
+    return np.zeros_like(still) if still.all() else still
 
 
 def _joined(known: Sequence[_Found]) -> _Found:
@@ -165,6 +173,8 @@ class SegmentTracker:
         self._was_close = np.zeros(n, bool)
         # From the last reading: the step, the tau that had passed, and lr * weight_decay per step.
         self._step, self._taus, self._rate = np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
+        # From the last reading: the mean square that noise would have made.
+        self._expected = np.full(n, np.nan)
         # The earliest step at which a segment can be steady, and whether it has weight decay at all.
         self._earliest, self._decays = np.full(n, np.nan), np.zeros(n, bool)
         # The reading from which on the weights are not finite.
@@ -184,12 +194,12 @@ class SegmentTracker:
 
         Args:
             state: what `state_dict` returned. Older states have an underscore in front of every key but `names` and `group`.
-                They are read too.
+                They are read too. Those of version 0.1.0 have no `expected`.
         """
         tracker = cls.__new__(cls)
         tracker.names, tracker._made_of, tracker.shapes = tuple(state["names"]), [], {}
         for key, (attribute, dtype) in _SAVED.items():
-            values = state[key] if key in state else state[f"_{key}"]
+            values = state[key] if key in state else state.get(f"_{key}", [math.nan] * len(tracker.names))
             setattr(tracker, attribute, np.array(values, dtype=dtype))
         tracker._start = tracker._start.reshape(-1, 4)
         # These two are found at the next reading.
@@ -222,14 +232,14 @@ class SegmentTracker:
         Args:
             norms: norms of the last step.
             step: the step of the reading.
-            hyper: effective lr, effective weight decay and beta1 of every segment, float64[len(names), 3]. beta1 is NaN where
-                the update is not Adam's.
+            hyper: effective lr, effective weight decay, beta1 and whether there is weight decay at some learning rate, of
+                every segment, float64[len(names), 4]. beta1 is NaN where the update is not Adam's.
             elapsed: what the steps so far have done to the weights of each parameter group.
 
         Returns:
             The columns by name, float64[len(names)] each. `lwadamw.Monitor` describes them.
         """
-        lr, wd, beta1 = hyper.T
+        lr, wd, beta1, decays = hyper.T
         moved = norms.update > 0
         with np.errstate(all="ignore"):
             rms = norms.weight / np.maximum(self._root_numel, 1)
@@ -237,15 +247,17 @@ class SegmentTracker:
             steady_rms = np.where(np.isnan(beta1), np.nan, weight_rms_of(lr, wd))
             steady_update = relative_update_of(lr, wd, beta1)
             now = np.array([(e.log_kept, e.grown, e.taus) for e in elapsed]).reshape(-1, 3)[self.group]
-            self._decays = wd > 0
+            self._decays = decays > 0
             fresh = np.isnan(self._start[:, 0]) | ~self._decays
             self._start[fresh] = np.column_stack([rms**2, now])[fresh]
+            self._leave_out(~fresh & _without_gradient(norms), now)
             square, log_kept, grown, taus = self._start.T
             kept = np.exp(now[:, 0] - log_kept)
+            self._expected = kept * square + now[:, 1] - kept * grown
             columns = {
                 "weight_rms": rms,
                 "steady_rms": steady_rms,
-                "expected_rms": np.sqrt(kept * square + now[:, 1] - kept * grown),
+                "expected_rms": np.sqrt(self._expected),
                 "rms_ratio": rms / steady_rms,
                 "relative_update": np.where(moved, norms.update / norms.weight, np.nan),
                 "steady_update": steady_update,
@@ -263,6 +275,16 @@ class SegmentTracker:
         self._judge(step, columns["taus"], lr * wd, columns["expected_rms"], steady_rms)
         return columns
 
+    def _leave_out(self, idle: NDArray[np.bool_], now: Array) -> None:
+        """Let the steps since the last reading not count for some segments: those that had no gradient.
+
+        Args:
+            idle: the segments.
+            now: log_kept, grown and taus of the group of every segment, float64[len(names), 3].
+        """
+        idle = idle & np.isfinite(self._expected) & np.isfinite(self._taus)
+        self._start[idle] = np.column_stack([self._expected, now[:, :2], now[:, 2] - self._taus])[idle]
+
     def _judge(self, step: int, taus: Array, rate: Array, expected: Array, steady: Array) -> None:
         """Note which segments became steady, which left the steady state, and when the others can be steady at the earliest."""
         with np.errstate(all="ignore"):
@@ -270,11 +292,12 @@ class SegmentTracker:
             slope = (rate - self._rate) / (step - self._step)
             # At the first reading the slope of the schedule is not known yet. The next step is a safe lower bound.
             self._earliest = np.where(np.isnan(slope), step + 1, earliest_steady_step(step, taus, rate, slope))
-            close = np.abs(expected / steady - 1) <= STEADY_TOLERANCE
+            distance = np.abs(expected / steady - 1)
+            close, far = distance <= STEADY_TOLERANCE, distance > STEADY_TOLERANCE
         reached = taus >= STEADY_TAUS
         new = reached & np.isnan(self._steady_from)
         self._steady_from[new] = crossed[new]
-        left = reached & ~close & self._was_close & np.isnan(self._steady_to)
+        left = reached & far & self._was_close & np.isnan(self._steady_to)
         self._steady_to[left] = self._step[left]
         self._steady_to[close] = np.nan
         self._was_close |= reached & close

@@ -166,6 +166,10 @@ class Together:
             self._close()
 
     def _close(self) -> None:
+        for other in self._others:
+            if id(other) not in self._stepped and self._due():
+                # Others may have written to its weights, but it has taken no step.
+                self._measured[id(other)] = {m.name: _sums(m, None, stepped=False) for m in self._members(other)}
         self._open = False
         self._stepped.clear()
         for hook in self._on_end:
@@ -177,7 +181,7 @@ class Together:
 
 
 @torch.no_grad()
-def _sums(member: Member, before: Tensor | None) -> Tensor:
+def _sums(member: Member, before: Tensor | None, stepped: bool = True) -> Tensor:
     """Return what `Norms.from_sums` needs of one parameter after a step, float64[4] on its device.
 
     This is collective if the gradient is placed otherwise than the parameter, for instance as parts of a sum.
@@ -185,10 +189,11 @@ def _sums(member: Member, before: Tensor | None) -> Tensor:
     Args:
         member: the parameter.
         before: what this process held of it before the step; None where that is not known.
+        stepped: whether its optimizer has taken the step. If not, update and gradient count as 0.
     """
     now = local(member.param.detach()).double()
     change = torch.zeros_like(now) if before is None or before.shape != now.shape else now - before
-    grad = member.gradient
+    grad = member.gradient if stepped else None
     held = None if grad is None else local(placed_like(member.param, grad.detach())).double()
     square = now.new_zeros(()) if held is None else held.square().sum()
     return torch.stack([now.square().sum(), change.square().sum(), square, ((now - change) * change).sum()])

@@ -32,6 +32,16 @@ def test_a_reading_is_logged_once():
     assert callback.unlogged() == {}
 
 
+def test_a_second_training_logs_a_reading_of_the_same_step_as_the_last_one_of_the_first():
+    callback = Watching({"every": 50}, "", roles_only=False)
+    for _ in range(2):
+        optimizer = _optimizer()
+        callback.attach(optimizer)
+        _train(optimizer, 3)
+        assert callback.unlogged()
+        callback.detach()
+
+
 def test_the_state_of_a_checkpoint_is_for_the_training_that_resumes_and_not_for_the_next_one():
     first, optimizer = Watching({"every": 2}, "", roles_only=False), _optimizer()
     first.attach(optimizer)

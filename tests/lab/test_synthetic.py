@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lwadamw.commands import main
-from lwadamw.lab.findings import fit, noise_report
+from lwadamw.lab.findings import fit, noise_exponents, noise_report
 from lwadamw.lab.synthetic import MATRICES, MEASURED, RESULT, Network, Noise, run
 from lwadamw.width.steady_state import Elapsed
 
@@ -125,3 +125,17 @@ def test_one_width_has_no_exponent(tmp_path, capsys):
     data = (Path(__file__).parents[2] / "docs" / "data" / "synthetic.csv").read_text().splitlines()
     (tmp_path / "one.csv").write_text("\n".join([data[0], next(line for line in data if ",relu,64," in line)]))
     assert noise_report(tmp_path / "one.csv").splitlines()[2].split() == ["gain", "network", "-"]
+
+
+def test_runs_of_one_arm_with_other_settings_have_exponents_of_their_own(tmp_path):
+    """The same command with other settings appends its runs to the same file."""
+    with (Path(__file__).parents[2] / "docs" / "data" / "synthetic.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["variant"], row["arm"]) == ("relu", "mup")]
+    steep = [{**row, "run_taus": "0.5", "gain_network": row["width"]} for row in rows]
+    with (tmp_path / "both.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([*rows, *steep])
+    header, first = noise_exponents(tmp_path / "both.csv", "relu")[:2]
+    assert header[1:] == [f"mup, run_taus {rows[0]['run_taus']}", "mup, run_taus 0.5"]
+    assert first[1:] == [str(fit(rows, "gain_network")), "+1.00 ± 0.00"]

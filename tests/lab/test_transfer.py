@@ -151,6 +151,16 @@ def test_noise_is_estimated_from_seeds_and_a_shift_of_a_whole_curve_does_not_cou
     assert all(math.log2(o.high / o.low) < 1 for o in arm.optima)
 
 
+def test_a_further_seed_at_one_learning_rate_takes_no_estimate_away():
+    rows = [Outcome("a", 64, lr, None, str(seed), loss) for seed, losses in enumerate(([3, 2, 3.5], [3.1, 2.3, 3.3]))
+            for lr, loss in zip((1.0, 2.0, 4.0), losses, strict=True)]  # fmt: skip
+    further = Outcome("a", 64, 2.0, None, "2", 2.9)
+    table = np.array([[row.loss for row in rows[:3]], [row.loss for row in rows[3:]]])
+    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    for some in (rows, [*rows, further]):  # one run of a seed says nothing: it is as far off as its seed
+        assert noise_of(curves_of(some)) == pytest.approx(math.sqrt((rest**2).sum() / 2))
+
+
 def test_without_seeds_the_noise_is_the_given_value():
     rows = rows_of(lambda arm, width, lr, wd, seed: 0.05 * math.log2(lr / 0.01) ** 2)
     narrow, wide = (analyse(rows, noise=noise).arms[0] for noise in (0.001, 0.03))
@@ -165,6 +175,16 @@ def test_a_seed_that_diverged_counts_as_infinite():
     optimum = analyse(rows_of(loss, widths=(64,), seeds=("0", "1"))).arms[0].optima[0]
     assert optimum.best_lr != LRS[2]
     assert (optimum.runs, optimum.diverged) == (12, 1)
+
+
+@pytest.mark.parametrize("seeds", [(None, None, None), (None, None, "0"), ("0", None, "1")])
+def test_every_run_counts_once_with_and_without_seeds(seeds):
+    losses = (1.0, 2.0, 6.0)
+    rows = [Outcome("a", 64, 0.5, None, seed, loss) for seed, loss in zip(seeds, losses, strict=True)]
+    rows += [Outcome("a", 64, 1.0, None, None, loss) for loss in (INF, INF, 5.0)]
+    optimum = analyse(rows).arms[0].optima[0]
+    assert optimum.best_loss == pytest.approx(3.0)
+    assert (optimum.runs, optimum.diverged) == (6, 2)
 
 
 def test_regret_is_interpolated_between_runs_unknown_outside_the_grid_and_infinite_next_to_divergence():

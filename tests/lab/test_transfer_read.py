@@ -83,6 +83,29 @@ def test_a_column_that_is_not_found_or_not_certain_is_named(header, columns, mes
         outcomes.read(write(tmp_path / "x.csv", f"{header}\n1,1,1,1\n"), columns=columns)
 
 
+def test_columns_of_one_name_are_refused_if_their_values_differ(tmp_path):
+    path = tmp_path / "x.csv"
+    lines = "width,lr,Loss,loss\n64,1,{},2\n64,2,3,3\n"
+    for columns in ({}, {"loss": "loss"}):
+        with pytest.raises(
+            ValueError, match="columns 3 and 4, 'Loss' and 'loss', have the same name and hold different"
+        ):
+            outcomes.read(write(path, lines.format(1)), columns=columns)
+    assert [row.loss for row in outcomes.read(write(path, lines.format(2))).rows] == [2, 3]
+
+
+def test_values_that_were_rounded_differently_are_the_same(tmp_path):
+    """One seed has the digits of float64, the other those of float32."""
+    lrs = [0.001, 0.0010000000474974513, 0.002, 0.0020000000949949026, 0.004, 0.004000000189989805]
+    decays = ["0.1", "0.10000000149011612"]
+    lines = [f"64,{lr},{decays[i % 2]},{abs(i // 2 - 1) + 0.01 * (i % 2)},{i % 2}" for i, lr in enumerate(lrs)]
+    path = write(tmp_path / "x.csv", "\n".join(["width,lr,wd,loss,seed", *lines]))
+    assert {(row.lr, row.weight_decay) for row in outcomes.read(path).rows} == {(lr, 0.1) for lr in lrs[::2]}
+    (arm,) = numbers(tmp_path, path)["arms"]
+    assert arm["noise_from"] == "seeds"
+    assert arm["optima"][0]["lr"] == pytest.approx(0.002)
+
+
 def test_columns_are_mapped_to_kinds_and_the_width_may_be_a_number(tmp_path, capsys):
     path = write(tmp_path / "x.csv", "eta,kind,batch,bpb\n0.1,x,8,2\n0.2,x,8,1\n0.4,x,8,2\n0.1,x,16,3\n0.2,x,16,2.5\n")
     arguments = ["--column", "lr=eta", "--column", "arm=kind,batch", "--column", "width=256", "--loss", "bpb"]
@@ -137,6 +160,20 @@ def test_runs_that_differ_in_more_than_the_settings_are_refused_with_the_columns
     with pytest.raises(SystemExit):
         main(["transfer", str(path), "--column", "width=tokens", "--over", "batch"])
     assert "--over: no column 'batch'" in capsys.readouterr().err
+
+
+def test_runs_with_base_values_of_several_proxies_are_told_apart(tmp_path, capsys):
+    """A sweep with another --base-width appends to the same file."""
+    runs = [("mup", width, base, lr) for width, base in ((128, 64), (64, 64), (32, 32)) for lr in (1, 2, 4)]
+    runs += [("fan2025", width, 64, lr) for width in (64, 128) for lr in (1, 2, 4)]
+    lines = [f"{arm},{width},{base},{lr},{abs(lr - 2)}" for arm, width, base, lr in runs]
+    path = write(tmp_path / "x.csv", "\n".join(["arm,width,base_width,lr,loss", *lines]))
+    (note,) = outcomes.read(path).notes
+    assert note.startswith("the runs of mup have several values of base_width")
+    assert note.endswith("--column arm=arm,base_width.")
+    apart = outcomes.read(path, columns={"arm": "arm,base_width"})
+    assert apart.notes == ()
+    assert len({row.arm for row in apart.rows}) == 3
 
 
 def effective(power, decays=(0.1, 0.4)):

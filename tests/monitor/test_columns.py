@@ -180,6 +180,41 @@ def test_a_parameter_starts_with_its_first_gradient():
     assert np.isnan(monitor.latest.columns["update_ratio"]).tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("every", [1, 4])
+def test_steps_without_a_gradient_do_not_count(every, backend, device):
+    """A layer is frozen for 40 steps and trains on. A layer that never trained has not forgotten its initial weights."""
+    params = make_params([(6, 5), (30, 20)], device)
+    optimizer = AdamW([("a", params[0]), ("b", params[1])], lr=0.1, weight_decay=1.0, backend=backend)
+    monitor = Monitor(optimizer, every=every, spectrum_every=0)
+    train_on_noise(optimizer, 8)
+    before = monitor.latest.columns["expected_rms"]
+    params[1].grad = None
+    for _ in range(40):
+        set_grads(params[:1])
+        optimizer.step()
+    assert monitor.latest.columns["taus"] == pytest.approx([4.7, 0.7])
+    assert monitor.latest.columns["expected_rms"][1] == pytest.approx(before[1])
+    assert monitor.verdicts["a"].startswith("steady from step")
+    assert monitor.verdicts["b"].startswith("not before step")
+    train_on_noise(optimizer, 8)
+    assert monitor.latest.columns["taus"] == pytest.approx([5.5, 1.5])
+
+
+@pytest.mark.parametrize("zero_at", [49, 99])
+def test_a_learning_rate_of_zero_ends_no_decay_law(zero_at):
+    """Corrected decay is proportional to the lr. At lr 0 its effective value is 0, and the group still decays."""
+    (p,) = make_params([(30, 20)])
+    optimizer = AdamW([("w", p)], lr=0.1, weight_decay=1.0, decay="corrected")
+    monitor = Monitor(optimizer, every=5, spectrum_every=0, steps=100)
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 0.0 if step == zero_at else 0.1
+        train_on_noise(optimizer, 1)
+        assert monitor.latest.unbounded == ()
+    assert monitor.latest.columns["taus"] == pytest.approx([9.8])
+    assert monitor.verdicts == {"w": "steady from step 31"}
+    assert "no weight decay" not in monitor.report()
+
+
 def _packed(backend, device, segments):
     """Make experts of two layers, their optimizer and its monitor. One expert of the second layer is three times as large."""
     model = nn.Module()

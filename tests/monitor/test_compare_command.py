@@ -8,7 +8,7 @@ import torch
 import lwadamw
 from lwadamw import RULES, AdamW, DriftWatch, param_groups
 from lwadamw.commands import main
-from lwadamw.monitor.comparison import compare
+from lwadamw.monitor.comparison import COMPARE_TOLERANCE, compare
 from lwadamw.monitor.profile_file import load
 from tests.monitor.profiles import made, written
 
@@ -100,3 +100,9 @@ def test_a_monitored_run_is_compared_with_its_wider_self(tmp_path, device):
     assert {row.statistic for row in found.findings} == {"weight_rms", "relative_update", "rotation"}
     assert main(["compare", *paths]) == 0
     assert not watch.warned
+
+
+def test_the_help_says_the_tolerance_that_is_used(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert f"default: {COMPARE_TOLERANCE}," in " ".join(capsys.readouterr().out.split())

@@ -110,6 +110,21 @@ def test_the_report_names_heads_and_embeddings_without_decay_and_no_vectors():
     assert monitor.latest.unbounded == ("embed.weight", "head.weight")
 
 
+def test_the_report_says_since_when_a_norm_grows_that_came_later():
+    later, head = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 8))
+    optimizer = AdamW([("head", head), ("later", later)], lr=0.1, weight_decay=0.0)
+    monitor = Monitor(optimizer, every=1)
+    for step in range(1, 9):
+        head.grad = torch.randn(4, 8)
+        later.grad = torch.randn(4, 8) if step >= 5 else None
+        optimizer.step()
+    lines = {line.split()[0]: line for line in monitor.report(160).split("\n\n")[1].splitlines()}
+    begin = monitor.readings[4].columns["weight_rms"][1]
+    assert f"x{monitor.latest.columns['weight_rms'][1] / begin:.3g} since step 5" in lines["later"]
+    assert "since step 1" in next(line for line in lines.values() if "rms at step" in line)
+    assert "since" not in lines["head"]
+
+
 def test_everything_that_decays_is_not_mentioned():
     model = nn.Linear(8, 8)
     optimizer = AdamW(model.named_parameters(), weight_decay=0.1)

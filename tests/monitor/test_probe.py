@@ -178,6 +178,28 @@ def test_x_holds_all_calls_of_a_weight_and_a_weight_without_calls_is_nan():
     assert all(np.isnan(found[key][idle]) for key in STATISTICS)
 
 
+class Functional(nn.Module):
+    """Multiplies with the weight of a linear module by a function, and calls the module too if `calls` says so."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.project, self.calls = nn.Linear(6, 6, bias=False), calls
+
+    def forward(self, x):
+        y = nn.functional.linear(3 * x + 1, self.project.weight)
+        return y + self.project(x) if self.calls else y
+
+
+@pytest.mark.parametrize("calls", [False, True], ids=["function alone", "function and module"])
+def test_x_holds_what_a_function_multiplies_with_the_weight_of_a_linear_module(calls):
+    model, batch = Functional(calls), torch.randn(5, 6)
+    optimizer = AdamW(model.named_parameters(), lr=1e-2)
+    found, before, after = _measure(model, optimizer, Probe(optimizer, model, batch), lambda m: m(batch).square().sum())
+    x = torch.cat([3 * batch + 1, batch]) if calls else 3 * batch + 1
+    expected = _by_hand(x, before["project.weight"], after["project.weight"])
+    np.testing.assert_allclose([found[key][0] for key in STATISTICS], expected, rtol=2e-5)
+
+
 def test_modes_hooks_randomness_and_gradients_stay_as_they_were():
     model = nn.Sequential(MLP(), nn.BatchNorm1d(12), nn.Linear(12, 2))
     model[1].eval()
@@ -263,7 +285,7 @@ def test_the_kept_rows_lie_evenly_over_all_rows():
     for calls in (1, 8):
         sample = InputSample(500)
         for part in x.chunk(calls):
-            sample.hook(nn.Identity(), (part,), {})
+            sample.add(part)
         kept = sample.values.flatten().sort().values
         assert len(kept) == 500
         assert kept[0] == 0

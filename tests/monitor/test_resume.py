@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -61,6 +62,35 @@ def test_a_resumed_run_is_monitored_as_one_that_never_stopped(backend, device):
                 continue
             np.testing.assert_allclose(ours.columns[column], expected, rtol=1e-5, err_msg=column)
     assert np.isfinite(resumed.readings[0].columns["top"][0])
+
+
+def test_a_run_with_skipped_steps_is_resumed_between_two_readings():
+    def begin():
+        optimizer = AdamW([("w", nn.Parameter(torch.ones(4, 3)))], lr=0.02, weight_decay=1.0, max_grad_norm=1.0)
+        return optimizer, Monitor(optimizer, every=5, spectrum_every=0)
+
+    def train(optimizer, steps):
+        for step in steps:
+            optimizer.param_groups[0]["params"][0].grad = torch.full((4, 3), math.nan if step in (2, 7) else 1.0)
+            optimizer.step()
+
+    first, monitor = begin()
+    unsaved = Monitor(first, every=5, spectrum_every=0)
+    train(first, range(1, 9))
+    saved, state = copy.deepcopy(first.state_dict()), json.loads(json.dumps(monitor.state_dict()))
+    train(first, range(9, 11))
+    for name, values in unsaved.latest.columns.items():  # to save changes nothing
+        np.testing.assert_array_equal(monitor.latest.columns[name], values)
+    optimizer, resumed = begin()
+    optimizer.load_state_dict(saved)
+    resumed.load_state_dict(state)
+    train(optimizer, range(9, 11))
+    for one in (monitor, resumed):
+        assert one.step == one.latest.step == 10
+        assert one.latest.columns["taus"] == pytest.approx([7 * 0.02])
+    # The state of the resumed run fits its optimizer too, which has taken 8 steps.
+    resumed.load_state_dict(resumed.state_dict())
+    assert resumed.step == 10
 
 
 def test_a_monitor_may_be_attached_before_the_optimizer_loads_its_checkpoint():

@@ -103,6 +103,25 @@ def test_a_step_that_one_optimizer_leaves_out_is_over_when_the_next_begins():
     assert "1.weight" in monitor.latest.names
 
 
+def test_a_reading_has_the_present_weights_of_an_optimizer_that_left_its_step_out():
+    model, ours, theirs, monitor = hybrid("adamw", every=1)
+    for seed in range(3):
+        backward(model, seed)
+        ours.step()
+        theirs.step()
+    weight = model[1].weight
+    with torch.no_grad():
+        weight.mul_(3)
+    for seed in range(3, 5):  # the step of seed 3 is over when that of seed 4 begins
+        backward(model, seed)
+        ours.step()
+    reading = monitor.latest
+    row = reading.names.index("1.weight")
+    assert reading.step == 4
+    assert reading.columns["weight_rms"][row] == pytest.approx(weight.double().square().mean().sqrt().item())
+    assert math.isnan(reading.columns["relative_update"][row]), "it has taken no step"
+
+
 def test_a_resumed_hybrid_run_goes_on_with_what_the_monitor_knew():
     def run(steps, monitor_state=None, states=None, model_state=None, first=0):
         model, ours, theirs, monitor = hybrid("adamw", every=1)
