@@ -235,6 +235,7 @@ class StateExchange(torch.optim.AdamW):
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         split = bool(self._shards.split_of(member).groups)
         creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments, split=split)
+        creation.lay_out(state, p)  # the parameter may have another memory layout since the last step
         given = local(values)
         if given.dtype == torch.int16:
             given = packing.join_remainder(local(p.detach()), given)

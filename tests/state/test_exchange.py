@@ -93,3 +93,18 @@ def test_a_scheduler_that_goes_on_in_torch_keeps_the_width_ratio():
     theirs.step()
     on.step()
     assert theirs.param_groups[0]["lr"] == pytest.approx(0.25 * 0.6)
+
+
+def test_8_bit_moments_are_set_in_the_layout_that_the_parameter_has_now():
+    p = torch.nn.Parameter(torch.randn(50, 100).T)
+    optimizer = _stepped(p, backend="torch", **_SMALL)
+    p.data = p.data.contiguous()
+    values = {name: optimizer.get_unscaled_state(p, name) for name in ("exp_avg", "exp_avg_sq")}
+    for name, value in values.items():
+        optimizer.set_scaled_state(p, name, value)
+        largest = value.abs().max()
+        assert (optimizer.get_unscaled_state(p, name) - value).abs().max() < 0.05 * largest
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    decayed = optimizer.get_unscaled_state(p, "exp_avg") - 0.9 * values["exp_avg"]
+    assert decayed.abs().max() < 0.05 * values["exp_avg"].abs().max()
