@@ -20,6 +20,7 @@ from . import decay, keys
 from .blocks import cut
 from .callers import caller_level
 from .companions import misfit, misfit_of_codes
+from .creation import own_steps
 from .groups import effective
 from .members import Member, is_sharded, local, split_dimensions, wrap_like
 from .missing_names import without_names
@@ -281,6 +282,8 @@ def _check_wrapping(entry: StateDict, p: Tensor, name: str) -> None:
 def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
     """Give every loaded state tensor that torch has cast the dtype and the values that it was saved with.
 
+    Step counters that several parameters share become one counter for each.
+
     Args:
         optimizer: the optimizer that has loaded a checkpoint.
         loaded: the adapted checkpoint, with parameters in the order of the optimizer.
@@ -296,6 +299,7 @@ def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
                     and current.dtype != value.dtype
                 ):
                     optimizer.state[p][key] = value.to(device=p.device, copy=True)
+    own_steps(state for p, state in optimizer.state.items() if isinstance(p, Tensor))
 
 
 def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any) -> None:

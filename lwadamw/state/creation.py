@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,25 @@ def create_state(
         state[companion] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
     else:
         state[companion] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+
+def own_steps(states: Iterable[dict[str, Any]]) -> None:
+    """Give every state a step counter of its own. A counter that several states share would count several times in one step.
+
+    Scripts that convert checkpoints often put one tensor into all states.
+
+    Args:
+        states: states of different parameters, changed in place.
+    """
+    taken: set[tuple[Any, Any]] = set()
+    for state in states:
+        step = state.get("step")
+        if isinstance(step, Tensor):
+            held = local(step)
+            memory = (held.untyped_storage()._cdata, held.storage_offset())
+            if memory in taken:
+                state["step"] = step.clone()
+            taken.add(memory)
 
 
 @torch.no_grad()
