@@ -59,7 +59,7 @@ def scale_shape(p: Tensor) -> tuple[int, ...]:
         >>> scale_shape(torch.empty(32, 256)), scale_shape(torch.empty(50, 100))
         ((32, 2), (40,))
     """
-    if p.ndim and p.is_contiguous() and p.shape[-1] % QUANT == 0:
+    if p.ndim and _in_order(p) and p.shape[-1] % QUANT == 0:
         return (*p.shape[:-1], p.shape[-1] // QUANT)
     return (-(-p.numel() // QUANT),)
 
@@ -82,7 +82,7 @@ def whole_scale_shape(p: Tensor) -> tuple[int, ...]:
     slices = _slices_of_a_bundle(p)
     bundles = (count,) if slices is None else (shape[0] // slices, math.prod(shape[1:]) * slices // QUANT)
     whole = (*shape[:-1], shape[-1] // QUANT) if _has_whole_rows(p) else bundles
-    if p.is_contiguous():
+    if _in_order(p):
         return whole
     # Codes of another memory layout are cut into other blocks. So their scales must have another shape.
     return (count,) if whole != (count,) else (count, 1)
@@ -192,6 +192,14 @@ def _begins_at_units(size: int, parts: Sequence[int], unit: int) -> bool:
             pieces |= {chunk, length % chunk if chunk else 0}
         sizes = pieces
     return True
+
+
+def _in_order(p: Tensor) -> bool:
+    """Return whether state of a parameter has its elements in memory in the order of their indices.
+
+    State of a parameter with gaps in memory has none.
+    """
+    return p.is_contiguous() or (not hasattr(p, "device_mesh") and torch.empty_like(p, device="meta").is_contiguous())
 
 
 def _has_whole_rows(p: Tensor) -> bool:

@@ -20,12 +20,14 @@ from . import decay, keys
 from .blocks import cut
 from .callers import caller_level
 from .companions import misfit, misfit_of_codes
+from .creation import own_steps
 from .groups import effective
 from .members import Member, is_elsewhere, is_sharded, local, split_dimensions, wrap_like
 from .missing_names import without_names
 from .names import names_of
 from .packing import read_moment
-from .saved_form import from_saved, group_from_saved
+from .saved_form import from_saved, group_from_saved, misplaced
+from .shared_names import places_decide
 from .storage import ARRAYS, CODES, COMPANIONS, SCALES, wanted_companion, wanted_dtype
 
 # These keys describe the model and not the run. So after loading, each group has the values that it had before.
@@ -33,6 +35,9 @@ _MODEL_KEYS = keys.named((*keys.WIDTH, keys.ROLE, keys.RULE, keys.SEGMENTS))
 # The checkpoint decides about all other keys. If it lacks one, for instance because torch's AdamW has written it, the
 # group keeps its own value.
 _OPTION_KEYS = tuple(name for name in keys.named(keys.ALL) if name not in _MODEL_KEYS)
+
+# Learning rates that torch's schedulers keep in a group, and read there when they are built to go on.
+_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr")
 
 StateDict = dict[str, Any]
 
@@ -81,16 +86,17 @@ def adapt(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         ValueError: names, shapes, width multipliers or decay laws do not fit the optimizer.
     """
     saved, groups = [group_from_saved(g) for g in state_dict["param_groups"]], optimizer.param_groups
-    if all("param_names" in g for g in [*saved, *groups]) and groups:
+    if all("param_names" in g for g in [*saved, *groups]) and groups and not places_decide(saved, groups):
         saved = _by_name(saved, groups)
     elif [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         raise ValueError(without_names(saved, groups, state_dict["state"]))
     _warn_of_base_values(saved, groups)
     saved = [_with_model_keys(s, g, i) for i, (s, g) in enumerate(zip(saved, groups, strict=True))]
     adapted = {**state_dict, "param_groups": saved, "state": dict(state_dict["state"])}
-    for s, group in zip(saved, groups, strict=True):
-        for i, p in zip(s["params"], group["params"], strict=True):
+    for index, (s, group) in enumerate(zip(saved, groups, strict=True)):
+        for i, p, name in zip(s["params"], group["params"], names_of(group, index), strict=True):
             if i in adapted["state"]:
+                _check_order(adapted["state"][i], p, name)
                 adapted["state"][i] = from_saved(adapted["state"][i], p)
     _check_state(adapted, groups)
     return adapted
@@ -200,6 +206,18 @@ def _with_model_keys(saved: StateDict, group: StateDict, index: int) -> StateDic
     return {**kept, **options, **{key: group[key] for key in _MODEL_KEYS if key in group}}
 
 
+def _check_order(saved: StateDict, p: Tensor, name: str) -> None:
+    """Raise a ValueError if codes of 8 bits are no longer in the memory layout that their scales belong to."""
+    if lost := misplaced(saved, p):
+        raise ValueError(
+            f"load_state_dict: the codes of {' and '.join(lost)} of {name!r} {tuple(p.shape)} have been copied into another "
+            "memory layout since they were saved, as formats without strides do, and their scales have not. Save with "
+            "torch.save. If the parameter has the memory layout that it had then, copy them back, for the state s of this "
+            "parameter in the checkpoint:\n"
+            f"    for key in {lost}: s[key] = torch.empty_like(p, dtype=s[key].dtype).unsqueeze(-1).copy_(s[key])"
+        )
+
+
 def _check_state(state_dict: StateDict, groups: list[StateDict]) -> None:
     """Raise a ValueError if a state tensor of an adapted checkpoint cannot be used with its parameter."""
     for index, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
@@ -264,6 +282,8 @@ def _check_wrapping(entry: StateDict, p: Tensor, name: str) -> None:
 def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
     """Give every loaded state tensor that torch has cast the dtype and the values that it was saved with.
 
+    Step counters that several parameters share become one counter for each.
+
     Args:
         optimizer: the optimizer that has loaded a checkpoint.
         loaded: the adapted checkpoint, with parameters in the order of the optimizer.
@@ -279,6 +299,7 @@ def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
                     and current.dtype != value.dtype
                 ):
                     optimizer.state[p][key] = value.to(device=p.device, copy=True)
+    own_steps(state for p, state in optimizer.state.items() if isinstance(p, Tensor))
 
 
 def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any) -> None:
@@ -334,6 +355,7 @@ def for_torch(groups: list[StateDict], state_dict: StateDict) -> StateDict:
                 f"    optimizer.param_groups[{index}][{keys.DECAY.name!r}] = 'coupled'"
             )
         plain = {key: value for key, value in saved.items() if key not in own}
+        plain |= {key: plain[key] * keys.WIDTH_LR_MULT.of(group) for key in _OF_SCHEDULERS if key in plain}
         out_groups.append({**plain, **effective(group)._asdict()})
     out_state = {}
     for i, saved in state_dict["state"].items():

@@ -12,7 +12,7 @@ from . import decay, keys
 from .blocks import QUANT, cut
 from .companions import misfit, misfit_of_codes
 from .members import Member, is_fake, local, members_of
-from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_parameter, wanted_dtype
+from .storage import ARRAYS, CODES, COMPANIONS, FLOATS, MOMENTS, SCALES, check_options, check_parameter, wanted_dtype
 
 _ANEW = "del optimizer.state[p] starts its moments at zero"
 
@@ -132,6 +132,35 @@ def check_companion(member: Member, state: Mapping[str, Any]) -> None:
             f"the state of {member.name!r} {tuple(p.shape)} does not fit: {reason}. Give the parameter its former dtype back, "
             "or drop the companion and with it the digits that it holds: "
             "for key in ('master_param', 'kahan_comp'): optimizer.state[p].pop(key, None)."
+        )
+
+
+def check_conversion(member: Member, state: Mapping[str, Any]) -> None:
+    """Raise an error if the state of a parameter cannot be converted to the storage that its group asks for.
+
+    Args:
+        member: the parameter.
+        state: its state.
+
+    Raises:
+        RuntimeError: the companion does not fit the dtype of the parameter, a moment in 8 bits has no scales, or the state has
+            amsgrad's maximum and the group asks for an 8-bit second moment.
+        ValueError: a storage option of the group is not valid, or does not work with the parameter.
+    """
+    p, group = member.param, member.group
+    check_companion(member, state)
+    check_options({**group, "amsgrad": False}, f"group {member.group_index}: ")
+    check_parameter(p, member.name, group)
+    for key, scales in SCALES.items():
+        if key in state and state[key].dtype in CODES and scales not in state:
+            raise RuntimeError(
+                f"{key} of {member.name!r} {tuple(p.shape)} is kept in codes of 8 bits, and its {scales} is missing. {_ANEW}."
+            )
+    if "max_exp_avg_sq" in state and wanted_dtype(p, group, "exp_avg_sq", member.whole_segments) in CODES:
+        raise RuntimeError(
+            f"exp_avg_sq of {member.name!r} {tuple(p.shape)} would be kept in 8 bits, and so would its maximum, which 8 bits "
+            "cannot keep. Set the group's exp_avg_sq_dtype to torch.bfloat16. Or set amsgrad=False and drop the maximum: "
+            "optimizer.state[p].pop('max_exp_avg_sq')."
         )
 
 

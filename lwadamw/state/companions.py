@@ -78,6 +78,8 @@ def misfit_of_codes(p: Tensor, state: Mapping[str, Any]) -> str | None:
         wrapped = local(codes) is not codes
         wanted = whole_scale_shape(p) if wrapped else scale_shape(local(p))
         fits = found.shape == wanted and (local(found) is not found) == wrapped
+        if not wrapped:  # the codes may have been copied into another memory layout
+            fits = fits and found.shape == scale_shape(codes)
         if wrapped and fits and cut(p) is None:
             fits = local(found).shape == local_scale_shape(p)
         if not fits or found.dtype != torch.float32:

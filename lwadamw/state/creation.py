@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from . import decay, keys
 from .blocks import as_scales, local_scale_shape, scale_shape
 from .members import local
 from .packing import read_moment, read_weight, write_moment, write_weight
-from .storage import ARRAYS, CODES, MOMENTS, SCALES, STATE, kept_weight, wanted_companion, wanted_dtype
+from .storage import ARRAYS, CODES, COMPANIONS, MOMENTS, SCALES, kept_weight, wanted_companion, wanted_dtype
+
+_ASKED_AS = {"max_exp_avg_sq": "exp_avg_sq"}  # the moment whose option says the dtype of another moment
 
 
 @torch.no_grad()
@@ -62,6 +64,25 @@ def create_state(
         state[companion] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
 
 
+def own_steps(states: Iterable[dict[str, Any]]) -> None:
+    """Give every state a step counter of its own. A counter that several states share would count several times in one step.
+
+    Scripts that convert checkpoints often put one tensor into all states.
+
+    Args:
+        states: states of different parameters, changed in place.
+    """
+    taken: set[tuple[Any, Any]] = set()
+    for state in states:
+        step = state.get("step")
+        if isinstance(step, Tensor):
+            held = local(step)
+            memory = (held.untyped_storage()._cdata, held.storage_offset())
+            if memory in taken:
+                state["step"] = step.clone()
+            taken.add(memory)
+
+
 @torch.no_grad()
 def lay_out(state: dict[str, Any], p: Tensor) -> None:
     """Give every array of a parameter's state the memory layout of the parameter.
@@ -92,11 +113,18 @@ def _zero_scales(p: Tensor) -> Tensor:
     return zeros if held is p else as_scales(p, zeros)
 
 
+def _is_as_asked(moment: Tensor, p: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a moment needs no conversion. To encode codes again would change the last bit of their scales."""
+    return moment.dtype == dtype and local(moment).stride() == torch.empty_like(local(p), device="meta").stride()
+
+
 @torch.no_grad()
 def convert_state(
     state: dict[str, Any], p: Tensor, group: Mapping[str, Any], segments: Sequence[int] = (), *, split: bool = False
 ) -> None:
     """Convert a parameter's state to the storage types that its group asks for. Each value is rounded once, to nearest.
+
+    Moments that have these types already keep every bit.
 
     Args:
         state: the state of the parameter, changed in place.
@@ -107,10 +135,16 @@ def convert_state(
     """
     kept = kept_weight(p, {}, state)
     weight = read_weight(p, state, kept) if kept in ("master", "remainder", "kahan") else None
-    moments = {key: read_moment(state, key) for key in MOMENTS if key in state}
-    for key in STATE:
+    amsgrad = "max_exp_avg_sq" in state
+    moments = {}
+    for key in MOMENTS:
+        if key in state and not _is_as_asked(state[key], p, wanted_dtype(p, group, _ASKED_AS.get(key, key), segments)):
+            moments[key] = read_moment(state, key)
+            for old in (key, SCALES.get(key, key)):
+                state.pop(old, None)
+    for key in COMPANIONS:
         state.pop(key, None)
-    create_state(state, p, {**group, "amsgrad": "max_exp_avg_sq" in moments}, segments, split=split)
+    create_state(state, p, {**group, "amsgrad": amsgrad}, segments, split=split)
     for key, values in moments.items():
         write_moment(state, key, values)
     if weight is not None:

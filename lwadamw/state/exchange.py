@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, creation, packing
-from .checks import check_companion, check_layouts
+from .checks import check_conversion, check_layouts
 from .companions import settle
 from .itself import on_itself
 from .members import Member, local, members_of, wrap_like
 from .naming import Naming
 from .saved_form import group_to_saved, to_saved
 from .shards import Shards
-from .storage import MOMENTS, kept_weight
+from .storage import FLOATS, MOMENTS, kept_weight
 
 
 class StateExchange(torch.optim.AdamW):
@@ -67,7 +67,8 @@ class StateExchange(torch.optim.AdamW):
         says so, and `convert_state()` converts.
 
         If all groups of the checkpoint and of this optimizer have parameter names, state is matched by name, in any order
-        and grouping. Otherwise it is matched by position, as in torch.
+        and grouping. Otherwise it is matched by position, as in torch. If several parameters share a name, all names have to be
+        the same in the same order, and position decides.
 
         Width multipliers, storage options and a decay law that are not in the checkpoint stay as they are in this
         optimizer. `grad_attribute` always stays.
@@ -131,11 +132,14 @@ class StateExchange(torch.optim.AdamW):
             >>> optimizer.convert_state()
 
         Raises:
-            RuntimeError: a companion does not fit the dtype that its parameter has now. Nothing has been written then.
+            RuntimeError: a companion does not fit the dtype that its parameter has now, or the maximum that amsgrad keeps would
+                get 8 bits.
+            ValueError: a storage option of a group is not valid, or does not work with a parameter. Nothing has been written
+                in any of these cases.
         """
         for member in self._members():
             if self.state.get(member.param):
-                check_companion(member, self.state[member.param])
+                check_conversion(member, self.state[member.param])
         for member in self._members():
             if self.state.get(member.param):
                 settle(member.param, self.state[member.param])
@@ -153,16 +157,17 @@ class StateExchange(torch.optim.AdamW):
             p: a parameter of this optimizer.
 
         Returns:
-            A new tensor of the parameter's shape, a DTensor if the parameter is one. Its dtype is float32.
+            A new tensor of the parameter's shape, a DTensor if the parameter is one. Its dtype is float32; that of a float64
+            or complex parameter is its own.
 
         Raises:
             KeyError: `p` is not a parameter of this optimizer.
         """
         state = dict(self.state.get(self._member(p).param, {}))
-        if not state:
-            return wrap_like(p, packing.read_weight(p, {}, "plain"))
         as_stepped = p.detach().clone()
         settle(as_stepped, state)
+        if p.dtype not in FLOATS:
+            return as_stepped
         return wrap_like(p, packing.read_weight(as_stepped, state, kept_weight(p, {}, state)))
 
     @torch.no_grad()
@@ -195,7 +200,7 @@ class StateExchange(torch.optim.AdamW):
     @torch.no_grad()
     @on_itself
     def set_scaled_state(self, p: Tensor, name: str, values: Tensor) -> None:
-        """Round float32 values into one state tensor of a parameter. This is the inverse of `get_unscaled_state`.
+        """Round values into one state tensor of a parameter. This is the inverse of `get_unscaled_state`.
 
         State that does not exist yet is created as the group asks. The name is the one of Transformer Engine's method.
 
@@ -203,7 +208,8 @@ class StateExchange(torch.optim.AdamW):
             p: a parameter of this optimizer.
             name: "exp_avg", "exp_avg_sq", "max_exp_avg_sq" or "master_param". Any other name is ignored, as in
                 Transformer Engine.
-            values: float32 of the parameter's shape, a DTensor if the parameter is one. For "master_param" also int16: the
+            values: float32 of the parameter's shape, a DTensor if the parameter is one. They are not rounded to float32 first
+                if the parameter is float64 or complex. For "master_param" also int16: the
                 lower 16 bits of a weight whose upper 16 bits are the bfloat16 parameter, as Transformer Engine keeps them.
 
         Raises:
@@ -229,10 +235,11 @@ class StateExchange(torch.optim.AdamW):
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         split = bool(self._shards.split_of(member).groups)
         creation.create_state(state, p, {**member.group, "amsgrad": amsgrad}, member.whole_segments, split=split)
+        creation.lay_out(state, p)  # the parameter may have another memory layout since the last step
         given = local(values)
         if given.dtype == torch.int16:
             given = packing.join_remainder(local(p.detach()), given)
-        held = torch.empty_like(local(p), dtype=torch.float32).copy_(given)
+        held = torch.empty_like(local(p), dtype=torch.float32 if p.dtype in FLOATS else p.dtype).copy_(given)
         if name == "master_param":
             packing.write_weight(p, state, kept_weight(p, member.group, state), held)
         else:

@@ -45,7 +45,7 @@ def to_saved(state: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
         if isinstance(state.get(key), Tensor) and state[key].dtype in CODES:
             longer.add(key)
             if isinstance(state.get(scales), Tensor):
-                saved[scales] = _reshaped(state[scales], whole_scale_shape(p))
+                saved[scales] = _reshaped(state[scales], whole_scale_shape(state[key]))
     for key in longer:
         if isinstance(state.get(key), Tensor):
             saved[key] = _longer(state[key])
@@ -58,7 +58,8 @@ def to_saved(state: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
 def from_saved(saved: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     """Return the state of a parameter from its saved form. State in the form that the step uses stays as it is.
 
-    Earlier versions saved the state as it was. What they saved is accepted too.
+    Earlier versions saved the state as it was. What they saved is accepted too. Codes that `misplaced` finds stay in the saved
+    form, which no parameter fits.
 
     Args:
         saved: an entry of a checkpoint. It is not changed.
@@ -67,9 +68,9 @@ def from_saved(saved: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     Returns:
         A new dict. Its tensors share the memory of the checkpoint where the layout in memory permits it.
     """
-    state = dict(saved)
+    state, lost = dict(saved), misplaced(saved, p)
     for key, scales in SCALES.items():
-        if _is_longer(saved.get(key), p, 1):
+        if _is_longer(saved.get(key), p, 1) and key not in lost:
             state[key] = _shorter(saved[key])
             if isinstance(saved.get(scales), Tensor):
                 state[scales] = _reshaped(saved[scales], scale_shape(local(state[key])))
@@ -77,6 +78,28 @@ def from_saved(saved: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     if _is_longer(lower, p, 2) and lower is not None and lower.dtype == torch.uint8:
         state["master_param"] = _shorter(lower, torch.int16)
     return state
+
+
+def misplaced(saved: Mapping[str, Any], p: Tensor) -> list[str]:
+    """Return the moments in 8 bits whose codes have been copied into another memory layout since they were saved.
+
+    Blocks of codes follow memory order, so each scale would belong to other codes. The shape of the scales tells of the layout
+    that the codes had. Formats without strides, and `contiguous()`, make such copies.
+
+    Args:
+        saved: an entry of a checkpoint.
+        p: the parameter.
+    """
+    lost = []
+    for key, scales in SCALES.items():
+        codes, found = saved.get(key), saved.get(scales)
+        if not (isinstance(codes, Tensor) and isinstance(found, Tensor)):
+            continue
+        if codes.dtype in CODES and _is_longer(codes, p, 1):
+            is_plain = local(codes) is codes and local(found) is found
+            if is_plain and found.shape != whole_scale_shape(_shorter(codes)):
+                lost.append(key)
+    return lost
 
 
 def group_to_saved(group: Mapping[str, Any]) -> dict[str, Any]:

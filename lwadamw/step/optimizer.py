@@ -265,7 +265,8 @@ class AdamW(StateExchange):
         rewritten: the next step multiplies by the factor, and reads the gradients once more to know it. `max_norm` takes the
         place of `max_grad_norm` for that step, and `zero_grad` forgets it if the step was left out. Where parameters are split
         over processes, the norm is that of the whole model, and the call is collective. Under a GradScaler call
-        `scaler.unscale_` first, as with torch's function.
+        `scaler.unscale_` first, as with torch's function. Of several calls before a step, the last one counts, with the norm
+        of the gradients as they are. `nonfinite` says what happens if the norm is not finite.
 
         Args:
             max_norm: the largest norm, positive.

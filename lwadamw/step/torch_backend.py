@@ -100,6 +100,8 @@ class TorchBackend:
             )
         for _, entry, _ in stale:
             check_state(entry.member, entry.state)
+        if stale:
+            creation.own_steps(entry.state for bucket in self.buckets for entry in bucket.entries)
         for bucket, entry, needed in stale:
             _complete(entry.state, entry.member, *needed[:2], self._thresholds.first.get(id(entry.member.param)))
             if bucket.packed:
@@ -225,7 +227,9 @@ def _complete(state: dict[str, Any], member: Member, amsgrad: bool, on_device: b
     """Create what the state of one parameter lacks. Put `step` on the device that torch's implementation reads it on."""
     p = member.param
     step = state.get("step", 0.0)
-    if not isinstance(step, Tensor) or (not on_device and step.device.type != "cpu"):
+    # A counter of 16 bits would stop at 256 or 2048.
+    counts = isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64)
+    if not isinstance(step, Tensor) or (not on_device and (step.device.type != "cpu" or not counts)):
         dtype = torch.float32 if on_device else torch.get_default_dtype()
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         state["step"] = torch.tensor(float(step), dtype=dtype, device=p.device if on_device else "cpu")

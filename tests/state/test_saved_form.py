@@ -191,3 +191,99 @@ def test_groups_may_name_dtypes():
     assert optimizer.param_groups[0]["exp_avg_dtype"] == torch.int8
     with pytest.raises(ValueError, match="is not one of"):
         AdamW([("w", p)], exp_avg_dtype="torch.int16")
+
+
+def _laid_out(shape, layout):
+    p = torch.randn(shape)
+    if layout == "gaps":
+        wide = torch.randn(*shape[:-1], shape[-1] + 2)
+        p = wide[..., 1:-1]
+    elif layout == "channels last":
+        p = p.to(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        p = torch.randn(shape[::-1]).T
+    return torch.nn.Parameter(p)
+
+
+_OTHER_LAYOUTS = [
+    ((100, 50), "transposed"),
+    ((64, 128), "transposed"),
+    ((32, 16, 3, 3), "channels last"),
+    ((64, 64, 1, 128), "channels last"),
+]
+
+
+def _eight_bits(p):
+    optimizer = AdamW([("w", p)], exp_avg_dtype=torch.int8, exp_avg_sq_dtype=torch.uint8, backend="torch")
+    p.grad = torch.randn(p.shape) * torch.rand(p.shape) ** 4
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("target", ["same", "contiguous"])
+@pytest.mark.parametrize(("shape", "layout"), _OTHER_LAYOUTS)
+def test_codes_that_were_copied_into_another_memory_layout_are_refused_and_the_remedy_copies_them_back(
+    shape, layout, target
+):
+    """Each scale would belong to the codes of another block."""
+    optimizer = _eight_bits(_laid_out(shape, layout))
+    (p,) = optimizer.param_groups[0]["params"]
+    saved = optimizer.state_dict()
+    s = saved["state"][0] = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in saved["state"][0].items()
+    }
+    q = _laid_out(shape, layout if target == "same" else "contiguous")
+    twin = AdamW([("w", q)], exp_avg_dtype=torch.int8, exp_avg_sq_dtype=torch.uint8, backend="torch")
+    with pytest.raises(
+        ValueError, match=r"the codes of exp_avg and exp_avg_sq of 'w'.*another memory layout"
+    ) as refused:
+        twin.load_state_dict(saved)
+    assert not twin.state
+    twin.state[q] = dict(s)
+    q.grad = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match="exp_avg of 'w'"):
+        twin.step()
+    del twin.state[q]
+    if target == "same":
+        exec(str(refused.value).partition("\n")[2].strip(), {"torch": torch, "s": s, "p": q})
+        twin.load_state_dict(saved)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(twin.get_unscaled_state(q, key), optimizer.get_unscaled_state(p, key))
+
+
+def test_codes_that_become_strided_are_refused_too():
+    optimizer = _eight_bits(_laid_out((100, 50), "contiguous"))
+    saved = optimizer.state_dict()
+    codes = saved["state"][0]["exp_avg"]
+    saved["state"][0]["exp_avg"] = torch.empty(50, 100, 1, dtype=codes.dtype).transpose(0, 1).copy_(codes)
+    with pytest.raises(ValueError, match="the codes of exp_avg of 'w'"):
+        optimizer.load_state_dict(saved)
+
+
+def test_codes_of_whole_rows_in_the_state_itself_are_refused_in_another_memory_layout():
+    optimizer = _eight_bits(_laid_out((64, 128), "transposed"))
+    (p,) = optimizer.param_groups[0]["params"]
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].contiguous()
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="exp_avg_scale"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("shape", [(34, 128), (50, 100)])
+def test_a_parameter_with_gaps_in_memory_resumes_and_is_copied_bit_for_bit(shape):
+    optimizer = _eight_bits(_laid_out(shape, "gaps"))
+    (p,) = optimizer.param_groups[0]["params"]
+    twins = [copy.deepcopy(optimizer)]
+    for layout in ("gaps", "contiguous"):
+        q = _laid_out(shape, layout)
+        q.data.copy_(p)
+        twins.append(AdamW([("w", q)], exp_avg_dtype=torch.int8, exp_avg_sq_dtype=torch.uint8, backend="torch"))
+        twins[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    p.grad = torch.randn(shape)
+    optimizer.step()
+    for twin in twins:
+        (q,) = twin.param_groups[0]["params"]
+        q.grad = p.grad.clone()
+        twin.step()
+        assert_same_bits(optimizer, twin)
