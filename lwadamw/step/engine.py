@@ -22,6 +22,7 @@ from ..state.naming import Naming
 from ..state.saved_form import from_saved
 from ..state.shards import Shards, Split
 from ..state.storage import check_options
+from ..state.transfer import moved
 from ..state.whole_thresholds import WholeThresholds, check_threshold_alone
 from ..tables.request import Request
 from .backends import use_triton
@@ -190,7 +191,7 @@ class Engine:
         counter = self.skipped
         if counter is None:
             counter = self._skipped = torch.zeros((), dtype=torch.int64, device=stop.device)
-        counter += (stop.reshape(()) != 0).to(counter.device, non_blocking=True)
+        counter += moved(stop.reshape(()) != 0, counter.device)
 
     def released_member(self, groups: ParamGroups, state: State, p: Tensor) -> Member | None:
         """Return the member of a parameter that is about to take its step alone, or None if it is in no group.

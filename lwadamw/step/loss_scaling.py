@@ -23,6 +23,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..state.members import Member, is_sharded, local
+from ..state.transfer import moved
 from ..tables.request import Request
 
 
@@ -100,11 +101,11 @@ class LossScaling:
             totals[grad.device] += found
         else:
             totals[grad.device] = found.clone()
-        scale = scaled.scale.to(grad.device, torch.float32, non_blocking=True)
+        scale = moved(scaled.scale, grad.device, torch.float32)
         if request.grad_scale is not None:
-            scale = scale * request.grad_scale.to(grad.device, non_blocking=True)
+            scale = scale * moved(request.grad_scale, grad.device)
         if request.found_inf is not None:
-            found = found + request.found_inf.to(grad.device, torch.float32, non_blocking=True)
+            found = found + moved(request.found_inf, grad.device, torch.float32)
         return request._replace(grad_scale=scale, found_inf=found)
 
     def _look(self, grad: Tensor) -> Tensor:

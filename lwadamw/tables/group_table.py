@@ -20,6 +20,7 @@ from ..kernels import layout
 from ..state import decay, keys
 from ..state.groups import check_numbers
 from ..state.identity import same, snapshot
+from ..state.transfer import moved
 
 # The keys that decide which parameters the kernels update, and with which state: plans depend on their values.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
@@ -167,7 +168,7 @@ class GroupTable:
         self._volatile = True
         if value.device.type == "cpu":
             return float(value), 0, 0
-        copy = value.to(device, torch.float32, non_blocking=True)
+        copy = moved(value, device, torch.float32)
         self._copies.append(copy)
         return 0.0, copy.data_ptr(), 0
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..state.checks import capturing
 from ..state.members import Member, any_gradient
 from ..state.shards import Shards, Split
+from ..state.transfer import moved
 from ..state.whole_thresholds import WholeThresholds
 from .device_totals import DeviceTotals
 from .group_table import GroupTable
@@ -167,7 +168,7 @@ class TritonBackend:
     def _address(self, scalar: Tensor | None, device: torch.device) -> int:
         if scalar is None:
             return 0
-        there = scalar.to(device, torch.float32, non_blocking=True)
+        there = moved(scalar, device, torch.float32)
         self._scalars.append(there)
         return there.data_ptr()
 
@@ -192,7 +193,7 @@ class TritonBackend:
         self._had_others = True
         for device, totals in self._device_totals.items():
             totals.square_sums.zero_()
-            totals.square_sums[-1].copy_(total.to(device, non_blocking=True))
+            totals.square_sums[-1].copy_(moved(total, device))
 
     @torch.no_grad()
     def share_totals(self, others: Sequence[Tensor]) -> None:
@@ -210,7 +211,7 @@ class TritonBackend:
             for i, tracked in enumerate(self._plans):
                 if tracked.plan.device != device:
                     sums[i : i + 1].copy_(tracked.plan.total, non_blocking=True)
-            there = [t.to(device, non_blocking=True).reshape(()) for t in others]
+            there = [moved(t, device).reshape(()) for t in others]
             sums[-1].copy_(torch.stack(there).sum() if there else torch.zeros_like(sums[-1]))
 
     def run(self, *, clip: bool, norms: bool) -> None:

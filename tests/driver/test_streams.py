@@ -5,6 +5,9 @@ import torch
 
 from lwadamw import AdamW
 from lwadamw.kernels import layout
+from lwadamw.state.members import members_of
+from lwadamw.step.loss_scaling import LossScaling, _Scaled
+from lwadamw.tables.request import Request
 from tests.driver.twins import SHAPES, Twins
 
 ORDERS = ("first", "last")
@@ -141,3 +144,54 @@ def test_pinned_memory_is_on_the_cpu_whatever_the_default_device(driver):
         torch.set_default_device(None)
     assert driver.pinned == 3, "a page of the table, a page for a capture, and a norm"
     twins.assert_equal()
+
+
+def _beside_the_cpu(driver, **options):
+    """A parameter on the CPU before one on a device, and equal parameters on the CPU, each with gradients and an optimizer."""
+    expected = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    params = [torch.nn.Parameter(expected[0].detach().clone()), torch.nn.Parameter(expected[1].detach().to("cuda:0"))]
+    for p, q in zip(params, expected, strict=True):
+        q.grad = torch.randn_like(q).detach()
+        p.grad = q.grad.clone().to(p.device)
+    return params, AdamW(params, **options), expected, AdamW(expected, **options)
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+def test_a_clipped_step_on_the_cpu_waits_for_the_gradients_of_a_device(foreach, driver):
+    params, optimizer, expected, twin = _beside_the_cpu(driver, max_grad_norm=0.5, foreach=foreach, lr=1e-2, eps=1.0)
+    optimizer.step()
+    twin.step()
+    torch.testing.assert_close(params[0], expected[0])
+    assert optimizer._engine.grad_norm is not None
+    driver.run()
+    torch.testing.assert_close(params[1].detach().raw, expected[1].detach())
+
+
+def test_norms_on_the_cpu_wait_for_those_of_a_device(driver):
+    _, optimizer, _, twin = _beside_the_cpu(driver)
+    optimizer.step()
+    twin.step()
+    torch.testing.assert_close(optimizer.norm_sums(), twin.norm_sums(), rtol=1e-5, atol=1e-12)
+
+
+def test_a_released_gradient_on_the_cpu_waits_for_the_scale_of_a_device(driver):
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = AdamW([p], lr=1.0, betas=(0.0, 0.0), weight_decay=0.0, eps=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaling = LossScaling(optimizer)
+    p.grad = torch.full((3,), 8.0)
+    (member,) = members_of(optimizer.param_groups)
+    scale = torch.full((), 8.0).to("cuda:0")
+    request = scaling._scaled_request(member, Request(), _Scaled(scaler, scale))
+    scaling.close()
+    assert float(request.grad_scale) == 8.0
+
+
+def test_clipped_parameters_of_the_torch_backend_may_be_on_several_devices(driver):
+    twins = Twins(driver, (0, 1), backend="torch", foreach=True, max_grad_norm=0.5, eps=1.0, capturable=True)
+    twins.twin.param_groups[0]["capturable"] = False
+    twins.give_grads()
+    twins.step()
+    driver.run()
+    for p, q in zip(twins.params, twins.expected, strict=True):
+        torch.testing.assert_close(p.detach().raw, q.detach())

@@ -299,6 +299,26 @@ def test_parameters_of_another_device_than_the_current_one():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-5)
 
 
+def test_clipping_on_the_cpu_waits_for_the_gradients_of_the_device():
+    """The device is far behind the host when the parameter on the CPU takes the factor and when norms are read."""
+    params = [torch.nn.Parameter(torch.randn(1000)), *_params((1000,))]
+    twins = [torch.nn.Parameter(p.detach().cpu().clone()) for p in params]
+    ours, theirs = (AdamW(own, lr=1e-2, eps=1.0, max_grad_norm=0.5) for own in (params, twins))
+    busy = torch.randn(8192, 8192, device="cuda")
+    for step in range(3):
+        for p, q in zip(params, twins, strict=True):
+            q.grad = torch.randn_like(q) * (step + 1)
+            p.grad = q.grad.to(p.device)
+        for _ in range(30):
+            busy = busy @ busy * 1e-4
+        params[1].grad.mul_(1.0)
+        ours.step()
+        theirs.step()
+        np.testing.assert_allclose(ours.norm_sums().numpy(), theirs.norm_sums().numpy(), rtol=1e-4, atol=1e-9)
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_grad_scaler_skips_and_unscales_as_with_torch():
     params = _params()
     twins = _twins(params)
