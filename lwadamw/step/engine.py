@@ -307,6 +307,8 @@ class Engine:
         for i, group in enumerate(groups):
             check_options(group, f"group {i}: ")
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
+        if self._triton is not None:
+            self._triton.follow()  # the new tables are made of the step counts in the former ones
         self._skipped = self.skipped
         self.keep_captures(self)
         self._forget()

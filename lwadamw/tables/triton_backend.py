@@ -146,6 +146,11 @@ class TritonBackend:
         """Whether some CUDA graph may replay a step of this backend. Then its tables have to be kept."""
         return any(tracked.plan.captures for tracked in self._plans)
 
+    def follow(self) -> None:
+        """Let the current stream of every device wait for the last use of the tables there."""
+        for totals in self._device_totals.values():
+            totals.order.follow()
+
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Bring the hyperparameters of every plan up to date.
 

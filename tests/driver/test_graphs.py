@@ -71,6 +71,24 @@ def test_a_replay_follows_what_others_have_written_to_a_parameter(master, driver
         assert (p + 2.0).abs().max() < 0.1
 
 
+def test_norm_sums_of_a_captured_step_may_be_in_its_graph(driver):
+    twins = _warm_up(Twins(driver, capturable=True))
+    value = _values(twins)
+    inputs = [v.to(p.device) for v, p in zip(value, twins.params, strict=True)]
+    with driver.capture() as graph:
+        for p, x in zip(twins.params, inputs, strict=True):
+            p.grad = x
+        twins.optimizer.step()
+        sums = twins.optimizer.norm_sums()
+    for q, v in zip(twins.expected, value, strict=True):
+        q.grad = v
+    for _ in range(2):
+        graph.replay()
+        twins.twin.step()
+        driver.run()
+        assert torch.equal(sums.raw, twins.twin.norm_sums())
+
+
 def test_two_graphs_keep_their_own_numbers(driver):
     twins = Twins(driver, capturable=True)
     steps = []

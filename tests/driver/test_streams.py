@@ -6,7 +6,7 @@ import torch
 from lwadamw import AdamW
 from lwadamw.kernels import layout
 from lwadamw.state.members import members_of
-from lwadamw.step.loss_scaling import LossScaling, _Scaled
+from lwadamw.step.loss_scaling import LossScaling, _backwards, _Scaled
 from lwadamw.tables.request import Request
 from tests.driver.twins import SHAPES, Twins
 
@@ -71,6 +71,48 @@ def test_a_step_on_another_stream_waits_for_the_tables_of_the_step_before(order,
         for q in twins.expected:
             twins.twin._step_released(q)
     twins.assert_equal(order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_released_inf_skips_the_step_of_its_own_parameter_on_every_stream(order, driver):
+    twins = Twins(driver)
+    scaled = _Scaled(torch.amp.GradScaler("cpu"), torch.full((), 8.0).to("cuda:0"))
+    for optimizer in (twins.optimizer, twins.twin):
+        optimizer.release_gradients()
+    streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
+    _backwards[torch._C._current_graph_task_id()] = scaled
+    try:
+        for _ in range(2):
+            twins.give_grads()
+            twins.expected[0].grad[0] = float("inf")
+            twins.params[0].grad[0] = float("inf")
+            for p, stream in zip(twins.params, streams, strict=True):
+                with driver.stream(stream):
+                    twins.optimizer._step_released(p)
+            for q in twins.expected:
+                twins.twin._step_released(q)
+    finally:
+        _backwards.clear()
+    twins.assert_equal(order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_tables_made_again_on_another_stream_wait_for_the_former_ones(order, driver):
+    twins = Twins(driver)
+    for optimizer in (twins.optimizer, twins.twin):
+        optimizer.release_gradients()
+    streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
+    for step in range(2):
+        twins.give_grads()
+        for i, (p, stream) in enumerate(zip(twins.params, streams, strict=True)):
+            if (step, i) == (1, 1):
+                twins.set(amsgrad=True)
+            with driver.stream(stream):
+                twins.optimizer._step_released(p)
+            twins.twin._step_released(twins.expected[i])
+    driver.run(order)
+    steps = [float(twins.optimizer.state[p]["step"].raw) for p in twins.params]
+    assert steps == [float(twins.twin.state[q]["step"]) for q in twins.expected] == [2.0, 2.0, 2.0]
 
 
 def test_norms_on_another_stream_wait_for_the_step(driver):
