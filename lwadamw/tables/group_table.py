@@ -57,7 +57,8 @@ class GroupTable:
         # Whether some tensor is not on the device in a dtype that the kernels read. Its value is then read by the host, or
         # copied to the device, at every step.
         self._volatile = False
-        self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
+        # Keeps the copies alive that the kernels read at this step, and what they are made of: a graph makes them again.
+        self._copies: list[Tensor] = []
         self._tensors: list[Tensor] = []  # hyperparameters that the kernels read where they are
         self._addresses: list[int] = []  # where they were when the words were written
         self.capturable = False  # whether some group allows the step to be captured in a CUDA graph
@@ -169,7 +170,7 @@ class GroupTable:
         if value.device.type == "cpu":
             return float(value), 0, 0
         copy = moved(value, device, torch.float32)
-        self._copies.append(copy)
+        self._copies += (value.detach(), copy)
         return 0.0, copy.data_ptr(), 0
 
 

@@ -84,7 +84,8 @@ class TritonBackend:
         self._rows = {id(p): (tracked, row) for tracked in self._plans for row, p in enumerate(tracked.params)}
         self._table = GroupTable(groups, list(self._device_totals))
         self._had_others = False
-        self._scalars: list[Tensor] = []  # keeps the loss scale and found_inf alive that the kernels read at this step
+        # Keeps the loss scale and found_inf alive that the kernels read at this step, and what they are copied from.
+        self._scalars: list[Tensor] = []
 
     def stage(self, groups: Sequence[dict[str, Any]], request: Request, verify_state: bool) -> bool:
         """Bring every table up to date for the next step.
@@ -174,7 +175,7 @@ class TritonBackend:
         if scalar is None:
             return 0
         there = moved(scalar, device, torch.float32)
-        self._scalars.append(there)
+        self._scalars += (scalar.detach(), there)
         return there.data_ptr()
 
     def sum_gradients(self) -> list[tuple[Split, Tensor]]:

@@ -119,6 +119,21 @@ def test_a_replay_reads_hyperparameters_that_are_tensors_on_the_device(driver):
     torch.testing.assert_close(params[0].detach().raw, torch.full((5,), -3.5))
 
 
+def test_a_graph_keeps_what_it_converts_at_each_replay(driver):
+    params = [torch.nn.Parameter(torch.zeros(5).to("cuda:0"))]
+    lr, found_inf = (torch.zeros((), dtype=torch.bfloat16).to("cuda:0") for _ in range(2))
+    optimizer = AdamW(params, lr=lr, capturable=True, backend="triton")
+    optimizer.found_inf = found_inf
+    params[0].grad = torch.ones(5).to("cuda:0")
+    optimizer.step()
+    with driver.capture():
+        optimizer.step()
+    optimizer.param_groups[0]["lr"], optimizer.found_inf = 1e-3, None
+    optimizer.step()
+    kept = optimizer._engine._triton._plans[0].plan.captures[0].kept
+    assert {lr.data_ptr(), found_inf.data_ptr()} <= {t.data_ptr() for t in kept}
+
+
 @pytest.mark.parametrize("replace", ["group", "state", "checkpoint"])
 def test_a_graph_reads_its_own_tables_after_the_plan_was_made_again(replace, driver):
     """With both betas 0, a step moves every weight by lr against the sign of its gradient."""

@@ -237,3 +237,11 @@ def test_clipped_parameters_of_the_torch_backend_may_be_on_several_devices(drive
     driver.run()
     for p, q in zip(twins.params, twins.expected, strict=True):
         torch.testing.assert_close(p.detach().raw, q.detach())
+
+
+def test_kernels_on_the_interpreter_get_no_address_on_a_real_device(driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    optimizer = AdamW([torch.nn.Parameter(torch.zeros(2).to("cuda:0"))], backend="triton")
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2).to("cuda:0")
+    with pytest.raises(RuntimeError, match=r"cannot update '0.0' \(2,\): TRITON_INTERPRET is set"):
+        optimizer.step()
