@@ -141,7 +141,7 @@ class Engine:
         whole = self._shards.total(sums + torch_sums, self._splits, call)
         if self._triton is not None:
             if whole is None:
-                self._triton.share_totals([total for _, total in torch_sums])
+                self._triton.share_totals([total for _, total in torch_sums], bool(self._torch_members))
             else:
                 self._triton.set_total(whole)
         return [total for _, total in sums + torch_sums] if whole is None else [whole]

@@ -202,13 +202,16 @@ class TritonBackend:
             totals.square_sums[-1].copy_(moved(total, device))
 
     @torch.no_grad()
-    def share_totals(self, others: Sequence[Tensor]) -> None:
+    def share_totals(self, others: Sequence[Tensor], expected: bool = False) -> None:
         """Copy every square sum to every device, so that each device computes the same global norm.
 
         Args:
             others: square sums of other backends, each of one element.
+            expected: whether other backends may have gradients at other steps.
         """
-        if not others and not self._had_others and len(self._device_totals) == 1:
+        # A replay and the steps around it may differ in whether there are others, and use the same sum.
+        stale = self._had_others or (expected and self.has_captures)
+        if not others and not stale and len(self._device_totals) == 1:
             return
         self._had_others = bool(others)
         for device, totals in self._device_totals.items():

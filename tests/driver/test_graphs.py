@@ -89,6 +89,33 @@ def test_norm_sums_of_a_captured_step_may_be_in_its_graph(driver):
         assert torch.equal(sums.raw, twins.twin.norm_sums())
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_replay_and_a_step_clip_by_their_own_gradients(captured, driver):
+    """The torch backend has a gradient either in the captured step or in the uncaptured ones, not in both."""
+    ours, other = (torch.nn.Parameter(torch.zeros(4).to("cuda:0")) for _ in range(2))
+    groups = [{"params": [ours]}, {"params": [other], "foreach": True}]
+    optimizer = AdamW(groups, max_grad_norm=1.0, nonfinite="pass", capturable=True)
+    gradient = torch.full((4,), 3.0).to("cuda:0")
+
+    def norm_of(step):
+        step()
+        driver.run()
+        return float(optimizer.grad_norm.raw)
+
+    ours.grad, other.grad = torch.full((4,), 2.0).to("cuda:0"), gradient
+    optimizer.step()
+    if not captured:
+        other.grad = None
+        optimizer.step()
+    with driver.capture() as graph:
+        optimizer.step()
+    other.grad = None if captured else gradient
+    alone, together = 4.0, pytest.approx(52.0**0.5)
+    for _ in range(2):
+        assert norm_of(optimizer.step) == (alone if captured else together)
+        assert norm_of(graph.replay) == (together if captured else alone)
+
+
 def test_two_graphs_keep_their_own_numbers(driver):
     twins = Twins(driver, capturable=True)
     steps = []
