@@ -141,7 +141,17 @@ class TorchBackend:
                 if the group asks for fused. Otherwise the host reads it. None: the step happens.
             norms: measure 16-bit and packed parameters now. Later that is not possible, because weights and moments are
                 rounded.
+
+        Raises:
+            RuntimeError: the host would have to read `found_inf` while a CUDA graph is being captured.
         """
+        if found_inf is not None and capturing():
+            for bucket in self.buckets:
+                if not bucket.fused:
+                    raise RuntimeError(
+                        f"lwadamw.AdamW: whether {bucket.entries[0].member.name!r} takes its step is decided on the host, "
+                        "which nothing can do in a CUDA graph. Use nonfinite='pass' and no GradScaler, or fused=True."
+                    )
         for bucket in self.buckets:
             grads, bucket.grads = bucket.grads, []  # norms are read later; do not keep gradients alive until then
             bucket.factor = 1 / grad_scale if grad_scale is not None else factor

@@ -246,3 +246,12 @@ def test_state_of_the_torch_backend_is_not_created_in_a_capture(driver):
     with driver.capture(), pytest.raises(RuntimeError, match="has no state yet"):
         optimizer.step()
     assert not optimizer.state[params[1]]
+
+
+def test_a_captured_step_that_the_host_may_skip_is_refused(driver):
+    p = torch.nn.Parameter(torch.zeros(5).to("cuda:0"))
+    optimizer = AdamW([p], capturable=True, backend="torch", foreach=True, max_grad_norm=1.0)
+    p.grad = torch.ones(5).to("cuda:0")
+    optimizer.step()
+    with driver.capture(), pytest.raises(RuntimeError, match="'0.0' takes its step is decided on the host"):
+        optimizer.step()
