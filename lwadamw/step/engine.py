@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..state.checks import capturing, check_capturable, check_layouts, check_real, check_state
+from ..state.checks import capturing, check_capturable, check_layouts, check_not_captured, check_real, check_state
 from ..state.collectives import CLIP, STEP, Call
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
@@ -227,11 +227,7 @@ class Engine:
         """
         p, found = member.param, member
         check_threshold_alone(member, self._shards)
-        if capturing(local(p).device):
-            raise RuntimeError(
-                f"lwadamw.AdamW: the backward that releases the gradient of {member.name!r} {tuple(p.shape)} is being captured "
-                "in a CUDA graph. Call remove() on the handle of release_gradients(), and capture step()."
-            )
+        check_not_captured(member)
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             for _ in range(3):
                 if id(p) in self._looks:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lwadamw import AdamW
+from lwadamw.step.loss_scaling import _backwards, _Scaled
 from tests.driver.twins import Twins
 
 
@@ -233,8 +234,16 @@ def test_a_capture_of_some_devices_only_is_refused(current, driver):
 def test_a_captured_gradient_release_is_refused(driver):
     twins = _warm_up(Twins(driver, capturable=True))
     twins.optimizer.release_gradients()
-    with driver.capture(), pytest.raises(RuntimeError, match="releases the gradient of '0.0' .* being captured"):
-        twins.optimizer._step_released(twins.params[0])
+    _backwards[torch._C._current_graph_task_id()] = _Scaled(torch.amp.GradScaler("cpu"), torch.ones(()).to("cuda:0"))
+    try:
+        with (
+            driver.capture() as graph,
+            pytest.raises(RuntimeError, match="releases the gradient of '0.0' .* being captured"),
+        ):
+            twins.optimizer._step_released(twins.params[0])
+    finally:
+        _backwards.clear()
+    assert not graph.calls
 
 
 def test_state_of_the_torch_backend_is_not_created_in_a_capture(driver):
