@@ -261,6 +261,28 @@ def test_a_captured_training_step_replays_between_uncaptured_steps():
     assert optimizer.steps_taken() == twin.steps_taken() == 9
 
 
+def test_norm_sums_of_a_captured_step_may_be_in_its_graph():
+    """The uncaptured step is on another stream than the capture."""
+    params = _params()
+    twins = _twins(params)
+    ours, theirs = (AdamW(own, capturable=True, max_grad_norm=1.0, backend="triton") for own in (params, twins))
+    _new_grads(params, twins)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+        optimizer.norm_sums()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+        sums = ours.norm_sums()
+    for _ in range(2):
+        for p, q in zip(params, twins, strict=True):
+            p.grad.copy_(torch.randn_like(p))
+            q.grad.copy_(p.grad)
+        graph.replay()
+        theirs.step()
+        assert torch.equal(sums, theirs.norm_sums())
+
+
 def test_a_second_captured_step_without_prepared_tables_is_refused():
     params = _params((100,))
     optimizer = AdamW(params, capturable=True, backend="triton")
