@@ -20,11 +20,15 @@ from .layout import K_INTERPRETED, K_LOAD_CACHE, K_LOAD_EVICTION, K_STORE_CACHE,
 
 @triton.jit
 def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """`address` as a pointer to `TYPE`. `ALIGNED` promises 16-byte alignment, so that accesses can be 16 bytes wide."""
-    pointer = address.to(tl.pointer_type(TYPE))
+    """`address` as a pointer to `TYPE`. `ALIGNED` promises 16-byte alignment, so that accesses can be 16 bytes wide.
+
+    If the promise does not hold, the loop must not run. But a loop that loads ahead asks for nothing of its first block even
+    then, and the address of a 16-byte copy has to be aligned although the copy reads nothing.
+    """
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+        return tl.multiple_of((address & -16).to(tl.pointer_type(TYPE)), 16)
+    else:
+        return address.to(tl.pointer_type(TYPE))
 
 
 @triton.jit

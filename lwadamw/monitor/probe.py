@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..state.arrays import Array
 from ..state.members import Member, is_sharded, members_of
+from ..state.transfer import moved
 from .alignment import STATISTICS, statistics, sums_of
 from .inputs import InputWatch, Use
 
@@ -166,7 +167,7 @@ class Probe:
             # Norms are those of segments, or of the whole where its rows are not contiguous in memory.
             names += [member.name, *member.segment_names()]
             sums.append(sums_of(member, weight, inputs))
-        table = torch.cat([part.to(sums[0].device, non_blocking=True) for part in sums]).cpu().numpy()
+        table = torch.cat([moved(part, sums[0].device) for part in sums]).cpu().numpy()
         measured = dict(zip(names, statistics(table), strict=True))
         unknown = np.full(len(STATISTICS), np.nan)
         rows = np.array([measured.get(name, unknown) for name in self.optimizer.norm_names()])

@@ -294,3 +294,20 @@ def check_capturable(groups: Sequence[dict[str, Any]]) -> None:
                 "optimizer of their own."
             )
         captured.add(device)
+
+
+def check_not_captured(member: Member) -> None:
+    """Raise an error if a parameter is about to take its step inside a backward that is being captured in a CUDA graph.
+
+    Args:
+        member: the parameter.
+
+    Raises:
+        RuntimeError: the current stream of the parameter's device is being captured.
+    """
+    p = member.param
+    if capturing(local(p).device):
+        raise RuntimeError(
+            f"lwadamw.AdamW: the backward that releases the gradient of {member.name!r} {tuple(p.shape)} is being captured "
+            "in a CUDA graph. Call remove() on the handle of release_gradients(), and capture step()."
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 from .collectives import STEP, Call, add_over, device_of, gathered
 from .members import Member, is_elsewhere, is_of_fsdp1, split_dimensions
 from .names import is_named
+from .transfer import moved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -221,7 +222,7 @@ class Shards:
         device = listed[0][1].device if listed else device_of([g for split in lines.values() for g in split.groups])
         rows = {label: torch.zeros((), dtype=torch.float64, device=device) for label in sorted(lines)}
         for split, value in listed:
-            rows[split.label] = rows[split.label] + value.to(device, non_blocking=True).reshape(())
+            rows[split.label] = rows[split.label] + moved(value, device).reshape(())
         table = torch.stack(list(rows.values()))
         add_up(table, [lines[label] for label in rows], call)
         return table.sum()

@@ -24,6 +24,7 @@ from .packing import read_weight
 from .shards import Shards, Split, add_up
 from .storage import kept_weight
 from .telling import tell
+from .transfer import moved
 
 
 class WholeThresholds:
@@ -160,12 +161,9 @@ class WholeThresholds:
         table = torch.zeros(len(self._lines), self._width, dtype=torch.float64, device=device)
         places = [self._index(params, device) for params, _ in parts]
         for place, (_, sums) in zip(places, parts, strict=True):
-            table.view(-1)[place] = sums.to(device, non_blocking=True)
+            table.view(-1)[place] = moved(sums, device)
         add_up(table, self._lines, HUBER)
-        return [
-            table.view(-1)[place].to(sums.device, non_blocking=True)
-            for place, (_, sums) in zip(places, parts, strict=True)
-        ]
+        return [moved(table.view(-1)[place], sums.device) for place, (_, sums) in zip(places, parts, strict=True)]
 
     def _index(self, params: Sequence[Tensor], device: torch.device) -> Tensor:
         key = tuple(map(id, params))

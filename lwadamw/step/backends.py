@@ -52,6 +52,11 @@ def triton_refusal(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
             return "it is on the CPU. Move it to a GPU, use backend='torch', or set TRITON_INTERPRET=1 before Python starts"
     elif p.device.type != "cuda":
         return f"it is on {p.device}, and the kernels run on CUDA and ROCm devices. Use backend='torch'"
+    elif interpreting() and torch.cuda.is_available():
+        return (
+            f"TRITON_INTERPRET is set, so the kernels run on the CPU, and it is on {p.device}. Unset TRITON_INTERPRET before "
+            "Python starts, move it to the CPU, or use backend='torch'"
+        )
     elif not torch.version.hip and torch.cuda.get_device_capability(p.device) < (8, 0):
         return f"{torch.cuda.get_device_name(p.device)} is older than compute capability 8.0. Use backend='torch'"
     if p.dtype not in FLOATS:

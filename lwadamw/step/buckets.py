@@ -206,7 +206,7 @@ def _bucket_for(
         flags["capturable"] = False  # nothing captures a CPU, and torch's loop would refuse
     values = (*numbers, *flags.values())
     new = Bucket(dict(zip(_ARGUMENTS, values, strict=True)), attribute, path == "fused", path == "packed", huber_decay)
-    return buckets.setdefault((attribute, path, huber_decay, *values), new)
+    return buckets.setdefault((attribute, path, on_cpu, huber_decay, *values), new)
 
 
 def _numbers_of(group: Mapping[str, Any]) -> tuple[tuple[float | Tensor, ...], float | Tensor | None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..state.checks import capturing, check_capturable, check_layouts, check_real, check_state
+from ..state.checks import capturing, check_capturable, check_layouts, check_not_captured, check_real, check_state
 from ..state.collectives import CLIP, STEP, Call
 from ..state.companions import settle
 from ..state.fingerprint import Fingerprint, State
@@ -22,6 +22,7 @@ from ..state.naming import Naming
 from ..state.saved_form import from_saved
 from ..state.shards import Shards, Split
 from ..state.storage import check_options
+from ..state.transfer import moved
 from ..state.whole_thresholds import WholeThresholds, check_threshold_alone
 from ..tables.request import Request
 from .backends import use_triton
@@ -140,7 +141,7 @@ class Engine:
         whole = self._shards.total(sums + torch_sums, self._splits, call)
         if self._triton is not None:
             if whole is None:
-                self._triton.share_totals([total for _, total in torch_sums])
+                self._triton.share_totals([total for _, total in torch_sums], bool(self._torch_members))
             else:
                 self._triton.set_total(whole)
         return [total for _, total in sums + torch_sums] if whole is None else [whole]
@@ -190,7 +191,7 @@ class Engine:
         counter = self.skipped
         if counter is None:
             counter = self._skipped = torch.zeros((), dtype=torch.int64, device=stop.device)
-        counter += (stop.reshape(()) != 0).to(counter.device, non_blocking=True)
+        counter += moved(stop.reshape(()) != 0, counter.device)
 
     def released_member(self, groups: ParamGroups, state: State, p: Tensor) -> Member | None:
         """Return the member of a parameter that is about to take its step alone, or None if it is in no group.
@@ -226,11 +227,7 @@ class Engine:
         """
         p, found = member.param, member
         check_threshold_alone(member, self._shards)
-        if capturing(local(p).device):
-            raise RuntimeError(
-                f"lwadamw.AdamW: the backward that releases the gradient of {member.name!r} {tuple(p.shape)} is being captured "
-                "in a CUDA graph. Call remove() on the handle of release_gradients(), and capture step()."
-            )
+        check_not_captured(member)
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             for _ in range(3):
                 if id(p) in self._looks:
@@ -306,6 +303,8 @@ class Engine:
         for i, group in enumerate(groups):
             check_options(group, f"group {i}: ")
         for_triton = [m for m in members if use_triton(m, state.get(m.param, {}), self._backend)]
+        if self._triton is not None:
+            self._triton.follow()  # the new tables are made of the step counts in the former ones
         self._skipped = self.skipped
         self.keep_captures(self)
         self._forget()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..state import keys
-from ..state.checks import check_gradient, check_state
+from ..state.checks import check_gradient, check_not_captured, check_state
 from ..state.decay import is_huber
 from ..state.members import Member, ParamGroups, members_of
 from ..state.whole_thresholds import check_threshold_alone
@@ -164,6 +164,7 @@ class ReleaseHooks:
         if p.grad is not None:
             check_gradient(member, p.grad)
         told = request.found_inf is not None
+        check_not_captured(member)  # before anything is allocated for the scaler
         scaled = self._scaling.request_for(member, request)
         self._unscaled |= not told and scaled is request
         engine.step_released(groups, state, member, scaled, verify_state=verify)

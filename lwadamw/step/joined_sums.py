@@ -11,6 +11,7 @@ from ..state.collectives import Call
 from ..state.fingerprint import State
 from ..state.members import Member, is_elsewhere, local
 from ..state.shards import Shards
+from ..state.transfer import moved
 from .torch_norms import resting_sums
 
 Table = tuple[Sequence[Member], Tensor]  # parameters, and the sums of their segments
@@ -39,7 +40,7 @@ def join_sums(tables: Sequence[Table]) -> tuple[list[tuple[Member, str]], Tensor
         return [], tables[0][1][:0]
     pieces.sort(key=lambda piece: piece[0].order)
     device = pieces[0][2].device
-    return [(m, name) for m, name, _ in pieces], torch.stack([t.to(device, non_blocking=True) for _, _, t in pieces])
+    return [(m, name) for m, name, _ in pieces], torch.stack([moved(t, device) for _, _, t in pieces])
 
 
 def whole_sums(

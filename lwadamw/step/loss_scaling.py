@@ -23,7 +23,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..state.members import Member, is_sharded, local
+from ..state.transfer import moved
 from ..tables.request import Request
+from ..tables.stream_order import StreamOrder
 
 
 class _Scaled(NamedTuple):
@@ -52,7 +54,7 @@ class LossScaling:
         self._key = id(optimizer)
         # What `scaler.step` has not asked for yet: float32[] by device, by scaler.
         self._found: weakref.WeakKeyDictionary[GradScaler, dict[torch.device, Tensor]] = weakref.WeakKeyDictionary()
-        self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[torch.device, tuple[Tensor, Tensor, StreamOrder]] = {}
         _open[self._key] = self
         _wrap_all()
 
@@ -100,19 +102,22 @@ class LossScaling:
             totals[grad.device] += found
         else:
             totals[grad.device] = found.clone()
-        scale = scaled.scale.to(grad.device, torch.float32, non_blocking=True)
+        scale = moved(scaled.scale, grad.device, torch.float32)
         if request.grad_scale is not None:
-            scale = scale * request.grad_scale.to(grad.device, non_blocking=True)
+            scale = scale * moved(request.grad_scale, grad.device)
         if request.found_inf is not None:
-            found = found + request.found_inf.to(grad.device, torch.float32, non_blocking=True)
+            found = found + moved(request.found_inf, grad.device, torch.float32)
         return request._replace(grad_scale=scale, found_inf=found)
 
     def _look(self, grad: Tensor) -> Tensor:
         """Return float32[] on the device of a gradient, not 0 if the gradient has an inf or a NaN. The next call reuses it."""
         if grad.device not in self._buffers:
             zero = torch.zeros((), dtype=torch.float32, device=grad.device)
-            self._buffers[grad.device] = (zero, torch.ones_like(zero))
-        found, one = self._buffers[grad.device]
+            one, order = torch.ones_like(zero), StreamOrder(grad.device)
+            order.add((zero, one))
+            self._buffers[grad.device] = (zero, one, order)
+        found, one, order = self._buffers[grad.device]
+        order.follow()  # a step on another stream may still have to read what was found for it
         found.zero_()
         real = torch.view_as_real(grad) if grad.is_complex() else grad
         # The operator that GradScaler looks with. It reads the gradient once and needs no memory.

@@ -20,6 +20,7 @@ from ..state.checks import capturing, check_state
 from ..state.members import Member, local, wrap_like
 from ..state.shards import Shards, Split
 from ..state.storage import MOMENTS
+from ..state.transfer import moved
 from ..state.whole_thresholds import WholeThresholds
 from . import torch_fused_cpu as fused_cpu
 from .buckets import Bucket, Entry, Needs, fill_buckets, follow_threshold, follow_values, refill_buckets
@@ -142,7 +143,17 @@ class TorchBackend:
                 if the group asks for fused. Otherwise the host reads it. None: the step happens.
             norms: measure 16-bit and packed parameters now. Later that is not possible, because weights and moments are
                 rounded.
+
+        Raises:
+            RuntimeError: the host would have to read `found_inf` while a CUDA graph is being captured.
         """
+        if found_inf is not None and capturing():
+            for bucket in self.buckets:
+                if not bucket.fused:
+                    raise RuntimeError(
+                        f"lwadamw.AdamW: whether {bucket.entries[0].member.name!r} takes its step is decided on the host, "
+                        "which nothing can do in a CUDA graph. Use nonfinite='pass' and no GradScaler, or fused=True."
+                    )
         for bucket in self.buckets:
             grads, bucket.grads = bucket.grads, []  # norms are read later; do not keep gradients alive until then
             bucket.factor = 1 / grad_scale if grad_scale is not None else factor
@@ -267,7 +278,7 @@ def _call_torch(
     with torch.set_grad_enabled(options["differentiable"]):
         if bucket.factor is not None and not (fused and grad_scale is not None):
             # DTensors on different meshes cannot be multiplied in one call. What the process holds of them can.
-            scaled = torch._foreach_mul(list(map(local, grads)), bucket.factor.to(params[0].device, non_blocking=True))
+            scaled = _products(list(map(local, grads)), bucket.factor)
             # The product of a 0-d gradient has the dtype of the factor.
             grads = [wrap_like(g, s.to(g.dtype)) for s, g in zip(scaled, grads, strict=True)]
         adamw(
@@ -278,10 +289,23 @@ def _call_torch(
             bucket.column("max_exp_avg_sq") if options["amsgrad"] else [],
             bucket.column("step"),
             has_complex=any(map(torch.is_complex, params)),
-            grad_scale=grad_scale if fused else None,
-            found_inf=found_inf if fused else None,
+            grad_scale=_beside(params, grad_scale) if fused else None,
+            found_inf=_beside(params, found_inf) if fused else None,
             **options,
         )
+
+
+def _products(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Return tensors times a factor of one element, each on its own device. torch wants both on the same device."""
+    factors = {device: moved(factor, device) for device in {t.device for t in tensors}}
+    if len(factors) == 1:
+        return list(torch._foreach_mul(tensors, factors[tensors[0].device]))
+    return [product for t in tensors for product in torch._foreach_mul([t], factors[t.device])]
+
+
+def _beside(params: list[Tensor], scalar: Tensor | None) -> Tensor | None:
+    """Return a scalar for torch's fused kernel. torch itself would not wait for a copy to the CPU."""
+    return None if scalar is None else moved(scalar, params[0].device)
 
 
 def _keep_hyperparameters(options: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ..kernels import layout
 from ..state import decay, keys
 from ..state.groups import check_numbers
 from ..state.identity import same, snapshot
+from ..state.transfer import moved
 
 # The keys that decide which parameters the kernels update, and with which state: plans depend on their values.
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable")
@@ -56,7 +57,8 @@ class GroupTable:
         # Whether some tensor is not on the device in a dtype that the kernels read. Its value is then read by the host, or
         # copied to the device, at every step.
         self._volatile = False
-        self._copies: list[Tensor] = []  # keeps the copies alive that the kernels read at this step
+        # Keeps the copies alive that the kernels read at this step, and what they are made of: a graph makes them again.
+        self._copies: list[Tensor] = []
         self._tensors: list[Tensor] = []  # hyperparameters that the kernels read where they are
         self._addresses: list[int] = []  # where they were when the words were written
         self.capturable = False  # whether some group allows the step to be captured in a CUDA graph
@@ -167,8 +169,8 @@ class GroupTable:
         self._volatile = True
         if value.device.type == "cpu":
             return float(value), 0, 0
-        copy = value.to(device, torch.float32, non_blocking=True)
-        self._copies.append(copy)
+        copy = moved(value, device, torch.float32)
+        self._copies += (value.detach(), copy)
         return 0.0, copy.data_ptr(), 0
 
 

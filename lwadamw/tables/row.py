@@ -37,7 +37,7 @@ class Row:
 
 
 def gather_steps(rows: Sequence[Row], device: torch.device) -> Tensor:
-    """Return the steps of all rows as one new tensor, without waiting for the device.
+    """Return the steps of all rows as one new tensor. Steps that are on the device are not read by the host.
 
     Args:
         rows: the rows of a plan.

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..state.checks import capturing
+
 
 class StreamOrder:
     """The stream that last used the tables of one device, and the tables.
@@ -38,7 +40,7 @@ class StreamOrder:
         if self._last is None:
             return
         stream = torch.cuda.current_stream(self._device)
-        if stream == self._last:
+        if stream == self._last or capturing(self._device):
             return
         stream.wait_stream(self._last)
         if stream not in self._streams:

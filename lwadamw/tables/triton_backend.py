@@ -17,6 +17,7 @@ from torch import Tensor
 from ..state.checks import capturing
 from ..state.members import Member, any_gradient
 from ..state.shards import Shards, Split
+from ..state.transfer import moved
 from ..state.whole_thresholds import WholeThresholds
 from .device_totals import DeviceTotals
 from .group_table import GroupTable
@@ -83,7 +84,8 @@ class TritonBackend:
         self._rows = {id(p): (tracked, row) for tracked in self._plans for row, p in enumerate(tracked.params)}
         self._table = GroupTable(groups, list(self._device_totals))
         self._had_others = False
-        self._scalars: list[Tensor] = []  # keeps the loss scale and found_inf alive that the kernels read at this step
+        # Keeps the loss scale and found_inf alive that the kernels read at this step, and what they are copied from.
+        self._scalars: list[Tensor] = []
 
     def stage(self, groups: Sequence[dict[str, Any]], request: Request, verify_state: bool) -> bool:
         """Bring every table up to date for the next step.
@@ -145,6 +147,11 @@ class TritonBackend:
         """Whether some CUDA graph may replay a step of this backend. Then its tables have to be kept."""
         return any(tracked.plan.captures for tracked in self._plans)
 
+    def follow(self) -> None:
+        """Let the current stream of every device wait for the last use of the tables there."""
+        for totals in self._device_totals.values():
+            totals.order.follow()
+
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Bring the hyperparameters of every plan up to date.
 
@@ -167,8 +174,8 @@ class TritonBackend:
     def _address(self, scalar: Tensor | None, device: torch.device) -> int:
         if scalar is None:
             return 0
-        there = scalar.to(device, torch.float32, non_blocking=True)
-        self._scalars.append(there)
+        there = moved(scalar, device, torch.float32)
+        self._scalars += (scalar.detach(), there)
         return there.data_ptr()
 
     def sum_gradients(self) -> list[tuple[Split, Tensor]]:
@@ -192,16 +199,19 @@ class TritonBackend:
         self._had_others = True
         for device, totals in self._device_totals.items():
             totals.square_sums.zero_()
-            totals.square_sums[-1].copy_(total.to(device, non_blocking=True))
+            totals.square_sums[-1].copy_(moved(total, device))
 
     @torch.no_grad()
-    def share_totals(self, others: Sequence[Tensor]) -> None:
+    def share_totals(self, others: Sequence[Tensor], expected: bool = False) -> None:
         """Copy every square sum to every device, so that each device computes the same global norm.
 
         Args:
             others: square sums of other backends, each of one element.
+            expected: whether other backends may have gradients at other steps.
         """
-        if not others and not self._had_others and len(self._device_totals) == 1:
+        # A replay and the steps around it may differ in whether there are others, and use the same sum.
+        stale = self._had_others or (expected and self.has_captures)
+        if not others and not stale and len(self._device_totals) == 1:
             return
         self._had_others = bool(others)
         for device, totals in self._device_totals.items():
@@ -210,7 +220,7 @@ class TritonBackend:
             for i, tracked in enumerate(self._plans):
                 if tracked.plan.device != device:
                     sums[i : i + 1].copy_(tracked.plan.total, non_blocking=True)
-            there = [t.to(device, non_blocking=True).reshape(()) for t in others]
+            there = [moved(t, device).reshape(()) for t in others]
             sums[-1].copy_(torch.stack(there).sum() if there else torch.zeros_like(sums[-1]))
 
     def run(self, *, clip: bool, norms: bool) -> None:

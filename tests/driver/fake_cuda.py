@@ -5,7 +5,8 @@ the current stream of their device. `Driver.run` executes what is queued, in an 
 sees what a kernel reads when it runs, and not what was there when the host launched it.
 
 The driver refuses what a real device refuses or answers with silent damage: a launch while another device is the current one,
-and pinned allocations or event queries while a graph is being captured.
+an operation on tensors of several devices, and pinned allocations or event queries while a graph is being captured. A copy to
+the CPU that nobody waits for holds NaN until it is executed.
 """
 
 from __future__ import annotations
@@ -266,6 +267,8 @@ class Driver(TorchDispatchMode):
             self.current_stream(fakes[0].device).put("call", lambda: func(*raw_args))
             return args[0]
         if fakes and place.type == "cpu":
+            if kwargs.get("non_blocking"):
+                return self._late(func, raw_args, raw_kwargs, fakes[0].device)
             self.waits += 1
             self.run()
         return func(*raw_args, **raw_kwargs)
@@ -277,6 +280,12 @@ class Driver(TorchDispatchMode):
         self.pinned_memory[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    def _late(self, func: Any, raw_args: Any, kwargs: Any, device: torch.device) -> torch.Tensor:
+        out: torch.Tensor = func(*raw_args, **kwargs)
+        out.fill_(float("nan") if out.is_floating_point() else 1)
+        self.current_stream(device).put("call", lambda: out.copy_(func(*raw_args, **kwargs)))
+        return out
+
     def _on_device(
         self, func: Any, args: Any, raw_args: Any, kwargs: Any, place: torch.device, fakes: list[Pretended]
     ) -> Any:
@@ -287,6 +296,10 @@ class Driver(TorchDispatchMode):
             self.waits += 1
             self.run()
             return func(*raw_args)
+        copies = func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+        # torch takes the tensors of two lists in pairs, and those of one list one by one.
+        lists_alone = "_foreach" in str(func) and not any(isinstance(a, Pretended) for a in args)
+        assert copies or lists_alone or len({t.device for t in fakes}) < 2, f"{func} on tensors of several devices"
         if func.is_view or not (fakes or func is torch.ops.aten.copy_.default):
             return wrap(func(*raw_args, **kwargs))
         stream, others = self.current_stream(place), {self.current_stream(t.device) for t in fakes if t.device != place}

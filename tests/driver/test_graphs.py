@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lwadamw import AdamW
+from lwadamw.step.loss_scaling import _backwards, _Scaled
 from tests.driver.twins import Twins
 
 
@@ -71,6 +72,51 @@ def test_a_replay_follows_what_others_have_written_to_a_parameter(master, driver
         assert (p + 2.0).abs().max() < 0.1
 
 
+def test_norm_sums_of_a_captured_step_may_be_in_its_graph(driver):
+    twins = _warm_up(Twins(driver, capturable=True))
+    value = _values(twins)
+    inputs = [v.to(p.device) for v, p in zip(value, twins.params, strict=True)]
+    with driver.capture() as graph:
+        for p, x in zip(twins.params, inputs, strict=True):
+            p.grad = x
+        twins.optimizer.step()
+        sums = twins.optimizer.norm_sums()
+    for q, v in zip(twins.expected, value, strict=True):
+        q.grad = v
+    for _ in range(2):
+        graph.replay()
+        twins.twin.step()
+        driver.run()
+        assert torch.equal(sums.raw, twins.twin.norm_sums())
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_replay_and_a_step_clip_by_their_own_gradients(captured, driver):
+    """The torch backend has a gradient either in the captured step or in the uncaptured ones, not in both."""
+    ours, other = (torch.nn.Parameter(torch.zeros(4).to("cuda:0")) for _ in range(2))
+    groups = [{"params": [ours]}, {"params": [other], "foreach": True}]
+    optimizer = AdamW(groups, max_grad_norm=1.0, nonfinite="pass", capturable=True)
+    gradient = torch.full((4,), 3.0).to("cuda:0")
+
+    def norm_of(step):
+        step()
+        driver.run()
+        return float(optimizer.grad_norm.raw)
+
+    ours.grad, other.grad = torch.full((4,), 2.0).to("cuda:0"), gradient
+    optimizer.step()
+    if not captured:
+        other.grad = None
+        optimizer.step()
+    with driver.capture() as graph:
+        optimizer.step()
+    other.grad = None if captured else gradient
+    alone, together = 4.0, pytest.approx(52.0**0.5)
+    for _ in range(2):
+        assert norm_of(optimizer.step) == (alone if captured else together)
+        assert norm_of(graph.replay) == (together if captured else alone)
+
+
 def test_two_graphs_keep_their_own_numbers(driver):
     twins = Twins(driver, capturable=True)
     steps = []
@@ -99,6 +145,21 @@ def test_a_replay_reads_hyperparameters_that_are_tensors_on_the_device(driver):
         graph.replay()
     driver.run()
     torch.testing.assert_close(params[0].detach().raw, torch.full((5,), -3.5))
+
+
+def test_a_graph_keeps_what_it_converts_at_each_replay(driver):
+    params = [torch.nn.Parameter(torch.zeros(5).to("cuda:0"))]
+    lr, found_inf = (torch.zeros((), dtype=torch.bfloat16).to("cuda:0") for _ in range(2))
+    optimizer = AdamW(params, lr=lr, capturable=True, backend="triton")
+    optimizer.found_inf = found_inf
+    params[0].grad = torch.ones(5).to("cuda:0")
+    optimizer.step()
+    with driver.capture():
+        optimizer.step()
+    optimizer.param_groups[0]["lr"], optimizer.found_inf = 1e-3, None
+    optimizer.step()
+    kept = optimizer._engine._triton._plans[0].plan.captures[0].kept
+    assert {lr.data_ptr(), found_inf.data_ptr()} <= {t.data_ptr() for t in kept}
 
 
 @pytest.mark.parametrize("replace", ["group", "state", "checkpoint"])
@@ -173,8 +234,16 @@ def test_a_capture_of_some_devices_only_is_refused(current, driver):
 def test_a_captured_gradient_release_is_refused(driver):
     twins = _warm_up(Twins(driver, capturable=True))
     twins.optimizer.release_gradients()
-    with driver.capture(), pytest.raises(RuntimeError, match="releases the gradient of '0.0' .* being captured"):
-        twins.optimizer._step_released(twins.params[0])
+    _backwards[torch._C._current_graph_task_id()] = _Scaled(torch.amp.GradScaler("cpu"), torch.ones(()).to("cuda:0"))
+    try:
+        with (
+            driver.capture() as graph,
+            pytest.raises(RuntimeError, match="releases the gradient of '0.0' .* being captured"),
+        ):
+            twins.optimizer._step_released(twins.params[0])
+    finally:
+        _backwards.clear()
+    assert not graph.calls
 
 
 def test_state_of_the_torch_backend_is_not_created_in_a_capture(driver):
@@ -186,3 +255,12 @@ def test_state_of_the_torch_backend_is_not_created_in_a_capture(driver):
     with driver.capture(), pytest.raises(RuntimeError, match="has no state yet"):
         optimizer.step()
     assert not optimizer.state[params[1]]
+
+
+def test_a_captured_step_that_the_host_may_skip_is_refused(driver):
+    p = torch.nn.Parameter(torch.zeros(5).to("cuda:0"))
+    optimizer = AdamW([p], capturable=True, backend="torch", foreach=True, max_grad_norm=1.0)
+    p.grad = torch.ones(5).to("cuda:0")
+    optimizer.step()
+    with driver.capture(), pytest.raises(RuntimeError, match="'0.0' takes its step is decided on the host"):
+        optimizer.step()

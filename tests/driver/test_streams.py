@@ -5,6 +5,9 @@ import torch
 
 from lwadamw import AdamW
 from lwadamw.kernels import layout
+from lwadamw.state.members import members_of
+from lwadamw.step.loss_scaling import LossScaling, _backwards, _Scaled
+from lwadamw.tables.request import Request
 from tests.driver.twins import SHAPES, Twins
 
 ORDERS = ("first", "last")
@@ -68,6 +71,48 @@ def test_a_step_on_another_stream_waits_for_the_tables_of_the_step_before(order,
         for q in twins.expected:
             twins.twin._step_released(q)
     twins.assert_equal(order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_released_inf_skips_the_step_of_its_own_parameter_on_every_stream(order, driver):
+    twins = Twins(driver)
+    scaled = _Scaled(torch.amp.GradScaler("cpu"), torch.full((), 8.0).to("cuda:0"))
+    for optimizer in (twins.optimizer, twins.twin):
+        optimizer.release_gradients()
+    streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
+    _backwards[torch._C._current_graph_task_id()] = scaled
+    try:
+        for _ in range(2):
+            twins.give_grads()
+            twins.expected[0].grad[0] = float("inf")
+            twins.params[0].grad[0] = float("inf")
+            for p, stream in zip(twins.params, streams, strict=True):
+                with driver.stream(stream):
+                    twins.optimizer._step_released(p)
+            for q in twins.expected:
+                twins.twin._step_released(q)
+    finally:
+        _backwards.clear()
+    twins.assert_equal(order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_tables_made_again_on_another_stream_wait_for_the_former_ones(order, driver):
+    twins = Twins(driver)
+    for optimizer in (twins.optimizer, twins.twin):
+        optimizer.release_gradients()
+    streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
+    for step in range(2):
+        twins.give_grads()
+        for i, (p, stream) in enumerate(zip(twins.params, streams, strict=True)):
+            if (step, i) == (1, 1):
+                twins.set(amsgrad=True)
+            with driver.stream(stream):
+                twins.optimizer._step_released(p)
+            twins.twin._step_released(twins.expected[i])
+    driver.run(order)
+    steps = [float(twins.optimizer.state[p]["step"].raw) for p in twins.params]
+    assert steps == [float(twins.twin.state[q]["step"]) for q in twins.expected] == [2.0, 2.0, 2.0]
 
 
 def test_norms_on_another_stream_wait_for_the_step(driver):
@@ -141,3 +186,62 @@ def test_pinned_memory_is_on_the_cpu_whatever_the_default_device(driver):
         torch.set_default_device(None)
     assert driver.pinned == 3, "a page of the table, a page for a capture, and a norm"
     twins.assert_equal()
+
+
+def _beside_the_cpu(driver, **options):
+    """A parameter on the CPU before one on a device, and equal parameters on the CPU, each with gradients and an optimizer."""
+    expected = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    params = [torch.nn.Parameter(expected[0].detach().clone()), torch.nn.Parameter(expected[1].detach().to("cuda:0"))]
+    for p, q in zip(params, expected, strict=True):
+        q.grad = torch.randn_like(q).detach()
+        p.grad = q.grad.clone().to(p.device)
+    return params, AdamW(params, **options), expected, AdamW(expected, **options)
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+def test_a_clipped_step_on_the_cpu_waits_for_the_gradients_of_a_device(foreach, driver):
+    params, optimizer, expected, twin = _beside_the_cpu(driver, max_grad_norm=0.5, foreach=foreach, lr=1e-2, eps=1.0)
+    optimizer.step()
+    twin.step()
+    torch.testing.assert_close(params[0], expected[0])
+    assert optimizer._engine.grad_norm is not None
+    driver.run()
+    torch.testing.assert_close(params[1].detach().raw, expected[1].detach())
+
+
+def test_norms_on_the_cpu_wait_for_those_of_a_device(driver):
+    _, optimizer, _, twin = _beside_the_cpu(driver)
+    optimizer.step()
+    twin.step()
+    torch.testing.assert_close(optimizer.norm_sums(), twin.norm_sums(), rtol=1e-5, atol=1e-12)
+
+
+def test_a_released_gradient_on_the_cpu_waits_for_the_scale_of_a_device(driver):
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = AdamW([p], lr=1.0, betas=(0.0, 0.0), weight_decay=0.0, eps=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaling = LossScaling(optimizer)
+    p.grad = torch.full((3,), 8.0)
+    (member,) = members_of(optimizer.param_groups)
+    scale = torch.full((), 8.0).to("cuda:0")
+    request = scaling._scaled_request(member, Request(), _Scaled(scaler, scale))
+    scaling.close()
+    assert float(request.grad_scale) == 8.0
+
+
+def test_clipped_parameters_of_the_torch_backend_may_be_on_several_devices(driver):
+    twins = Twins(driver, (0, 1), backend="torch", foreach=True, max_grad_norm=0.5, eps=1.0, capturable=True)
+    twins.twin.param_groups[0]["capturable"] = False
+    twins.give_grads()
+    twins.step()
+    driver.run()
+    for p, q in zip(twins.params, twins.expected, strict=True):
+        torch.testing.assert_close(p.detach().raw, q.detach())
+
+
+def test_kernels_on_the_interpreter_get_no_address_on_a_real_device(driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    optimizer = AdamW([torch.nn.Parameter(torch.zeros(2).to("cuda:0"))], backend="triton")
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2).to("cuda:0")
+    with pytest.raises(RuntimeError, match=r"cannot update '0.0' \(2,\): TRITON_INTERPRET is set"):
+        optimizer.step()

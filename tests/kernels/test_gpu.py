@@ -261,6 +261,28 @@ def test_a_captured_training_step_replays_between_uncaptured_steps():
     assert optimizer.steps_taken() == twin.steps_taken() == 9
 
 
+def test_norm_sums_of_a_captured_step_may_be_in_its_graph():
+    """The uncaptured step is on another stream than the capture."""
+    params = _params()
+    twins = _twins(params)
+    ours, theirs = (AdamW(own, capturable=True, max_grad_norm=1.0, backend="triton") for own in (params, twins))
+    _new_grads(params, twins)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+        optimizer.norm_sums()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+        sums = ours.norm_sums()
+    for _ in range(2):
+        for p, q in zip(params, twins, strict=True):
+            p.grad.copy_(torch.randn_like(p))
+            q.grad.copy_(p.grad)
+        graph.replay()
+        theirs.step()
+        assert torch.equal(sums, theirs.norm_sums())
+
+
 def test_a_second_captured_step_without_prepared_tables_is_refused():
     params = _params((100,))
     optimizer = AdamW(params, capturable=True, backend="triton")
@@ -297,6 +319,26 @@ def test_parameters_of_another_device_than_the_current_one():
             optimizer.step()
     for p, q in zip(params, twins, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-5)
+
+
+def test_clipping_on_the_cpu_waits_for_the_gradients_of_the_device():
+    """The device is far behind the host when the parameter on the CPU takes the factor and when norms are read."""
+    params = [torch.nn.Parameter(torch.randn(1000)), *_params((1000,))]
+    twins = [torch.nn.Parameter(p.detach().cpu().clone()) for p in params]
+    ours, theirs = (AdamW(own, lr=1e-2, eps=1.0, max_grad_norm=0.5) for own in (params, twins))
+    busy = torch.randn(8192, 8192, device="cuda")
+    for step in range(3):
+        for p, q in zip(params, twins, strict=True):
+            q.grad = torch.randn_like(q) * (step + 1)
+            p.grad = q.grad.to(p.device)
+        for _ in range(30):
+            busy = busy @ busy * 1e-4
+        params[1].grad.mul_(1.0)
+        ours.step()
+        theirs.step()
+        np.testing.assert_allclose(ours.norm_sums().numpy(), theirs.norm_sums().numpy(), rtol=1e-4, atol=1e-9)
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_grad_scaler_skips_and_unscales_as_with_torch():

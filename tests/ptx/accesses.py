@@ -148,6 +148,8 @@ class Accesses(Lanes):
                 raise AccessError("A copy of a part of its width is not known here.")
             reads, values = sizes == width, np.zeros((len(lanes), width), np.uint8)
             sources = source(lanes)
+            if (sources % np.uint64(width) != 0).any():  # PTX leaves open what happens then, even if nothing is read
+                raise AccessError(f"A copy of {width} bytes to shared memory comes from an address that is misaligned.")
             values[reads] = self.memory.load(sources[reads], width, self.programs[lanes[reads]])
             self.copies.append(Copies(lanes, self._committed[lanes], places, values, sources, reads))
 

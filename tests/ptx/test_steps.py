@@ -132,6 +132,21 @@ def test_every_variant_of_the_update_is_right(name, request):
         assert ((dots[0] - dots[2]).abs() <= tolerance * scale).all()
 
 
+def test_a_loop_that_loads_ahead_has_aligned_addresses_even_if_it_does_not_run():
+    """Unaligned parameters leave all elements to the masked loop. Loads ahead of the other loop are copies of 16 bytes."""
+    start = torch.randn(33, 128, generator=torch.Generator().manual_seed(1))
+    stored = []
+    for offset in (0, 1):
+        p = torch.nn.Parameter(torch.zeros(4225)[offset : offset + 4224].view(33, 128))
+        p.data.copy_(start)
+        with pretended():
+            optimizer = _take(_optimizer([p], "fp32, 8-bit moments", "triton"), torch.float32)
+        assert optimizer.state[p]["exp_avg"].dtype == torch.int8
+        stored.append(_arrays(optimizer))
+    for key, value in stored[0].items():
+        assert torch.equal(value, stored[1][key]), key
+
+
 # 16 elements per thread of storages without an fp32 array, which the kernels do not take. bench.tune says so and leaves it out.
 TOO_LARGE = {"block 2048": "bf16, stochastic, 8-bit moments"}
 
