@@ -22,8 +22,8 @@ from .layout import K_INTERPRETED, K_LOAD_CACHE, K_LOAD_EVICTION, K_STORE_CACHE,
 def pointer_to(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """`address` as a pointer to `TYPE`. `ALIGNED` promises 16-byte alignment, so that accesses can be 16 bytes wide.
 
-    If the promise does not hold, the loop must not run. But a loop that loads ahead asks for nothing of its first block even
-    then, and the address of a 16-byte copy has to be aligned although the copy reads nothing.
+    Where the promise does not hold, the caller's loop does not run. But a loop that loads ahead issues its first copy all the
+    same, of no bytes, and the address of a 16-byte copy has to be aligned even then. So the lower bits are cleared.
     """
     if ALIGNED:
         return tl.multiple_of((address & -16).to(tl.pointer_type(TYPE)), 16)

@@ -19,6 +19,8 @@ from .paired import Difference, differences
 from .transfer import Arm, Drift, Transfer, analyse, curves_of
 from .transfer_table import regret_difference, regret_of, signed_span, span
 
+# What all runs of an exponent have in common.
+_SETTING: Final = ("base_width", "lr", "weight_decay", "batch", "run_taus")
 Rows = Sequence[Mapping[str, str]]
 Table = Callable[[Path], str]
 
@@ -83,13 +85,6 @@ def _named_by_setting(rows: Rows) -> dict[str, list[Mapping[str, str]]]:
     return found
 
 
-_SETTING: Final = (
-    "base_width",
-    "lr",
-    "weight_decay",
-    "batch",
-    "run_taus",
-)  # what all runs of an exponent have in common
 # The matrices of the synthetic network for each activation.
 VARIANTS: Final[Mapping[str, tuple[str, ...]]] = {"relu": ("in", "out"), "swiglu": ("in", "gate", "out")}
 

@@ -81,7 +81,7 @@ class _Found(NamedTuple):
 
 
 def _without_gradient(norms: Norms) -> NDArray[np.bool_]:
-    """Return which segments had no gradient in the last step. None if the step was skipped: then all rows are 0."""
+    """Return which segments had no gradient in the last step. A skipped step has zeros in all rows, and none counts then."""
     still: NDArray[np.bool_] = (norms.update == 0) & (norms.grad == 0)
     return np.zeros_like(still) if still.all() else still
 
@@ -194,7 +194,7 @@ class SegmentTracker:
 
         Args:
             state: what `state_dict` returned. Older states have an underscore in front of every key but `names` and `group`.
-                They are read too. Those of version 0.1.0 have no `expected`.
+                They are read too. Some older states have no `expected`.
         """
         tracker = cls.__new__(cls)
         tracker.names, tracker._made_of, tracker.shapes = tuple(state["names"]), [], {}

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..state import keys
 from ..state.arrivals import placed_like
 from ..state.collectives import READING
-from ..state.members import Member, local, members_of
+from ..state.members import Member, is_elsewhere, local, members_of
 from ..state.names import has_names
 from ..state.shards import Shards
 from ..step.norms import Norms
@@ -177,7 +177,7 @@ class Together:
 
     def _members(self, optimizer: Optimizer) -> list[Member]:
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [member for member in members_of(self.param_groups) if id(member.param) in own]
+        return [m for m in members_of(self.param_groups) if id(m.param) in own and not is_elsewhere(m.param)]
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
 
     def after(_: Optimizer) -> None:
         restore_dtypes(optimizer, loaded[0])
+        own_steps(state for p, state in optimizer.state.items() if isinstance(p, Tensor))
 
     handles = [
         optimizer.register_load_state_dict_pre_hook(before),
@@ -282,8 +283,6 @@ def _check_wrapping(entry: StateDict, p: Tensor, name: str) -> None:
 def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
     """Give every loaded state tensor that torch has cast the dtype and the values that it was saved with.
 
-    Step counters that several parameters share become one counter for each.
-
     Args:
         optimizer: the optimizer that has loaded a checkpoint.
         loaded: the adapted checkpoint, with parameters in the order of the optimizer.
@@ -299,7 +298,6 @@ def restore_dtypes(optimizer: Optimizer, loaded: StateDict) -> None:
                     and current.dtype != value.dtype
                 ):
                     optimizer.state[p][key] = value.to(device=p.device, copy=True)
-    own_steps(state for p, state in optimizer.state.items() if isinstance(p, Tensor))
 
 
 def warn_of_types(groups: list[StateDict], members: Iterable[Member], state: Any) -> None:

@@ -118,15 +118,9 @@ class Shards:
             untold = (m.name for m in marked if self._told(m) is None)
             self._untold = next(untold, None) if torch.distributed.get_world_size() > 1 else None
 
-    def are_unseen_by_scalers(self, members: Iterable[Member]) -> bool:
-        """Return whether some parameters are plain shards, so that a scaler that looks for infs sees this process's part only.
-
-        A gradient that is a DTensor tells a scaler about the infs of all processes.
-
-        Args:
-            members: all parameters of the optimizer.
-        """
-        self.look(members)
+    @property
+    def has_plain_shards(self) -> bool:
+        """Whether some parameters are shards and no DTensors, as far as the user has told or `look` has found."""
         return bool(self._declared) or self._untold is not None
 
     def _told(self, member: Member) -> Split | None:

@@ -76,6 +76,12 @@ class Engine:
         self.keep_captures(self)
         self._forget()
 
+    def has_plain_shards(self, groups: ParamGroups) -> bool:
+        """Return whether some parameters of the groups are shards and no DTensors. Only new parameters are looked at."""
+        if self._fingerprint is None or not self._fingerprint.lists_hold(groups):
+            self._shards.look(members_of(groups))
+        return self._shards.has_plain_shards
+
     def uses_triton(self, groups: ParamGroups) -> bool:
         """Return whether the Triton backend updates any parameter of the groups."""
         return any(use_triton(m, {}, self._backend) for m in members_of(groups))

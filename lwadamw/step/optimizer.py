@@ -15,7 +15,6 @@ from ..state.collectives import NORM_SUMS, NORMS, Call
 from ..state.exchange import StateExchange
 from ..state.groups import complete_group, effective
 from ..state.itself import mark, on_itself
-from ..state.members import members_of
 from ..state.naming import Naming
 from ..state.shards import Shards
 from ..tables.request import Request
@@ -485,8 +484,8 @@ class AdamW(StateExchange):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch.amp.GradScaler may leave unscaling and skipping to the step.
 
-        It may not if parameters are plain shards. Then an inf in one of them has to be told to the other processes, which
-        ShardedGradScaler does only where it unscales by itself.
+        It may not if parameters are plain shards. The other processes have to hear of an inf in one of them, and
+        ShardedGradScaler tells them only if it unscales by itself. A gradient that is a DTensor tells all processes.
 
         Whoever assigns False takes over both. Some frameworks do not clip gradients while it is True.
         """
@@ -495,7 +494,7 @@ class AdamW(StateExchange):
             return True  # so that `step()` hears of an inf in a gradient that is gone
         if self.__dict__.get("_scaling_is_left_to_others"):
             return False
-        if self._shards.are_unseen_by_scalers(members_of(self.param_groups)):
+        if self._engine.has_plain_shards(self.param_groups):
             return False
         return fused or self._engine.uses_triton(self.param_groups)
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lwadamw import AdamW
-from lwadamw.step.loss_scaling import _backwards, _Scaled
-from tests.driver.twins import Twins
+from tests.driver.twins import Twins, scaled_backward
 
 
 def _capture(driver, twins, value):
@@ -234,15 +233,12 @@ def test_a_capture_of_some_devices_only_is_refused(current, driver):
 def test_a_captured_gradient_release_is_refused(driver):
     twins = _warm_up(Twins(driver, capturable=True))
     twins.optimizer.release_gradients()
-    _backwards[torch._C._current_graph_task_id()] = _Scaled(torch.amp.GradScaler("cpu"), torch.ones(()).to("cuda:0"))
-    try:
-        with (
-            driver.capture() as graph,
-            pytest.raises(RuntimeError, match="releases the gradient of '0.0' .* being captured"),
-        ):
-            twins.optimizer._step_released(twins.params[0])
-    finally:
-        _backwards.clear()
+    with (
+        scaled_backward(1.0),
+        driver.capture() as graph,
+        pytest.raises(RuntimeError, match="releases the gradient of '0.0' .* being captured"),
+    ):
+        twins.optimizer._step_released(twins.params[0])
     assert not graph.calls
 
 

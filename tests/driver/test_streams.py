@@ -6,9 +6,9 @@ import torch
 from lwadamw import AdamW
 from lwadamw.kernels import layout
 from lwadamw.state.members import members_of
-from lwadamw.step.loss_scaling import LossScaling, _backwards, _Scaled
+from lwadamw.step.loss_scaling import LossScaling, _Scaled
 from lwadamw.tables.request import Request
-from tests.driver.twins import SHAPES, Twins
+from tests.driver.twins import SHAPES, Twins, scaled_backward
 
 ORDERS = ("first", "last")
 
@@ -57,9 +57,7 @@ def test_the_norm_of_a_late_step_is_checked_when_it_has_arrived(driver):
 def test_a_step_on_another_stream_waits_for_the_tables_of_the_step_before(order, driver):
     """Gradient release takes the steps of two parameters on two streams, as autograd does if forward used two streams."""
     twins = Twins(driver)
-    for optimizer in (twins.optimizer, twins.twin):
-        optimizer.release_gradients()
-    streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
+    streams = twins.release()
     for step in range(3):
         twins.give_grads()
         twins.set(lr=1e-3 * (step + 1))
@@ -76,12 +74,8 @@ def test_a_step_on_another_stream_waits_for_the_tables_of_the_step_before(order,
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_released_inf_skips_the_step_of_its_own_parameter_on_every_stream(order, driver):
     twins = Twins(driver)
-    scaled = _Scaled(torch.amp.GradScaler("cpu"), torch.full((), 8.0).to("cuda:0"))
-    for optimizer in (twins.optimizer, twins.twin):
-        optimizer.release_gradients()
-    streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
-    _backwards[torch._C._current_graph_task_id()] = scaled
-    try:
+    streams = twins.release()
+    with scaled_backward(8.0):
         for _ in range(2):
             twins.give_grads()
             twins.expected[0].grad[0] = float("inf")
@@ -91,17 +85,13 @@ def test_a_released_inf_skips_the_step_of_its_own_parameter_on_every_stream(orde
                     twins.optimizer._step_released(p)
             for q in twins.expected:
                 twins.twin._step_released(q)
-    finally:
-        _backwards.clear()
     twins.assert_equal(order)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_tables_made_again_on_another_stream_wait_for_the_former_ones(order, driver):
     twins = Twins(driver)
-    for optimizer in (twins.optimizer, twins.twin):
-        optimizer.release_gradients()
-    streams = [driver.current_stream(0), driver.new_stream(0), driver.new_stream(0)]
+    streams = twins.release()
     for step in range(2):
         twins.give_grads()
         for i, (p, stream) in enumerate(zip(twins.params, streams, strict=True)):

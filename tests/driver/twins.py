@@ -1,11 +1,25 @@
 """The same parameters on pretended devices and on the CPU. The kernels update both, so every bit has to be the same."""
 
+import contextlib
+
 import torch
 
 from lwadamw import AdamW
+from lwadamw.step.loss_scaling import _backwards, _Scaled
 from tests.cases import set_grads
 
 SHAPES = ((40,), (3, 5), (7,))
+
+
+@contextlib.contextmanager
+def scaled_backward(scale):
+    """Gradients that are released inside count as those of a backward of a scaled loss."""
+    scale = torch.full((), scale).to("cuda:0")
+    _backwards[torch._C._current_graph_task_id()] = _Scaled(torch.amp.GradScaler("cpu"), scale)
+    try:
+        yield
+    finally:
+        _backwards.clear()
 
 
 class Twins:
@@ -34,6 +48,12 @@ class Twins:
         set_grads(self.expected, scale=scale)
         for p, q in zip(self.params, self.expected, strict=True):
             p.grad = q.grad.to(p.device)
+
+    def release(self):
+        """Release the gradients of both. Return three streams, one for each shape."""
+        for optimizer in (self.optimizer, self.twin):
+            optimizer.release_gradients()
+        return [self.driver.current_stream(0), self.driver.new_stream(0), self.driver.new_stream(0)]
 
     def set(self, **values):
         """Assign hyperparameters of both."""

@@ -58,6 +58,24 @@ def test_a_process_outside_of_a_mesh_has_no_norms_of_its_parameter_and_does_not_
     assert unchanged is True
 
 
+def _others():
+    torch.manual_seed(0)
+    there = nn.Parameter(distribute_tensor(torch.randn(4, 6), DeviceMesh("cpu", [0, 1]), [Shard(0)]))
+    everywhere = nn.Parameter(torch.randn(7))
+    ours, other = lwadamw.AdamW([("everywhere", everywhere)]), torch.optim.SGD([("there", there)], lr=0.1)
+    monitor = lwadamw.Monitor(ours, every=1, others=[other])
+    there.sum().backward()
+    everywhere.sum().backward()
+    ours.step()
+    other.step()
+    return monitor.latest.names
+
+
+def test_a_monitor_of_another_optimizer_has_no_row_of_a_parameter_that_is_elsewhere():
+    both = ("everywhere", "there")
+    assert run(3, _others) == [both, both, ("everywhere",)]
+
+
 STORAGES = {
     "plain": (torch.float32, {}),
     "8 bits": (torch.float32, {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}),

@@ -1,4 +1,4 @@
-"""A parameter may have a gradient on some of the processes that hold it, as an expert that got no word there."""
+"""A parameter may have a gradient on some of the processes that hold it, as an expert that got no token on the others."""
 
 from __future__ import annotations
 

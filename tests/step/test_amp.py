@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lwadamw import AdamW
 from lwadamw.state.combinations import COMBINATIONS
+from lwadamw.state.shards import Shards
 from tests.cases import assert_equal, clone_params, make_params
 from tests.state.storages import give_grads, make
 
@@ -252,3 +253,18 @@ def test_fp16_parameters_train_under_a_scaler(backend, device):
         scaler.update()
     torch.testing.assert_close(optimizer.master_weight(params[0]), whole[0].detach(), rtol=1e-5, atol=1e-6)
     assert (whole[0] != start).all()
+
+
+def test_a_scaler_that_asks_whether_the_step_unscales_looks_at_no_parameter_again(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([p], fused=True)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    looks = []
+    look = Shards.look
+    monkeypatch.setattr(Shards, "look", lambda self, members: looks.append(1) or look(self, members))
+    assert optimizer._step_supports_amp_scaling
+    assert not looks
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert optimizer._step_supports_amp_scaling
+    assert looks
